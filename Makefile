@@ -1,0 +1,58 @@
+# People and CI run the same targets. The first two do all the set-up:
+#   make submission   predict examples/test.csv with the embedded model
+#   make test         lint, types and all tests
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+
+.PHONY: submission test check format examples kill-loop deadline-loop clean
+.DELETE_ON_ERROR:
+
+submission: .venv/.submission
+	@$(BIN)/python -m submission predict examples/test.csv -o submission.csv --fresh
+	@echo
+	@head -n 6 submission.csv
+	@echo
+	@echo "written to $(CURDIR)/submission.csv"
+
+test: check
+	$(BIN)/python -m pytest
+
+check: .venv/.all
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.all
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+examples: .venv/.submission
+	$(BIN)/python -m examples.make
+
+# Slow proofs: fifty kills of one run, ten deadlines (see the modules for options).
+kill-loop: .venv/.all
+	$(BIN)/python -m tests.kill_loop --backend scripted --kills 50
+	$(BIN)/python -m tests.kill_loop --backend llama_cpp --kills 50
+
+deadline-loop: .venv/.all
+	$(BIN)/python -m tests.deadline_loop --tries 10
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis submission.csv submission.csv.*
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.submission: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "installing what prediction needs; llama.cpp is compiled once, which takes about five minutes"
+	$(PIP) -e '.[embedded]'
+	@touch $@
+
+# Core first: one place says what it installs, and the compilation is over before the large downloads.
+.venv/.all: .venv/.submission pyproject.toml constraints.txt
+	@echo "installing everything: torch, transformers, trl, sentence-transformers and the tools for tests"
+	$(PIP) -e '.[all,dev]'
+	@touch $@

@@ -1,0 +1,4 @@
+"""eval: measures predictions: the metric, baselines, comparisons, reports.
+
+python -m eval
+"""

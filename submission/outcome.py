@@ -1,0 +1,141 @@
+"""The end of a run: fill what is missing with the fallback, write the file whole, read it back, sum up."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from submission.errors import PromptRecoveryError
+from submission.journal import journal_path
+from submission.tables import write_predictions
+from submission.types import Pair, Prediction
+from submission.validation import validate
+
+BLANK_INPUT = "blank rewritten_text"
+DEADLINE = "deadline"
+
+EXIT_TOO_MANY_FAILED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What came out of a run.
+
+    Attributes:
+        rows: of the output.
+        fallbacks: rows that took the fallback, for whatever reason.
+        reasons: how many for which reason, most frequent first.
+        truncated: rows whose texts were cut to fit the model.
+        computed: rows computed by this process; the others were in the journal.
+        seconds: since the process started.
+        rows_per_second: computed rows per second of computing, loading left out; 0 if none was computed.
+        too_many_failed: more rows failed than was allowed.
+    """
+
+    rows: int
+    fallbacks: int
+    reasons: Mapping[str, int]
+    truncated: int
+    computed: int
+    seconds: float
+    rows_per_second: float
+    output: Path
+    too_many_failed: bool
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 3 when too many rows failed."""
+        return EXIT_TOO_MANY_FAILED if self.too_many_failed else 0
+
+    def as_json(self) -> str:
+        """One line for programs."""
+        return json.dumps(
+            {
+                "rows": self.rows,
+                "fallbacks": self.fallbacks,
+                "reasons": dict(self.reasons),
+                "truncated": self.truncated,
+                "computed": self.computed,
+                "seconds": round(self.seconds, 3),
+                "rows_per_second": round(self.rows_per_second, 4),
+                "output": str(self.output),
+                "journal": str(journal_path(self.output)),
+                "exit_code": self.exit_code,
+            },
+            ensure_ascii=False,
+        )
+
+    def as_text(self) -> str:
+        """A few lines for people."""
+        lines = [f"rows       {self.rows} ({self.computed} computed now)"]
+        lines.append(f"fallbacks  {self.fallbacks}")
+        lines += [f"           {count} x {reason}" for reason, count in self.reasons.items()]
+        lines.append(f"truncated  {self.truncated}")
+        lines.append(f"time       {self.seconds:.1f} s, {self.rows_per_second:.2f} rows/s")
+        lines.append(f"output     {self.output} (valid)")
+        if self.too_many_failed:
+            lines.append("Too many rows failed: look at one with `inspect ID`, then run again with --fresh.")
+        return "\n".join(lines)
+
+
+def finish(
+    output: Path,
+    pairs: Sequence[Pair],
+    finished: Mapping[str, Prediction],
+    *,
+    fallback: str,
+    max_failures: float,
+    computed: int,
+    seconds: float,
+    computing_seconds: float,
+) -> Summary:
+    """Write the output for `pairs` and validate it by reading it back.
+
+    Args:
+        finished: the rows that were tried; the others count as stopped by the deadline.
+        fallback: takes the place of failed and missing answers.
+        max_failures: the share of tried rows, 0 to 1, above which too many failed.
+
+    Raises:
+        PromptRecoveryError: what was read back is not valid (a fault of the disk or of this program).
+        OSError: the file could not be written.
+    """
+    reasons: Counter[str] = Counter()
+    rows = []
+    for pair in pairs:
+        prediction = finished.get(pair.id)
+        if prediction is not None and prediction.status == "ok":
+            rows.append((pair.id, prediction.text))
+        else:
+            reasons[DEADLINE if prediction is None else prediction.reason] += 1
+            rows.append((pair.id, fallback))
+    write_predictions(output, rows)
+    problems = validate(output, [pair.id for pair in pairs])
+    if problems:
+        raise PromptRecoveryError(f"{output} was written but is not valid: {problems[0]}")
+    tried = [finished[pair.id] for pair in pairs if pair.id in finished]
+    failed = sum(row.status == "failed" and row.reason != BLANK_INPUT for row in tried)
+    return Summary(
+        rows=len(rows),
+        fallbacks=sum(reasons.values()),
+        reasons=dict(reasons.most_common()),
+        truncated=sum(row.truncated for row in tried),
+        computed=computed,
+        seconds=seconds,
+        rows_per_second=computed / computing_seconds if computed and computing_seconds > 0 else 0.0,
+        output=output,
+        too_many_failed=failed > max_failures * len(tried),
+    )
+
+
+def print_summary(summary: Summary, *, as_json: bool) -> None:
+    """For people on standard error when a program reads standard output."""
+    if as_json:
+        print(summary.as_text(), file=sys.stderr)
+        print(summary.as_json(), flush=True)
+    else:
+        print(summary.as_text(), flush=True)

@@ -1,0 +1,118 @@
+"""What a run is asked to do, checked to the last option before any model is loaded or file written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from submission.answers import is_blank
+from submission.backends import EMBEDDED, ModelSpec, model_spec
+from submission.config import read_toml
+from submission.errors import UserError
+from submission.recover import DEFAULT_PROMPT, RecoverSource, Setup, find_recover
+from submission.tables import check_writable, digest_pairs, read_pairs, read_triplets
+from submission.templates import Template, get_template
+from submission.types import Backend, Pair, Sampling, Triplet
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """Everything that a run is asked to do; see `predict --help`."""
+
+    input: Path
+    output: Path
+    encoding: str = "utf-8"
+    limit: int = 0
+    backend: str = "llama_cpp"
+    model: str = EMBEDDED
+    adapter: Path | None = None
+    settings: list[str] = field(default_factory=list)
+    template: str = ""
+    shots: Path | None = None
+    n_shots: int = 3
+    sampling: Sampling = Sampling()
+    recover: str = ""
+    recover_config: Path | None = None
+    fallback: str = DEFAULT_PROMPT
+    deadline: float | None = None
+    max_failures: float = 0.2
+    fresh: bool = False
+    as_json: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run whose every input was checked; nothing is loaded or written yet."""
+
+    config: RunConfig
+    pairs: list[Pair]
+    recover: RecoverSource
+    spec: ModelSpec | None
+    template: Template
+    shots: list[Triplet]
+    recover_config: dict[str, object]
+    fingerprint: dict[str, str]
+
+    def setup(self) -> Setup:
+        """What the way of predicting is made from; the model is loaded when first asked for."""
+        loaded: list[Backend] = []
+
+        def load() -> Backend:
+            if self.spec is None:
+                raise UserError(f"recover {self.recover.name} was said to need no model, and asks for one")
+            if not loaded:
+                loaded.append(self.spec.load())
+            return loaded[0]
+
+        return Setup(load, self.template, self.shots, self.config.sampling, self.recover_config)
+
+
+def plan(config: RunConfig) -> Plan:
+    """Check all that was asked for, before any model is loaded.
+
+    Raises:
+        UserError: something is missing or wrong.
+    """
+    check_writable(config.output)
+    if config.output.exists() and config.input.exists() and config.output.samefile(config.input):
+        raise UserError(f"output {config.output} is the input: choose another name")
+    if is_blank(config.fallback):
+        raise UserError(f"--fallback {config.fallback!r} is blank or reads as null: give a prompt")
+    if config.shots is not None and config.n_shots < 1:
+        raise UserError("--n-shots must be at least 1 when --shots is given")
+    recover = find_recover(config.recover or ("few_shot" if config.shots else "zero_shot"))
+    if recover.name == "few_shot" and config.shots is None:
+        raise UserError(
+            "recover few_shot needs examples: --shots FILE with id, original_text, rewritten_text, rewrite_prompt"
+        )
+    template = get_template(config.template or ("few_shot" if config.shots else "short"))
+    recover_config = read_toml(config.recover_config, "--recover-config") if config.recover_config else {}
+    pairs = read_pairs(config.input, config.encoding)
+    shots = read_triplets(config.shots, config.encoding)[: config.n_shots] if config.shots else []
+    spec = model_spec(config.backend, config.model, config.adapter, config.settings) if recover.uses_model else None
+    fingerprint = {"input": digest_pairs(pairs), "recover": recover.name}
+    if recover_config:
+        fingerprint["recover_config"] = repr(sorted(recover_config.items()))
+    if spec is not None:
+        fingerprint |= spec.fingerprint()
+        fingerprint |= {"template": template.fingerprint(), "shots": _shots_mark(shots)}
+        fingerprint["sampling"] = _sampling_mark(config.sampling)
+    checked = Plan(config, pairs[: config.limit or None], recover, spec, template, shots, recover_config, fingerprint)
+    if not recover.uses_model:
+        recover.make(checked.setup())  # costs nothing, and its options are checked now
+    return checked
+
+
+def _shots_mark(shots: list[Triplet]) -> str:
+    texts = (Pair(shot.rewrite_prompt, shot.pair.original_text, shot.pair.rewritten_text) for shot in shots)
+    return f"{len(shots)}: {digest_pairs(texts)}" if shots else "none"
+
+
+def _sampling_mark(sampling: Sampling) -> str:
+    mark = f"{sampling.max_new_tokens} tokens"
+    if sampling.temperature <= 0:
+        return f"{mark}, greedy"
+    return (
+        f"{mark}, temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, min_p {sampling.min_p:g}, "
+        f"seed {sampling.seed}"
+    )

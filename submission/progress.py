@@ -1,0 +1,94 @@
+"""Progress of a long run on standard error: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+_LINE_SECONDS = 10.0
+
+
+class Progress(Protocol):
+    """What the driver tells while it works."""
+
+    def advance(self, *, fell_back: bool) -> None:
+        """One more row is done."""
+        ...
+
+
+@contextmanager
+def show_progress(total: int, done: int) -> Iterator[Progress]:
+    """Show progress while the block runs.
+
+    Args:
+        total: rows of the run.
+        done: rows that are finished already.
+    """
+    if sys.stderr.isatty():
+        with _Bar(total, done) as bar:
+            yield bar
+    else:
+        yield _Lines(total, done)
+
+
+class _Pace:
+    """Rows per second and time left, from the rows computed now."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total, self.done, self.fell_back = total, done, 0
+        self._resumed = done
+        self._start = time.monotonic()
+
+    def advance(self, *, fell_back: bool) -> None:
+        self.done += 1
+        self.fell_back += fell_back
+
+    def text(self) -> str:
+        elapsed = time.monotonic() - self._start
+        rate = (self.done - self._resumed) / elapsed if elapsed > 0 else 0.0
+        left = (self.total - self.done) / rate if rate > 0 else 0.0
+        minutes, seconds = divmod(round(left), 60)
+        hours, minutes = divmod(minutes, 60)
+        clock = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+        return f"{rate:.2f} rows/s, {clock} left, {self.fell_back} fell back"
+
+
+class _Lines:
+    def __init__(self, total: int, done: int) -> None:
+        self._pace = _Pace(total, done)
+        self._printed_at = time.monotonic()
+
+    def advance(self, *, fell_back: bool) -> None:
+        self._pace.advance(fell_back=fell_back)
+        now = time.monotonic()
+        if now - self._printed_at >= _LINE_SECONDS or self._pace.done == self._pace.total:
+            self._printed_at = now
+            print(f"{self._pace.done}/{self._pace.total} rows, {self._pace.text()}", file=sys.stderr, flush=True)
+
+
+class _Bar:
+    def __init__(self, total: int, done: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as RichProgress
+
+        self._pace = _Pace(total, done)
+        self._bar = RichProgress(
+            TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"),
+            console=Console(stderr=True),
+        )  # fmt: skip
+        self._task = self._bar.add_task("rows", total=total, completed=done, pace="")
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, *, fell_back: bool) -> None:
+        self._pace.advance(fell_back=fell_back)
+        self._bar.update(self._task, completed=self._pace.done, pace=self._pace.text())

@@ -1,0 +1,146 @@
+"""Ways of predicting: a constant prompt, a model asked with or without examples, or one of your own.
+
+    python -m submission predict test.csv -o submission.csv --recover constant
+    python -m submission predict test.csv -o submission.csv --recover mymodule:MyRecover --recover-config my.toml
+
+`module:object` names either a function `(pairs, budget) -> Iterator[Prediction]` or a class that is made
+with a `Setup` and whose instances are called so. A class attribute `uses_model = False` (or a function's)
+says that no model is needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from submission.answers import is_blank
+from submission.config import from_mapping
+from submission.errors import UserError
+from submission.templates import Template
+from submission.types import Backend, Budget, Pair, Prediction, Recover, Request, Sampling, Triplet
+
+DEFAULT_PROMPT = "Please rewrite this text in a different tone and style while keeping its original meaning."
+"""The answer when there is no better one: a plain sentence near many rewrite prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a way of predicting is made from.
+
+    Attributes:
+        load_backend: loads the model on the first call and returns the same one after that.
+        template: layout of the prompts.
+        shots: solved examples.
+        sampling: how answers are drawn.
+        config: the content of `--recover-config`.
+    """
+
+    load_backend: Callable[[], Backend]
+    template: Template
+    shots: Sequence[Triplet] = ()
+    sampling: Sampling = Sampling()
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Ask:
+    """Asks the model once per pair, behind the examples if there are any: zero-shot and few-shot."""
+
+    uses_model = True
+
+    def __init__(self, setup: Setup) -> None:
+        from_mapping(_NoOptions, setup.config, "recover zero_shot and few_shot")
+        self._backend = setup.load_backend()
+        self._setup = setup
+
+    def __call__(self, pairs: Iterable[Pair], budget: Budget) -> Iterator[Prediction]:
+        """See `submission.types.Recover`."""
+        del budget  # the driver stops when it is spent
+        template, shots, sampling = self._setup.template, self._setup.shots, self._setup.sampling
+        requests = (Request(pair.id, template.render(pair, shots), sampling) for pair in pairs)
+        for key, completions in self._backend.generate(requests):
+            completion = completions[0]
+            text = template.parse(completion.text)
+            blank = is_blank(text)
+            yield Prediction(
+                id=key,
+                text="" if blank else text,
+                status="failed" if blank else "ok",
+                reason="empty answer" if blank else "",
+                raw=completion.text,
+                prompt_tokens=completion.prompt_tokens,
+                truncated=completion.truncated,
+            )
+
+
+class Constant:
+    """The same prompt for every pair: the floor that anything else must beat."""
+
+    uses_model = False
+
+    def __init__(self, setup: Setup) -> None:
+        self._prompt = from_mapping(_ConstantOptions, setup.config, "recover constant").prompt
+        if is_blank(self._prompt):
+            raise UserError(f"option prompt={self._prompt!r} for recover constant is blank or reads as null")
+
+    def __call__(self, pairs: Iterable[Pair], budget: Budget) -> Iterator[Prediction]:
+        """See `submission.types.Recover`."""
+        del budget
+        for pair in pairs:
+            yield Prediction(pair.id, self._prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class _NoOptions:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class _ConstantOptions:
+    prompt: str = DEFAULT_PROMPT
+
+
+RECOVERS: dict[str, Callable[[Setup], Recover]] = {"zero_shot": Ask, "few_shot": Ask, "constant": Constant}
+
+
+@dataclass(frozen=True, slots=True)
+class RecoverSource:
+    """A way of predicting that was found by its name and can be made."""
+
+    name: str
+    make: Callable[[Setup], Recover]
+    uses_model: bool
+
+
+def find_recover(name: str) -> RecoverSource:
+    """Find a way of predicting by name or `module:object`.
+
+    Raises:
+        UserError: it is unknown, cannot be imported or cannot be called; lists what exists.
+    """
+    plain = name.replace("-", "_")
+    if plain in RECOVERS:
+        return RecoverSource(plain, RECOVERS[plain], plain != "constant")
+    module_name, colon, object_name = name.partition(":")
+    if not colon:
+        raise UserError(f"unknown recover {name!r}; there are: {', '.join(RECOVERS)}, or module:object of your own")
+    if os.getcwd() not in sys.path:  # the installed command does not look there by itself
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in object_name.split("."):
+            found = getattr(found, part)
+    except ImportError as error:
+        raise UserError(f"recover {name}: the module cannot be imported: {error}") from error
+    except AttributeError:
+        raise UserError(f"recover {name}: module {module_name} has no {object_name!r}") from None
+    if not callable(found):
+        raise UserError(f"recover {name} is neither a function nor a class")
+    uses_model = bool(getattr(found, "uses_model", True))
+    if inspect.isclass(found):
+        return RecoverSource(name, cast(Callable[[Setup], Recover], found), uses_model)
+    return RecoverSource(name, lambda _: cast(Recover, found), uses_model)

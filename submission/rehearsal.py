@@ -1,0 +1,73 @@
+"""What a run would take, before it is started: rows, tokens, memory, time.
+
+python -m submission predict test.csv -o submission.csv --dry-run
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+from submission.errors import UserError
+from submission.journal import journal_path, read_finished
+from submission.plan import RunConfig, plan
+from submission.retry import answer_all
+from submission.types import Budget
+
+_SAMPLE = 5  # rows that are answered to measure the speed
+
+
+def rehearse(config: RunConfig, say: Callable[[str], None]) -> dict[str, float]:
+    """Count the prompts' tokens and time a few rows of every length; writes nothing.
+
+    Returns:
+        rows, rows_left, tokens (prompt tokens in all), longest (of one prompt), truncated (rows),
+        memory_mb (peak so far, model included), seconds (to be expected for the rows left, loading included).
+
+    Raises:
+        UserError: as `predict`.
+    """
+    checked = plan(config)
+    finished = {} if config.fresh else read_finished(journal_path(config.output))
+    left = [pair for pair in checked.pairs if pair.id not in finished]
+    figures: dict[str, float] = {"rows": len(checked.pairs), "rows_left": len(left)}
+    if checked.spec is None:
+        say("no model is used: the run takes no time to speak of")
+        return figures
+    encoder = checked.spec.load_encoder()
+    room = checked.spec.options.context - config.sampling.max_new_tokens
+    if room < 64:
+        raise UserError(f"--max-new-tokens {config.sampling.max_new_tokens} leaves no room for a prompt")
+    encoded = [encoder.encode(checked.template.render(pair, checked.shots), room) for pair in left]
+    lengths = sorted(range(len(left)), key=lambda index: len(encoded[index].ids))
+    step = max(1, len(lengths) // _SAMPLE)
+    sample = [left[index] for index in lengths[step // 2 :: step][:_SAMPLE]]
+    began = time.monotonic()
+    recover = checked.recover.make(checked.setup())
+    loading = time.monotonic() - began
+    began = time.monotonic()
+    answers = list(answer_all(recover, sample, Budget()))
+    each = (time.monotonic() - began) / len(answers) if answers else 0.0
+    figures |= {
+        "tokens": sum(len(prompt.ids) for prompt in encoded),
+        "longest": max((len(prompt.ids) for prompt in encoded), default=0),
+        "truncated": sum(prompt.truncated for prompt in encoded),
+        "memory_mb": round(_peak_memory() / 1e6),
+        "seconds": round(loading + each * len(left), 1),
+    }
+    say(f"rows       {len(left)} to compute of {len(checked.pairs)}")
+    say(f"tokens     {figures['tokens']:.0f} in the prompts, {figures['longest']:.0f} in the longest, up to "
+        f"{config.sampling.max_new_tokens * len(left)} new ones")  # fmt: skip
+    say(f"truncated  {figures['truncated']:.0f} rows have texts cut to fit {room} tokens")
+    say(f"memory     {figures['memory_mb']:.0f} MB at the peak of {len(sample)} sample rows")
+    say(f"time       about {figures['seconds']:.0f} s ({loading:.1f} s loading, {each:.2f} s a row)")
+    return figures
+
+
+def _peak_memory() -> float:
+    """Peak resident memory of this process in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak if sys.platform == "darwin" else peak * 1024)

@@ -1,0 +1,180 @@
+"""One run of the predictor, from a table of pairs to a valid submission.csv.
+
+    read pairs -> skip rows already in the journal -> Recover -> journal -> fill with the fallback at the end
+    or at the deadline -> write whole -> read back and validate
+
+The driver alone owns journal, deadline, fallback and files.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from submission.deadline import Interrupted, Timetable, Watchdog, process_start
+from submission.guard import Orders, guarded
+from submission.journal import Journal, journal_path
+from submission.manifest import Manifest
+from submission.outcome import BLANK_INPUT, Summary, finish, print_summary
+from submission.plan import Plan, RunConfig, plan
+from submission.progress import show_progress
+from submission.retry import answer_all
+from submission.types import Budget, Prediction, Recover
+
+
+def predict(config: RunConfig, say: Callable[[str], None]) -> Summary:
+    """Run to the end, the deadline or a signal.
+
+    Args:
+        config: what to do.
+        say: takes lines for people.
+
+    Raises:
+        UserError: something is missing or wrong; nothing was overwritten.
+        Interrupted: a signal stopped the run; the journal holds what was finished.
+    """
+    started = process_start()
+    run_plan = plan(config)
+    return _Run(run_plan, started, say).run()
+
+
+class _Run:
+    """The state of one run that the main thread and the watchdog share."""
+
+    def __init__(self, run_plan: Plan, started: float, say: Callable[[str], None]) -> None:
+        self._plan = run_plan
+        self._config = run_plan.config
+        self._started = started
+        self._say = say
+        self._times = Timetable.until(self._config.deadline, started) if self._config.deadline else None
+        self._journal = Journal(journal_path(self._config.output), run_plan.fingerprint, fresh=self._config.fresh)
+        self._manifest = Manifest(self._config.output, run_plan.fingerprint)
+        self._resumed = sum(pair.id in self._journal.finished for pair in run_plan.pairs)
+        self._computed = 0
+        self._computing_since: float | None = None
+        self._computing_seconds = 0.0
+        self._finishing = threading.Lock()
+
+    def run(self) -> Summary:
+        if self._journal.damaged:
+            self._say(
+                f"{self._journal.damaged} damaged lines of the journal are left out; their rows are computed again"
+            )
+        if self._resumed:
+            self._say(f"resuming: {self._resumed} of {len(self._plan.pairs)} rows are in the journal")
+        watchdog = Watchdog(
+            takeover_at=self._times.thread if self._times else None,
+            take_over=self._take_over,
+            stop_now=self._stop_now,
+            tick=self._journal.sync_if_due,
+        )
+        try:
+            with guarded(self._orders()), watchdog:
+                late = self._compute()
+                # Beyond this point the watchdog thread finds the lock taken; the guard still stands by.
+                self._finishing.acquire()
+                watchdog.stand_down()
+                summary = self._finish()
+                if late:
+                    # Freeing a large model or joining a busy thread may take longer than is left.
+                    self._end_process(summary)
+        except Interrupted:
+            self._manifest.write(self._config, self._plan, state="interrupted")
+            self._say(self._how_to_resume())
+            raise
+        finally:
+            self._journal.close()
+        return summary
+
+    def _compute(self) -> bool:
+        """Answer all rows that are not in the journal; True if the deadline came first."""
+        todo = [pair for pair in self._plan.pairs if pair.id not in self._journal.finished]
+        ask = [pair for pair in todo if pair.rewritten_text.strip()]
+        # The model is loaded before the journal is touched: a run that cannot start changes nothing.
+        recover: Recover | None = self._plan.recover.make(self._plan.setup()) if ask else None
+        self._journal.begin()
+        self._manifest.write(self._config, self._plan, state="running")
+        budget = Budget(self._times.stop if self._times else None)
+        with show_progress(len(self._plan.pairs), self._resumed) as progress:
+            for pair in todo:
+                if not pair.rewritten_text.strip():
+                    self._journal.append(Prediction(pair.id, "", "failed", BLANK_INPUT))
+                    progress.advance(fell_back=True)
+            if recover is None:
+                return False
+            self._computing_since = time.monotonic()
+            for prediction in answer_all(recover, ask, budget):
+                if prediction.status != "unfinished":
+                    self._journal.append(prediction)
+                    self._computed += 1
+                    progress.advance(fell_back=prediction.status == "failed")
+                if budget.remaining() == 0:
+                    return True
+            self._stop_clock()
+        return False
+
+    def _stop_clock(self) -> None:
+        if self._computing_since is not None:
+            self._computing_seconds = time.monotonic() - self._computing_since
+            self._computing_since = None
+
+    def _finish(self) -> Summary:
+        self._stop_clock()
+        summary = finish(
+            self._config.output,
+            self._plan.pairs,
+            self._journal.snapshot(),
+            fallback=self._config.fallback,
+            max_failures=self._config.max_failures,
+            computed=self._computed,
+            seconds=time.monotonic() - self._started,
+            computing_seconds=self._computing_seconds,
+        )
+        self._journal.sync()
+        self._manifest.write(self._config, self._plan, state="complete", summary=summary)
+        return summary
+
+    def _take_over(self) -> None:
+        """The watchdog's thread finishes the run: the main thread is in a call that takes too long."""
+        if not self._finishing.acquire(blocking=False):
+            return
+        try:
+            summary = self._finish()
+        except BaseException as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+        self._end_process(summary)
+
+    def _end_process(self, summary: Summary) -> NoReturn:
+        sys.stderr.write("\n")
+        print_summary(summary, as_json=self._config.as_json)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(summary.exit_code)
+
+    def _stop_now(self, exit_code: int) -> None:
+        self._journal.sync()
+        sys.stderr.write(f"\n{self._how_to_resume()}\n")
+        sys.stderr.flush()
+        os._exit(exit_code)
+
+    def _how_to_resume(self) -> str:
+        done = sum(pair.id in self._journal.finished for pair in self._plan.pairs)
+        return (
+            f"stopped: {done} of {len(self._plan.pairs)} rows are safe in {self._journal.path}\n"
+            "Run the same command again to go on from there."
+        )
+
+    def _orders(self) -> Orders | None:
+        if self._times is None:
+            return None
+        config = self._config
+        return Orders(
+            pid=os.getpid(), started=self._started, act_at=self._times.guard, input=str(config.input),
+            encoding=config.encoding, limit=config.limit, output=str(config.output), fallback=config.fallback,
+            max_failures=config.max_failures, as_json=config.as_json, resumed=self._resumed,
+        )  # fmt: skip

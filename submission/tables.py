@@ -1,0 +1,282 @@
+"""The one reader and writer of tables for the whole project: CSV or Parquet in, CSV out.
+
+A real row of the competition's public test set, shortened:
+
+    id,original_text,rewritten_text
+    -1,"The competition dataset comprises text passages ...","Here is your shanty: (Verse 1) ..."
+
+Ids are text, kept to the letter (`-1`, `007`, UUIDs); texts are never interpreted (`NA` is a word).
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from submission.errors import UserError
+from submission.types import Pair, Triplet
+
+PAIR_COLUMNS = ("id", "original_text", "rewritten_text")
+TRIPLET_COLUMNS = (*PAIR_COLUMNS, "rewrite_prompt")
+PREDICTION_COLUMNS = ("id", "rewrite_prompt")
+
+_SHOWN = 5  # how many offending lines an error lists
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record of a table: where it stands (`line 7`, `row 6`) and its cells, in the order asked for."""
+
+    where: str
+    cells: tuple[str, ...]
+
+
+def read_pairs(path: Path, encoding: str = "utf-8") -> list[Pair]:
+    """Read the pairs of a CSV or Parquet file, in file order.
+
+    Raises:
+        UserError: the file is missing, empty, undecodable or malformed, a column is missing, an id is
+            null or appears twice. The message names the lines.
+    """
+    rows = read_table(path, PAIR_COLUMNS, encoding)
+    check_ids(path, rows)
+    return [Pair(*row.cells) for row in rows]
+
+
+def read_triplets(path: Path, encoding: str = "utf-8") -> list[Triplet]:
+    """Read pairs with their known prompts; rows whose prompt or rewritten text is blank are left out.
+
+    Raises:
+        UserError: as `read_pairs`, or when no row is left.
+    """
+    rows = read_table(path, TRIPLET_COLUMNS, encoding)
+    check_ids(path, rows)
+    triplets = [
+        Triplet(Pair(*row.cells[:3]), row.cells[3]) for row in rows if row.cells[2].strip() and row.cells[3].strip()
+    ]
+    if not triplets:
+        raise UserError(f"{path}: no row has both a rewritten_text and a rewrite_prompt")
+    return triplets
+
+
+def read_table(path: Path, columns: Sequence[str], encoding: str = "utf-8", *, exact: bool = False) -> list[Row]:
+    """Read `columns` of a CSV or Parquet file (told apart by content) as text; nulls become blanks.
+
+    Args:
+        path: the file.
+        columns: names of the columns to read, in the order wanted.
+        encoding: of a CSV file.
+        exact: refuse a table with other columns, or another order of them.
+
+    Raises:
+        UserError: see `read_pairs`.
+    """
+    content = _read_bytes(path)
+    if content.startswith(b"PAR1"):
+        return _parse_parquet(path, content, columns, exact=exact)
+    for magic, kind, tool in ((b"PK\x03\x04", "a zip archive", "unzip"), (b"\x1f\x8b", "gzipped", "gunzip")):
+        if content.startswith(magic):
+            raise UserError(f"{path} is {kind}, not a CSV or Parquet file: {tool} it first")
+    return _parse_csv(path, _decode(path, content, encoding), columns, exact=exact)
+
+
+def check_ids(path: Path, rows: Sequence[Row]) -> None:
+    """Refuse null ids and ids that appear twice; the first cell of each row is its id.
+
+    Raises:
+        UserError: names the lines, and for a duplicate the line of its first appearance.
+    """
+    null = [row.where for row in rows if not row.cells[0].strip()]
+    if null:
+        raise UserError(f"{path}: null id on {_some(null)}\nEvery row needs an id; fill it in or drop the row.")
+    first: dict[str, str] = {}
+    duplicates = [
+        f"{row.where} (id {row.cells[0]!r}, first on {first[row.cells[0]]})"
+        for row in rows
+        if first.setdefault(row.cells[0], row.where) != row.where
+    ]
+    if duplicates:
+        raise UserError(f"{path}: duplicate id on {_some(duplicates)}\nEvery id must appear once.")
+
+
+def write_predictions(path: Path, predictions: Iterable[tuple[str, str]]) -> None:
+    """Write `(id, rewrite_prompt)` rows as a CSV that appears whole or not at all."""
+    write_table(path, PREDICTION_COLUMNS, predictions)
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write a UTF-8 CSV that appears whole or not at all; reading it back gives the same cells."""
+    with atomic_writer(path) as file:
+        plain = csv.writer(file, lineterminator="\n")
+        # The csv module leaves a lone carriage return bare, which reads back as a line break.
+        quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        plain.writerow(columns)
+        for row in rows:
+            (quoted if any("\r" in cell for cell in row) else plain).writerow(row)
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[IO[str]]:
+    """Open a text file beside `path` that takes its place, synced to disk, when the block ends well."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with open(handle, "w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_writable(path: Path) -> None:
+    """Refuse an output path that could not be written at the end of a run.
+
+    Raises:
+        UserError: the path is a folder, its folder does not exist or cannot be written to.
+    """
+    if path.is_dir():
+        raise UserError(f"output {path} is a folder: name a file, such as {path / 'submission.csv'}")
+    if not path.parent.is_dir():
+        raise UserError(f"output folder {path.parent} does not exist: create it with mkdir -p {path.parent}")
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        os.unlink(name)
+        if path.exists():
+            with path.open("ab"):
+                pass
+    except OSError as error:
+        raise UserError(f"output {path} cannot be written: {error.strerror}") from error
+
+
+def digest_pairs(pairs: Iterable[Pair]) -> str:
+    """SHA-256 over ids and texts in order: the same for a CSV and a Parquet file of the same rows."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for cell in (pair.id, pair.original_text, pair.rewritten_text):
+            content = cell.encode("utf-8", "surrogatepass")
+            digest.update(len(content).to_bytes(8, "little"))
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def _read_bytes(path: Path) -> bytes:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a CSV or Parquet file")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if not content.strip():
+        raise UserError(f"{path} is empty: a header line with {', '.join(PAIR_COLUMNS)} is expected")
+    return content
+
+
+def _decode(path: Path, content: bytes, encoding: str) -> str:
+    try:
+        # "utf-8-sig" is UTF-8 that also takes a byte order mark.
+        return content.decode("utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding)
+    except LookupError:
+        raise UserError(f"unknown --encoding {encoding!r}: try utf-8, cp1252, latin-1 or utf-16") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        guess = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
+        raise UserError(
+            f"{path}: line {line}, byte offset {error.start}: {content[error.start : error.start + 1]!r} "
+            f"is not valid {encoding}\nIf the file has another encoding, name it: --encoding {guess}"
+        ) from None
+    except UnicodeError as error:
+        raise UserError(f"{path} is not valid {encoding}: {error}") from None
+
+
+def _parse_csv(path: Path, text: str, columns: Sequence[str], *, exact: bool) -> list[Row]:
+    # The standard module tells line numbers and takes NUL, CRLF, embedded newlines and megabyte cells.
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[Row] = []
+    line = 1
+    try:
+        header = next(reader)
+        while not header:
+            header = next(reader)
+        where = _columns_in(path, header, columns, exact=exact)
+        line = reader.line_num + 1
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                raise UserError(
+                    f"{path}: line {line} has {len(cells)} fields, the header has {len(header)}\n"
+                    "Texts that hold commas, quotes or newlines must be quoted."
+                )
+            if cells:
+                rows.append(Row(f"line {line}", tuple(cells[index] for index in where)))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}: the row that starts on line {line} is not valid CSV: {error}") from None
+    except StopIteration:
+        raise UserError(f"{path} is empty: a header line with {', '.join(columns)} is expected") from None
+    return rows
+
+
+def _parse_parquet(path: Path, content: bytes, columns: Sequence[str], *, exact: bool) -> list[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content))
+        _columns_in(path, file.schema_arrow.names, columns, exact=exact)
+        table = file.read(columns=list(columns))
+        cells = [[_text(value) for value in table.column(name).to_pylist()] for name in columns]
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a readable Parquet file: {error}") from None
+    return [Row(f"row {number}", row) for number, row in enumerate(zip(*cells, strict=True), start=1)]
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return str(value)
+
+
+def _columns_in(path: Path, header: Sequence[str], columns: Sequence[str], *, exact: bool) -> list[int]:
+    missing = [name for name in columns if name not in header]
+    if missing:
+        close = {name: difflib.get_close_matches(name, header, n=1, cutoff=0.7) for name in missing}
+        hints = "".join(f"; is {match[0]!r} meant to be {name!r}?" for name, match in close.items() if match)
+        found = ", ".join(repr(name) for name in header[:20])
+        raise UserError(f"{path}: missing column {', '.join(missing)}\nFound: {found}{hints}")
+    twice = [name for name in columns if list(header).count(name) > 1]
+    if twice:
+        raise UserError(f"{path}: column {', '.join(twice)} appears more than once in the header")
+    if exact and list(header) != list(columns):
+        raise UserError(
+            f"{path}: the columns must be {','.join(columns)} and no others\nFound: {','.join(header[:20])}"
+        )
+    return [list(header).index(name) for name in columns]
+
+
+def _some(items: Sequence[str]) -> str:
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return ", ".join(items[:_SHOWN]) + more
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,122 @@
+"""Fixtures: small tables, the command line as a user runs it, real small models."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from submission.models import embedded_gguf
+from submission.types import Pair
+
+ROOT = Path(__file__).resolve().parent.parent
+PAIR_HEADER = ("id", "original_text", "rewritten_text")
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The JSON line, the last of standard output."""
+        summary: dict[str, Any] = json.loads(self.out.splitlines()[-1])
+        return summary
+
+
+Cli = Callable[..., Finished]
+
+
+def command(*arguments: object) -> list[str]:
+    """The command line of `python -m submission` with arguments."""
+    return [sys.executable, "-m", "submission", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    """The environment of a user who runs from the checkout."""
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    """Run `python -m submission ...` in a process of its own, in the test's folder."""
+
+    def run(*arguments: object, timeout: float = 300) -> Finished:
+        done = subprocess.run(
+            command(*arguments),
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+def write_csv(path: Path, rows: Sequence[Sequence[str]], header: Sequence[str] = PAIR_HEADER) -> Path:
+    """Write a CSV as any program would."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+    return path
+
+
+def read_csv(path: Path) -> list[list[str]]:
+    """All rows of a CSV, header included."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+@pytest.fixture
+def pairs_csv(tmp_path: Path) -> Path:
+    """Twenty pairs with ids 00 to 19."""
+    rows = [(f"{number:02}", f"An original text, {number}.", f"A rewritten text: {number}!") for number in range(20)]
+    return write_csv(tmp_path / "test.csv", rows)
+
+
+@pytest.fixture(scope="session")
+def example_pairs() -> list[Pair]:
+    """The pairs of examples/test.csv."""
+    return [Pair(*row) for row in read_csv(ROOT / "examples" / "test.csv")[1:]]
+
+
+@pytest.fixture(scope="session")
+def gguf() -> Path:
+    """The embedded model's file."""
+    path = embedded_gguf()
+    assert path is not None, "pip install 'prompt-recovery[embedded]'"
+    return path
+
+
+@pytest.fixture(scope="session")
+def hf_folder(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model as a transformers folder, dequantised to float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder = tmp_path_factory.mktemp("hf")
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    return folder

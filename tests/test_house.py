@@ -1,0 +1,92 @@
+"""The house keeps its shape: imports follow the arrows, metadata is sound, nothing heavy loads early."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, environment
+
+ROOMS = ("submission", "eval", "train", "ensemble")
+MAY_IMPORT = {
+    "submission": set(),
+    "eval": {"submission"},
+    "train": {"submission", "eval"},
+    "ensemble": {"submission", "eval"},
+}
+HEAVY = {"torch", "transformers", "llama_cpp", "pandas", "numpy", "pyarrow", "peft", "sentence_transformers"}
+
+
+def imported(path: Path, *, top_level: bool = False) -> Iterator[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_follow_the_arrows(room: str) -> None:
+    for path in (ROOT / room).rglob("*.py"):
+        others = {name.split(".")[0] for name in imported(path)} & set(ROOMS) - {room}
+        assert others <= MAY_IMPORT[room], f"{path} imports {others}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_heavy_packages_are_not_imported_at_the_top_of_a_module(room: str) -> None:
+    for path in (ROOT / room).rglob("*.py"):
+        top = {name.split(".")[0] for name in imported(path, top_level=True)}
+        assert not top & HEAVY, f"{path} imports {top & HEAVY} at its top"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_each_room_is_a_typed_package_and_a_command(room: str) -> None:
+    assert (ROOT / room / "py.typed").is_file()
+    done = subprocess.run(
+        [sys.executable, "-m", room, "--help"], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert room in done.stdout
+
+
+@pytest.mark.parametrize("room", ["train", "eval", "ensemble"])
+def test_an_empty_room_does_not_pretend_to_work(room: str) -> None:
+    done = subprocess.run([sys.executable, "-m", room, "run"], env=environment(), capture_output=True, check=False)
+    assert done.returncode == 2
+    assert b"Nothing of it is built yet" in done.stdout
+
+
+def test_kernel_metadata_is_json_with_the_internet_off() -> None:
+    metadata = json.loads((ROOT / "kernel-metadata.json").read_text())
+    assert metadata["enable_internet"] is False
+    assert metadata["is_private"] is True
+    assert metadata["competition_sources"] == ["llm-prompt-recovery"]
+
+
+def test_constraints_pin_every_dependency() -> None:
+    pins = (ROOT / "constraints.txt").read_text()
+    names = {re.split("==", line)[0].lower().replace("_", "-") for line in pins.splitlines() if "==" in line}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
+    for requirement in wanted:
+        name = re.split(r"[\[<>=]", requirement)[0].lower()
+        assert name == "prompt-recovery" or name in names, f"{name} is not pinned"
+    assert "torch==2.13.0" in pins.splitlines()
+
+
+def test_nothing_loads_pickles_or_remote_code() -> None:
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            assert "trust_remote_code=True" not in text.replace(" ", ""), path
+            assert "pickle" not in set(imported(path)), path

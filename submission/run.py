@@ -93,7 +93,7 @@ class _Run:
     def _compute(self) -> bool:
         """Answer all rows that are not in the journal; True if the deadline came first."""
         todo = [pair for pair in self._plan.pairs if pair.id not in self._journal.finished]
-        ask = [pair for pair in todo if pair.rewritten_text.strip()]
+        ask = [pair for pair in todo if _says_something(pair.rewritten_text)]
         # The model is loaded before the journal is touched: a run that cannot start changes nothing.
         recover: Recover | None = self._plan.recover.make(self._plan.setup()) if ask else None
         self._journal.begin()
@@ -101,7 +101,7 @@ class _Run:
         budget = Budget(self._times.stop if self._times else None)
         with show_progress(len(self._plan.pairs), self._resumed) as progress:
             for pair in todo:
-                if not pair.rewritten_text.strip():
+                if not _says_something(pair.rewritten_text):
                     self._journal.append(Prediction(pair.id, "", "failed", BLANK_INPUT))
                     progress.advance(fell_back=True)
             if recover is None:
@@ -178,3 +178,8 @@ class _Run:
             encoding=config.encoding, limit=config.limit, output=str(config.output), fallback=config.fallback,
             max_failures=config.max_failures, as_json=config.as_json, resumed=self._resumed,
         )  # fmt: skip
+
+
+def _says_something(text: str) -> bool:
+    """Whether there is a rewrite to recover a prompt from."""
+    return bool(text.replace("\0", "").strip())

@@ -45,14 +45,17 @@ class Template:
         instruction = self.instruction
         for shot in shots:
             messages.append(Message("user", self._ask(shot.pair, instruction, SHOT_CHARS)))
-            messages.append(Message("assistant", (Part(clean_answer(shot.rewrite_prompt), trusted=False),)))
+            messages.append(Message("assistant", (Part(" ".join(shot.rewrite_prompt.split()), trusted=False),)))
             instruction = ""
         messages.append(Message("user", self._ask(pair, instruction)))
         return Chat(tuple(messages), self.prefix)
 
     def parse(self, completion: str) -> str:
-        """The rewrite prompt in a model's completion: one line, blank when there is none."""
-        return clean_answer(self.prefix + completion)
+        """The rewrite prompt in a model's completion: one line, blank when there is none.
+
+        A completion that begins with a letter does not go on from the prefix but begins anew.
+        """
+        return clean_answer(completion if completion[:1].isalnum() else self.prefix + completion)
 
     def fingerprint(self) -> str:
         """Changes whenever the layout does."""
@@ -94,13 +97,10 @@ TEMPLATES: dict[str, Template] = {
         ),
         Template(
             name="short",
-            about="one question, for small models; the answer is made to begin with 'Rewrite this'",
-            instruction="",
-            question=(
-                "What one-sentence instruction turns the original text into the rewritten text? Answer with the "
-                "instruction only."
-            ),
-            prefix="Rewrite this",
+            about="one question, for small models; the answer is made to begin with 'Rewrite this text'",
+            instruction="Below are a text and a rewrite of it.",
+            question=("How was the text changed? Name the new style, tone, form or audience in one short instruction."),
+            prefix="Rewrite this text",
         ),
         Template(
             name="few_shot",

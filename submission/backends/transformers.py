@@ -54,6 +54,8 @@ def check(spec: ModelSpec) -> None:
         require("peft", "hf", "a PEFT adapter")
     if spec.options.load_in_4bit:
         require("bitsandbytes", "hf", "--load-in-4bit")
+        if path.is_file():
+            raise UserError("--load-in-4bit takes a transformers folder, not a GGUF file: name one with --model")
     if path.is_file():
         require("gguf", "hf", "a GGUF file as a transformers model")
     if spec.options.dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -278,8 +280,6 @@ def _load_model(path: Path, adapter: Path | None, options: Options) -> Any:
         # Without `dequantize` the weights stay packed, at half the speed.
         arguments |= {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
     if options.load_in_4bit:
-        if path.is_file():
-            raise UserError("--load-in-4bit takes a transformers folder, not a GGUF file")
         from transformers import BitsAndBytesConfig
 
         arguments["quantization_config"] = BitsAndBytesConfig(

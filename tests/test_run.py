@@ -1,0 +1,298 @@
+"""Runs of the command line with the scripted backend: whole, resumed, failing, stopped, late."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from submission.recover import DEFAULT_PROMPT
+from tests.conftest import Cli, command, environment, read_csv, write_csv
+
+SCRIPTED = ("--backend", "scripted")
+
+
+def prompts(path: Path) -> dict[str, str]:
+    return {row[0]: row[1] for row in read_csv(path)[1:]}
+
+
+def finished_rows(journal: Path) -> list[bytes]:
+    """The whole lines of a journal, header left out."""
+    content = journal.read_bytes() if journal.exists() else b""
+    return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)[1:]
+
+
+def test_a_run_writes_every_row_in_the_order_of_the_input(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
+    done = cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--set", "batch=3", "--json")
+    assert done.code == 0, done.err
+    rows = read_csv(tmp_path / "s.csv")
+    assert rows[0] == ["id", "rewrite_prompt"]
+    assert [row[0] for row in rows[1:]] == [f"{number:02}" for number in range(20)]
+    assert rows[8][1] == "Rewrite the text as row 07 asks."
+    assert {"rows": 20, "fallbacks": 0, "truncated": 0, "computed": 20}.items() <= done.summary.items()
+    assert done.summary["output"] == "s.csv"
+    assert (tmp_path / done.summary["journal"]).exists()
+    manifest = json.loads((tmp_path / "s.csv.run.json").read_text())
+    assert manifest["state"] == "complete"
+    assert manifest["result"] == done.summary
+    assert cli("validate", "s.csv", pairs_csv).code == 0
+
+
+def test_the_same_command_again_computes_nothing_and_changes_nothing(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
+    cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED)
+    before = (tmp_path / "s.csv").read_bytes(), (tmp_path / "s.csv.journal.jsonl").read_bytes()
+    (tmp_path / "s.csv").unlink()
+    done = cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--json")
+    assert done.summary["computed"] == 0
+    assert done.summary["rows_per_second"] == 0
+    assert ((tmp_path / "s.csv").read_bytes(), (tmp_path / "s.csv.journal.jsonl").read_bytes()) == before
+
+
+def test_a_run_with_other_options_is_refused_unless_fresh(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
+    cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED)
+    before = (tmp_path / "s.csv").read_bytes()
+    other = ("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--template", "detailed")
+    refused = cli(*other)
+    assert refused.code == 2
+    assert "template: the journal has short:" in refused.err
+    assert "--fresh" in refused.err
+    assert (tmp_path / "s.csv").read_bytes() == before
+    assert cli(*other, "--fresh").code == 0
+    assert cli(*other).code == 0
+
+
+def test_a_changed_input_is_refused(cli: Cli, pairs_csv: Path) -> None:
+    cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED)
+    pairs_csv.write_text(pairs_csv.read_text().replace("text, 3", "text, three"))
+    refused = cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED)
+    assert refused.code == 2
+    assert "input: the journal has" in refused.err
+
+
+def test_speed_limit_and_deadline_may_change_between_runs(cli: Cli, pairs_csv: Path) -> None:
+    first = cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--limit", 5, "--json")
+    assert first.summary["rows"] == 5
+    assert cli("validate", "s.csv", pairs_csv, "--limit", 5).code == 0
+    assert cli("validate", "s.csv", pairs_csv).code == 1
+    second = cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--set", "batch=4", "--deadline", "60s", "--json")
+    assert {"rows": 20, "computed": 15}.items() <= second.summary.items()
+
+
+def test_scripted_answers_come_from_a_file(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
+    (tmp_path / "answers.json").write_text(json.dumps([" like a pirate.\n\nBecause it says arr."]))
+    cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--set", "answers=answers.json")
+    assert set(prompts(tmp_path / "s.csv").values()) == {"Rewrite this text like a pirate."}
+
+
+def test_failing_and_empty_rows_take_the_fallback_and_are_counted(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
+    options = ("--set", "fail_ids=03,17", "--set", "empty_ids=05", "--set", "batch=8", "--template", "detailed")
+    done = cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, *options, "--fallback", "Make it new.", "--json")
+    assert done.code == 0
+    assert done.summary["fallbacks"] == 3
+    assert done.summary["reasons"] == {"BackendError: scripted failure": 2, "empty answer": 1}
+    assert {key for key, value in prompts(tmp_path / "s.csv").items() if value == "Make it new."} == {"03", "05", "17"}
+    assert "2 x BackendError: scripted failure" in done.err
+
+
+def test_too_many_failures_give_exit_code_3_and_a_valid_file(cli: Cli, pairs_csv: Path) -> None:
+    fail = ("--set", "fail_ids=00,01,02,03,04")
+    done = cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, *fail, "--json")
+    assert done.code == 3
+    assert done.summary["exit_code"] == 3
+    assert cli("validate", "s.csv", pairs_csv).code == 0
+    assert cli("predict", pairs_csv, "-o", "t.csv", *SCRIPTED, *fail, "--max-failures", "0.25").code == 0
+
+
+def test_blank_and_equal_texts_are_handled(cli: Cli, tmp_path: Path) -> None:
+    rows = [("1", "a", ""), ("2", "", "b"), ("3", "same", "same"), ("4", " ", "\0 "), ("5", "\0a", "b\0")]
+    path = write_csv(tmp_path / "t.csv", rows)
+    done = cli("predict", path, "-o", "s.csv", *SCRIPTED, "--json")
+    assert done.code == 0
+    assert done.summary["reasons"] == {"blank rewritten_text": 2}
+    assert prompts(tmp_path / "s.csv")["1"] == DEFAULT_PROMPT
+    assert prompts(tmp_path / "s.csv")["3"] != DEFAULT_PROMPT
+
+
+def test_header_only_input_gives_a_header_only_submission(cli: Cli, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", [])
+    for options in ((), SCRIPTED, ("--deadline", "30s")):
+        done = cli("predict", path, "-o", "s.csv", *options, "--fresh", "--json")
+        assert done.code == 0, done.err
+        assert done.summary["rows"] == 0
+        assert (tmp_path / "s.csv").read_text() == "id,rewrite_prompt\n"
+
+
+def test_a_constant_needs_no_model(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
+    done = cli("predict", pairs_csv, "-o", "s.csv", "--recover", "constant", "--model", "none.gguf", "--json")
+    assert done.code == 0
+    assert set(prompts(tmp_path / "s.csv").values()) == {DEFAULT_PROMPT}
+    (tmp_path / "c.toml").write_text('prompt = "Make it rhyme."')
+    cli("predict", pairs_csv, "-o", "s.csv", "--recover", "constant", "--recover-config", "c.toml", "--fresh")
+    assert set(prompts(tmp_path / "s.csv").values()) == {"Make it rhyme."}
+
+
+OWN = """
+from submission import Prediction, Request
+
+def shout(pairs, budget):
+    for pair in pairs:
+        assert budget.remaining() > 0
+        yield Prediction(pair.id, pair.rewritten_text.upper())
+shout.uses_model = False
+
+class Ask:
+    def __init__(self, setup):
+        self.setup, self.backend = setup, setup.load_backend()
+    def __call__(self, pairs, budget):
+        for pair in pairs:
+            request = Request(pair.id, self.setup.template.render(pair), self.setup.sampling)
+            for key, completions in self.backend.generate([request]):
+                yield Prediction(key, self.setup.config["start"] + completions[0].text)
+"""
+
+
+def test_a_way_of_ones_own_is_a_function_or_a_class(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "own.toml").write_text('start = "Own: "')
+    assert cli("predict", pairs_csv, "-o", "s.csv", "--recover", "own:shout").code == 0
+    assert prompts(tmp_path / "s.csv")["07"] == "A REWRITTEN TEXT: 7!"
+    done = cli("predict", pairs_csv, "-o", "t.csv", *SCRIPTED, "--recover", "own:Ask", "--recover-config", "own.toml")
+    assert done.code == 0, done.err
+    assert prompts(tmp_path / "t.csv")["07"] == "Own: Rewrite the text as row 07 asks."
+
+
+def test_few_shot_shows_the_examples(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
+    header = ("id", "original_text", "rewritten_text", "rewrite_prompt")
+    write_csv(tmp_path / "shots.csv", [(str(n), f"before {n}", f"after {n}", f"Do {n}") for n in range(5)], header)
+    cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--shots", "shots.csv", "--n-shots", 2, "--recover", "few-shot")
+    page = cli("inspect", "03", "--run", "s.csv").out
+    assert "after 1\n\nInstruction:\n\nassistant: Do 1\n\nuser: Original text:\nAn original text, 3." in page
+    assert "before 2" not in page
+
+
+def test_inspect_shows_one_row_whole(cli: Cli, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", [("-1", "One original text.", "Another.")])
+    cli("predict", path, "-o", "s.csv", *SCRIPTED)
+    page = cli("inspect", "-1", "--run", "s.csv")
+    assert page.code == 0, page.err
+    assert "== original text\nOne original text." in page.out
+    assert "tokens)" in page.out
+    assert "== raw answer\nRewrite the text as row -1 asks." in page.out
+    assert "== parsed answer\nRewrite the text as row -1 asks." in page.out
+    assert "== status\nok\n\n== in the output\nRewrite the text as row -1 asks." in page.out
+    assert cli("inspect", "2", "--run", "s.csv").code == 2
+    assert cli("inspect", "2", "--run", "none.csv").code == 2
+
+
+def test_long_texts_are_cut_and_counted(cli: Cli, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", [("1", "word " * 300_000, "end"), ("2", "a", "b")])
+    done = cli("predict", path, "-o", "s.csv", *SCRIPTED, "--json")
+    assert done.summary["truncated"] == 1
+    page = cli("inspect", "1", "--run", "s.csv").out
+    assert "texts cut to fit" in page
+    assert "How was the text changed?" in page
+
+
+def test_a_dry_run_tells_and_writes_nothing(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
+    done = cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--set", "seconds_per_row=0.05", "--dry-run", "--json")
+    assert done.code == 0, done.err
+    assert done.summary["rows"] == 20
+    assert done.summary["tokens"] > 20
+    assert 0.9 < done.summary["seconds"] < 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["test.csv"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_cleanly_and_the_next_run_goes_on(
+    cli: Cli, pairs_csv: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    arguments = ("predict", pairs_csv, "-o", "s.csv", *SCRIPTED)
+    slow = command(*arguments, "--set", "seconds_per_row=0.2")
+    process = subprocess.Popen(slow, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    journal = tmp_path / "s.csv.journal.jsonl"
+    while len(finished_rows(journal)) < 3:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "Run the same command again" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "s.csv").exists()
+    before = finished_rows(journal)
+    done = cli(*arguments, "--json")
+    assert done.summary["computed"] == 20 - len(before)
+    assert finished_rows(journal)[: len(before)] == before
+
+
+def test_a_signal_stops_a_run_that_hangs_in_a_native_call(pairs_csv: Path, tmp_path: Path) -> None:
+    hanging = command(
+        "predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--set", "hang_ids=04", "--set", "seconds_per_row=0.02"
+    )
+    process = subprocess.Popen(hanging, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    while len(finished_rows(tmp_path / "s.csv.journal.jsonl")) < 4:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    # The sleep of the double ends at the signal and begins anew, as a C library's loop would go on.
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "4 of 20 rows are safe" in said
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [("seconds_per_row=0.3",), ("seconds_per_row=0.05", "stall_every=10", "stall_seconds=60"),
+     ("seconds_per_row=0.05", "hang_ids=12")],
+    ids=["slow", "stalling", "hanging"],
+)  # fmt: skip
+def test_a_deadline_gives_a_whole_file_in_time(cli: Cli, tmp_path: Path, trouble: tuple[str, ...]) -> None:
+    rows = [(str(number), "a", "b") for number in range(300)]
+    path = write_csv(tmp_path / "t.csv", rows)
+    options = [part for setting in trouble for part in ("--set", setting)]
+    start = time.monotonic()
+    done = cli("predict", path, "-o", "s.csv", *SCRIPTED, *options, "--deadline", "6s", "--json")
+    assert time.monotonic() - start < 6
+    assert done.code == 0, done.err
+    late = done.summary["reasons"]["deadline"]
+    assert 200 < late < 300
+    assert done.summary["fallbacks"] == late
+    assert cli("validate", "s.csv", path).code == 0
+    assert len(finished_rows(tmp_path / "s.csv.journal.jsonl")) == 300 - late
+    again = cli("predict", path, "-o", "s.csv", *SCRIPTED, "--json")
+    assert {"computed": late, "fallbacks": 0}.items() <= again.summary.items()
+
+
+def test_a_deadline_holds_even_when_no_python_thread_can_run(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
+    start = time.monotonic()
+    hang = ("--set", "hang_ids=12", "--set", "hang_holds_gil=true")
+    done = cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, *hang, "--deadline", "5s", "--json")
+    assert time.monotonic() - start < 5
+    assert done.code == -signal.SIGKILL
+    assert {"rows": 20, "fallbacks": 8, "computed": 12}.items() <= done.summary.items()
+    assert cli("validate", "s.csv", pairs_csv).code == 0
+    assert json.loads((tmp_path / "s.csv.run.json").read_text())["state"] == "complete"
+
+
+def test_a_late_failure_share_does_not_count_rows_that_the_deadline_filled(cli: Cli, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", [(str(number), "a", "b") for number in range(300)])
+    done = cli("predict", path, "-o", "s.csv", *SCRIPTED, "--set", "seconds_per_row=0.2", "--deadline", "4s", "--json")
+    assert done.summary["fallbacks"] > 250
+    assert done.code == 0
+
+
+def test_kills_lose_no_row_and_repeat_none(tmp_path: Path) -> None:
+    from tests.kill_loop import kill_loop
+
+    report = kill_loop(tmp_path, backend="scripted", rows=60, kills=6, seed=0)
+    assert report["rows"] == 60
+    assert report["kills"] == 6
+
+
+def test_nothing_but_the_files_of_the_run_is_left(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
+    cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--deadline", "60s")
+    assert sorted(os.listdir(tmp_path)) == ["s.csv", "s.csv.journal.jsonl", "s.csv.run.json", "test.csv"]

@@ -147,7 +147,7 @@ def usual_ids(encoder: ChatEncoder, text: str) -> list[int]:
         buffer,
         len(buffer),
         False,
-        True,  # type: ignore[arg-type]
+        True,
     )
     return list(buffer[:count])
 

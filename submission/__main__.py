@@ -177,7 +177,7 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except PromptRecoveryError as error:
+    except (PromptRecoveryError, OSError) as error:  # a full disk, say
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 

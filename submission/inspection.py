@@ -61,8 +61,8 @@ def _prompt(pair: Pair, manifest: dict[str, Any]) -> tuple[str, int, str]:
     spec = model_spec(model["backend"], model["model"], adapter, model["settings"])
     encoder = spec.load_encoder()
     shots = read_triplets(Path(config["shots"]), config["encoding"])[: config["n_shots"]] if config["shots"] else []
-    room = spec.options.context - config["sampling"]["max_new_tokens"]
-    encoded = encoder.encode(get_template(manifest["template"]).render(pair, shots), room)
+    chat = get_template(manifest["template"]).render(pair, shots)
+    encoded = encoder.encode_for(chat, config["sampling"]["max_new_tokens"])
     return encoder.text(encoded.ids), len(encoded.ids), ", texts cut to fit" if encoded.truncated else ""
 
 

@@ -90,6 +90,11 @@ def plan(config: RunConfig) -> Plan:
     pairs = read_pairs(config.input, config.encoding)
     shots = read_triplets(config.shots, config.encoding)[: config.n_shots] if config.shots else []
     spec = model_spec(config.backend, config.model, config.adapter, config.settings) if recover.uses_model else None
+    if spec is not None and config.sampling.max_new_tokens > spec.options.context // 2:
+        raise UserError(
+            f"--max-new-tokens {config.sampling.max_new_tokens} leaves too little of the context of "
+            f"{spec.options.context} tokens to the prompt: lower it, or raise --set context=N"
+        )
     fingerprint = {"input": digest_pairs(pairs), "recover": recover.name}
     if recover_config:
         fingerprint["recover_config"] = repr(sorted(recover_config.items()))

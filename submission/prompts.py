@@ -22,6 +22,8 @@ from submission.types import Chat, Message, Part
 CUT_MARK = " [...] "
 """Stands where the middle of a text was left out."""
 
+_LEAST_PROMPT = 64  # tokens below which no prompt makes sense
+
 _MARKUP = re.compile(r"[<\[].*\w.*[>\]]|.*<\|.*\|>.*", re.DOTALL)
 
 
@@ -68,10 +70,16 @@ class EncodedPrompt:
 
 
 class ChatEncoder:
-    """Encodes chats for one tokenizer."""
+    """Encodes chats for one tokenizer.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Args:
+        tokenizer: of the model.
+        context: tokens that a prompt and its answer may have together.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: int) -> None:
         self.tokenizer = tokenizer
+        self.context = context
         names = sorted(tokenizer.specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names))) if names else None
         markup = sorted(tokenizer.markup, key=len, reverse=True)
@@ -103,6 +111,17 @@ class ChatEncoder:
             f"the prompt needs {len(ids)} tokens even with its texts cut, {max_tokens} fit: raise the context "
             "size or give fewer shots"
         )
+
+    def encode_for(self, chat: Chat, new_tokens: int) -> EncodedPrompt:
+        """Token ids that leave room for an answer of `new_tokens` in the context; see `encode`.
+
+        Raises:
+            BackendError: there is no room for a prompt.
+        """
+        room = self.context - new_tokens
+        if room < _LEAST_PROMPT:
+            raise BackendError(f"{new_tokens} new tokens leave no room for a prompt: the context has {self.context}")
+        return self.encode(chat, room)
 
     def encode_continuation(self, text: str) -> list[int]:
         """Token ids of untrusted text that follows the answer header (or the forced prefix)."""

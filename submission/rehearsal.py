@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from submission.errors import UserError
+from submission.errors import BackendError, UserError
 from submission.journal import journal_path, read_finished
 from submission.plan import RunConfig, plan
 from submission.retry import answer_all
@@ -36,10 +36,13 @@ def rehearse(config: RunConfig, say: Callable[[str], None]) -> dict[str, float]:
         say("no model is used: the run takes no time to speak of")
         return figures
     encoder = checked.spec.load_encoder()
-    room = checked.spec.options.context - config.sampling.max_new_tokens
-    if room < 64:
-        raise UserError(f"--max-new-tokens {config.sampling.max_new_tokens} leaves no room for a prompt")
-    encoded = [encoder.encode(checked.template.render(pair, checked.shots), room) for pair in left]
+    try:
+        encoded = [
+            encoder.encode_for(checked.template.render(pair, checked.shots), config.sampling.max_new_tokens)
+            for pair in left
+        ]
+    except BackendError as error:
+        raise UserError(str(error)) from None
     lengths = sorted(range(len(left)), key=lambda index: len(encoded[index].ids))
     step = max(1, len(lengths) // _SAMPLE)
     sample = [left[index] for index in lengths[step // 2 :: step][:_SAMPLE]]
@@ -59,7 +62,7 @@ def rehearse(config: RunConfig, say: Callable[[str], None]) -> dict[str, float]:
     say(f"rows       {len(left)} to compute of {len(checked.pairs)}")
     say(f"tokens     {figures['tokens']:.0f} in the prompts, {figures['longest']:.0f} in the longest, up to "
         f"{config.sampling.max_new_tokens * len(left)} new ones")  # fmt: skip
-    say(f"truncated  {figures['truncated']:.0f} rows have texts cut to fit {room} tokens")
+    say(f"truncated  {figures['truncated']:.0f} rows have texts cut to fit a context of {encoder.context} tokens")
     say(f"memory     {figures['memory_mb']:.0f} MB at the peak of {len(sample)} sample rows")
     say(f"time       about {figures['seconds']:.0f} s ({loading:.1f} s loading, {each:.2f} s a row)")
     return figures

@@ -9,6 +9,7 @@ The driver alone owns journal, deadline, fallback and files.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -38,7 +39,12 @@ def predict(config: RunConfig, say: Callable[[str], None]) -> Summary:
         Interrupted: a signal stopped the run; the journal holds what was finished.
     """
     started = process_start()
-    run_plan = plan(config)
+    try:
+        run_plan = plan(config)
+    except KeyboardInterrupt:
+        raise Interrupted(signal.SIGINT) from None
+    if config.shots and len(run_plan.shots) < config.n_shots:
+        say(f"{config.shots} has {len(run_plan.shots)} examples of the {config.n_shots} asked for")
     return _Run(run_plan, started, say).run()
 
 

@@ -126,6 +126,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], Callable[[Path], None], tuple[str, ...
     "bad setting": (("--set", "threads=many"), no_setup, ("option threads='many'", "must be a whole number")),
     "setting without value": (("--set", "threads"), no_setup, ("write it as key=value",)),
     "context too small": (("--set", "context=5"), no_setup, ("context", "at least 128")),
+    "answer too long": (("--max-new-tokens", "1500"), no_setup, ("--max-new-tokens 1500 leaves too little",)),
     "bad deadline": (("--deadline", "soon"), no_setup, ("--deadline 'soon' is not a duration", "8h30m")),
     "blank fallback": (("--fallback", "  "), no_setup, ("--fallback '  ' is blank",)),
     "null fallback": (("--fallback", "NaN"), no_setup, ("--fallback 'NaN' is blank or reads as null",)),

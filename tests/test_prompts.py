@@ -97,7 +97,7 @@ def encoders(sentencepiece_folder: Path, sentencepiece_gguf: Path) -> dict[str, 
         "embedded HF": model_spec("transformers").load_encoder(),
         "sentencepiece HF": model_spec("transformers", str(sentencepiece_folder)).load_encoder(),
         "sentencepiece GGUF": model_spec("llama_cpp", str(sentencepiece_gguf)).load_encoder(),
-        "words": ChatEncoder(WordTokenizer()),
+        "words": ChatEncoder(WordTokenizer(), 4000),
     }
 
 

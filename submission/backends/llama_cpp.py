@@ -73,7 +73,8 @@ def load(spec: ModelSpec) -> LlamaCpp:
 
 def load_encoder(spec: ModelSpec) -> ChatEncoder:
     """Load the vocabulary only."""
-    return ChatEncoder(GgufTokenizer(_load_model(resolve_gguf(spec.model), Options(), vocab_only=True)))
+    model = _load_model(resolve_gguf(spec.model), spec.options, vocab_only=True)
+    return ChatEncoder(GgufTokenizer(model), _context_size(model, spec.options))
 
 
 class GgufTokenizer:
@@ -163,8 +164,7 @@ class LlamaCpp:
         self._options = options
         self._model = _load_model(model, options, vocab_only=False)
         self.tokenizer = GgufTokenizer(self._model)
-        self.encoder = ChatEncoder(self.tokenizer)
-        self._room = options.context
+        self.encoder = ChatEncoder(self.tokenizer, _context_size(self._model, options))
         self._context = self._new_context()
         self._memory = llama_cpp.llama_get_memory(self._context)
         if adapter is not None:
@@ -175,14 +175,14 @@ class LlamaCpp:
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion]]]:
         """See `submission.types.Backend`."""
         for request in requests:
-            prompt = self._encode(request.chat, request.sampling.max_new_tokens)
+            prompt = self.encoder.encode_for(request.chat, request.sampling.max_new_tokens)
             yield request.key, self._answer(prompt, request)
 
     def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood]]:
         """See `submission.types.Backend`."""
         for key, chat, continuation in items:
             ids = self.encoder.encode_continuation(continuation)
-            prompt = self._encode(chat, len(ids))
+            prompt = self.encoder.encode_for(chat, len(ids))
             total = 0.0
             for position, token in enumerate(ids):
                 self._feed([*prompt.ids, *ids[:position]])
@@ -194,12 +194,6 @@ class LlamaCpp:
         self._lib.llama_batch_free(self._batch)
         self._lib.llama_free(self._context)
         self._lib.llama_model_free(self._model)
-
-    def _encode(self, chat: Chat, new_tokens: int) -> EncodedPrompt:
-        room = self._room - new_tokens
-        if room < 64:
-            raise BackendError(f"{new_tokens} new tokens leave no room for a prompt: the context has {self._room}")
-        return self.encoder.encode(chat, room)
 
     def _answer(self, prompt: EncodedPrompt, request: Request) -> list[Completion]:
         sampling = request.sampling
@@ -307,7 +301,7 @@ class LlamaCpp:
 
     def _new_context(self) -> Any:
         params = self._lib.llama_context_default_params()
-        params.n_ctx = self._room
+        params.n_ctx = self.encoder.context
         params.n_batch = self._options.batch
         params.n_ubatch = self._options.batch
         params.n_seq_max = 1
@@ -316,7 +310,7 @@ class LlamaCpp:
         context = self._lib.llama_init_from_model(self._model, params)
         if not context:
             raise UserError(
-                f"a context of {self._room} tokens could not be made {_LOG.last_error()}\n"
+                f"a context of {self.encoder.context} tokens could not be made {_LOG.last_error()}\n"
                 "Ask for less: --set context=1024"
             )
         return context
@@ -371,3 +365,19 @@ def _load_model(path: Path, options: Options, *, vocab_only: bool) -> Any:
     if not model:
         raise UserError(f"model {path} cannot be loaded by llama.cpp {_LOG.last_error()}")
     return model
+
+
+def _context_size(model: Any, options: Options) -> int:
+    """The context that was asked for, but no more than the model was trained with."""
+    architecture = _metadata(model, b"general.architecture")
+    # Read from the metadata: a model loaded for its vocabulary only does not know its sizes.
+    trained = _metadata(model, architecture + b".context_length")
+    return min(options.context, int(trained)) if trained.isdigit() else options.context
+
+
+def _metadata(model: Any, key: bytes) -> bytes:
+    import llama_cpp
+
+    buffer = ctypes.create_string_buffer(256)
+    llama_cpp.llama_model_meta_val_str(model, key, buffer, len(buffer))
+    return buffer.value

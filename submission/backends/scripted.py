@@ -79,8 +79,7 @@ def load(spec: ModelSpec) -> Scripted:
 
 def load_encoder(spec: ModelSpec) -> ChatEncoder:
     """An encoder whose tokens are words."""
-    del spec
-    return ChatEncoder(WordTokenizer())
+    return ChatEncoder(WordTokenizer(), spec.options.context)
 
 
 class WordTokenizer:
@@ -136,8 +135,9 @@ class Scripted:
         while batch := list(islice(stream, self._options.batch)):
             self._work([request.key for request in batch])
             self.requests = [*self.requests, *batch][-1000:]
+            encoder = ChatEncoder(WordTokenizer(), self._options.context)  # anew: it keeps all words it sees
             for request in batch:
-                encoded = ChatEncoder(WordTokenizer()).encode(request.chat, self._options.context)
+                encoded = encoder.encode_for(request.chat, request.sampling.max_new_tokens)
                 text = self._answer(request)
                 tokens = len(text.split())
                 completion = Completion(text, -float(tokens), tokens, "stop", len(encoded.ids), encoded.truncated)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from submission.backends.common import stop_at, stream_seed, thread_count
-from submission.errors import BackendError, MissingExtra, UserError
+from submission.errors import MissingExtra, UserError
 from submission.models import check_peft_adapter, content_hash, resolve_folder
 from submission.prompts import ChatEncoder, EncodedPrompt, SpecialToken, looks_like_markup
 from submission.types import Chat, Completion, LogLikelihood, Request, Sampling
@@ -83,8 +83,9 @@ def load(spec: ModelSpec) -> Transformers:
 
 
 def load_encoder(spec: ModelSpec) -> ChatEncoder:
-    """Load the tokenizer only."""
-    return ChatEncoder(HfTokenizer(_load_tokenizer(resolve_folder(spec.model))))
+    """Load the tokenizer and the model's configuration only."""
+    path = resolve_folder(spec.model)
+    return ChatEncoder(HfTokenizer(_load_tokenizer(path)), _context_size(_load_config(path), spec.options))
 
 
 class HfTokenizer:
@@ -138,11 +139,8 @@ class Transformers:
         self._options = options
         self._torch = torch
         self.tokenizer = HfTokenizer(_load_tokenizer(model))
-        self.encoder = ChatEncoder(self.tokenizer)
         self._model = _load_model(model, adapter, options)
-        self._room = min(
-            options.context, int(getattr(self._model.config, "max_position_embeddings", 0) or options.context)
-        )
+        self.encoder = ChatEncoder(self.tokenizer, _context_size(self._model.config, options))
         self._ends = _end_tokens(self._model, self.tokenizer)
         self._pad = self.tokenizer.hf.pad_token_id
         if self._pad is None:
@@ -155,7 +153,7 @@ class Transformers:
             encoded = [
                 (
                     request,
-                    self.encoder.encode(request.chat, self._prompt_room(request.sampling.max_new_tokens)),
+                    self.encoder.encode_for(request.chat, request.sampling.max_new_tokens),
                 )
                 for request in window
             ]
@@ -172,19 +170,13 @@ class Transformers:
         torch = self._torch
         for key, chat, continuation in items:
             ids = self.encoder.encode_continuation(continuation)
-            prompt = self.encoder.encode(chat, self._prompt_room(len(ids)))
+            prompt = self.encoder.encode_for(chat, len(ids))
             with torch.inference_mode():
                 fed = torch.tensor([[*prompt.ids, *ids]], device=self._model.device)
                 # The output head runs on the positions that predict the continuation, not on the prompt.
                 logits = self._model(fed, logits_to_keep=len(ids) + 1).logits[0, :-1].float()
                 chosen = torch.log_softmax(logits, dim=-1).gather(1, fed[0, len(prompt.ids) :, None])
             yield key, LogLikelihood(float(chosen.sum()), len(ids))
-
-    def _prompt_room(self, new_tokens: int) -> int:
-        room = self._room - new_tokens
-        if room < 64:
-            raise BackendError(f"{new_tokens} new tokens leave no room for a prompt: the context has {self._room}")
-        return room
 
     def _answer(
         self, batch: Sequence[tuple[Request, EncodedPrompt]], sampling: Sampling
@@ -248,11 +240,26 @@ class Transformers:
 def _load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
+    return _from_pretrained(AutoTokenizer, path, "tokenizer")
+
+
+def _load_config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, path, "configuration")
+
+
+def _from_pretrained(kind: Any, path: Path, what: str) -> Any:
     folder, file = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **file)
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **file)
     except Exception as error:
-        raise UserError(f"the tokenizer of {path} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the {what} of {path} cannot be loaded: {_first_line(error)}") from error
+
+
+def _context_size(config: Any, options: Options) -> int:
+    """The context that was asked for, but no more than the model was trained with."""
+    return min(options.context, getattr(config, "max_position_embeddings", None) or options.context)
 
 
 def _load_model(path: Path, adapter: Path | None, options: Options) -> Any:

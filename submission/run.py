@@ -156,7 +156,7 @@ class _Run:
         self._end_process(summary)
 
     def _end_process(self, summary: Summary) -> NoReturn:
-        sys.stderr.write("\n")
+        _leave_progress()
         print_summary(summary, as_json=self._config.as_json)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -164,7 +164,8 @@ class _Run:
 
     def _stop_now(self, exit_code: int) -> None:
         self._journal.sync()
-        sys.stderr.write(f"\n{self._how_to_resume()}\n")
+        _leave_progress()
+        sys.stderr.write(f"{self._how_to_resume()}\n")
         sys.stderr.flush()
         os._exit(exit_code)
 
@@ -189,3 +190,8 @@ class _Run:
 def _says_something(text: str) -> bool:
     """Whether there is a rewrite to recover a prompt from."""
     return bool(text.replace("\0", "").strip())
+
+
+def _leave_progress() -> None:
+    """End the line of a progress bar that will never be stopped, and show the cursor that it hid."""
+    sys.stderr.write("\x1b[?25h\n" if sys.stderr.isatty() else "\n")

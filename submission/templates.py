@@ -97,10 +97,10 @@ TEMPLATES: dict[str, Template] = {
         ),
         Template(
             name="short",
-            about="one question, for small models; the answer is made to begin with 'Rewrite this text'",
+            about="one question, for small models; the answer is made to begin with 'Rewrite this text as'",
             instruction="Below are a text and a rewrite of it.",
             question=("How was the text changed? Name the new style, tone, form or audience in one short instruction."),
-            prefix="Rewrite this text",
+            prefix="Rewrite this text as",
         ),
         Template(
             name="few_shot",

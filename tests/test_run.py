@@ -84,9 +84,9 @@ def test_speed_limit_and_deadline_may_change_between_runs(cli: Cli, pairs_csv: P
 
 
 def test_scripted_answers_come_from_a_file(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
-    (tmp_path / "answers.json").write_text(json.dumps([" like a pirate.\n\nBecause it says arr."]))
+    (tmp_path / "answers.json").write_text(json.dumps([" a pirate song.\n\nBecause it says arr."]))
     cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--set", "answers=answers.json")
-    assert set(prompts(tmp_path / "s.csv").values()) == {"Rewrite this text like a pirate."}
+    assert set(prompts(tmp_path / "s.csv").values()) == {"Rewrite this text as a pirate song."}
 
 
 def test_failing_and_empty_rows_take_the_fallback_and_are_counted(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:

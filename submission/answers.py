@@ -71,6 +71,11 @@ def is_blank(text: str) -> bool:
     return not any(character.isalnum() for character in text) or text.strip().lower() in _READ_AS_NULL
 
 
+def storable(text: str) -> str:
+    """The text without what a UTF-8 CSV cannot hold for every reader: NUL and lone surrogates."""
+    return text.replace("\0", "").encode("utf-8", "ignore").decode("utf-8")
+
+
 def _clean_paragraph(paragraph: str) -> str:
     # A line that ends in a colon keeps its break until the end: what follows may be the answer or an echo.
     text = ":\n".join(" ".join(line.split()) for line in _COLON_LINE.split(paragraph.replace("**", ""))).strip()

@@ -39,6 +39,7 @@ class Orders:
     max_failures: float
     as_json: bool
     resumed: int  # rows that were finished before this run
+    fingerprint: dict[str, str]
 
 
 @contextlib.contextmanager
@@ -77,14 +78,14 @@ def main() -> int:
     with contextlib.suppress(ProcessLookupError):
         os.kill(orders.pid, signal.SIGKILL)
     output = Path(orders.output)
-    finished = read_finished(journal_path(output))
+    finished = read_finished(journal_path(output), orders.fingerprint)
     summary = finish(
         output,
         pairs,
         finished,
         fallback=orders.fallback,
         max_failures=orders.max_failures,
-        computed=len(finished) - orders.resumed,
+        computed=max(0, len(finished) - orders.resumed),
         seconds=time.monotonic() - orders.started,
         computing_seconds=0.0,
     )

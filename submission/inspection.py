@@ -12,7 +12,7 @@ from submission.backends import model_spec
 from submission.errors import UserError
 from submission.journal import journal_path, read_finished
 from submission.manifest import read_manifest
-from submission.tables import PREDICTION_COLUMNS, read_pairs, read_table, read_triplets
+from submission.tables import PREDICTION_COLUMNS, digest_pairs, read_pairs, read_table, read_triplets
 from submission.templates import get_template
 from submission.types import Pair
 
@@ -35,6 +35,8 @@ def inspect_row(row_id: str, output: Path) -> str:
         raise UserError(
             f"id {row_id!r} is not in {config['input']}; its ids begin with {', '.join(p.id for p in pairs[:5])}"
         )
+    if digest_pairs(pairs) != manifest["fingerprint"]["input"]:
+        raise UserError(f"{config['input']} was changed after the run that made {output}: run predict again")
     sections = [
         ("id", row_id),
         ("original text", pair.original_text),

@@ -140,12 +140,18 @@ class Journal:
         self._unsynced = True
 
 
-def read_finished(path: Path) -> dict[str, Prediction]:
-    """The finished rows of a journal, without locking it; none if there is no journal."""
+def read_finished(path: Path, fingerprint: Mapping[str, str] | None = None) -> dict[str, Prediction]:
+    """The finished rows of a journal, without locking it; none if there is no journal.
+
+    Args:
+        path: the journal.
+        fingerprint: if given, the journal of a run with another one counts as none.
+    """
     try:
-        return _parse(path.read_bytes())[1]
+        header, finished, _, _ = _parse(path.read_bytes())
     except FileNotFoundError:
         return {}
+    return finished if fingerprint is None or header == dict(fingerprint) else {}
 
 
 def _parse(content: bytes) -> tuple[dict[str, str] | None, dict[str, Prediction], int, int]:

@@ -63,8 +63,8 @@ def resolve_folder(model: str) -> Path:
         raise UserError(f"model {path} does not exist: name a folder with config.json and weights, or 'embedded'")
     if not (path / "config.json").is_file():
         raise UserError(f"model {path} is not a transformers folder: it has no config.json")
-    if not [*path.glob("*.safetensors"), *path.glob("*.bin")]:
-        raise UserError(f"model {path} has no weights: no *.safetensors file is in it")
+    if not list(path.glob("*.safetensors")):
+        raise UserError(f"model {path} has no weights: no *.safetensors file is in it (pickled *.bin is not loaded)")
     return path
 
 
@@ -100,6 +100,8 @@ def check_peft_adapter(adapter: Path | None) -> None:
         raise UserError(f"adapter {adapter} does not exist: name a folder with adapter_config.json")
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(f"adapter {adapter} is not a PEFT folder: it has no adapter_config.json")
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise UserError(f"adapter {adapter} has no adapter_model.safetensors (pickled *.bin is not loaded)")
 
 
 def is_gguf(path: Path) -> bool:

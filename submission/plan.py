@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from submission.answers import is_blank
+from submission.answers import is_blank, storable
 from submission.backends import EMBEDDED, ModelSpec, model_spec
 from submission.config import read_toml
 from submission.errors import UserError
@@ -76,8 +76,8 @@ def plan(config: RunConfig) -> Plan:
     check_writable(config.output)
     if config.output.exists() and config.input.exists() and config.output.samefile(config.input):
         raise UserError(f"output {config.output} is the input: choose another name")
-    if is_blank(config.fallback):
-        raise UserError(f"--fallback {config.fallback!r} is blank or reads as null: give a prompt")
+    if is_blank(config.fallback) or storable(config.fallback) != config.fallback:
+        raise UserError(f"--fallback {config.fallback!r} is blank, reads as null or is not UTF-8: give a prompt")
     if config.shots is not None and config.n_shots < 1:
         raise UserError("--n-shots must be at least 1 when --shots is given")
     recover = find_recover(config.recover or ("few_shot" if config.shots else "zero_shot"))

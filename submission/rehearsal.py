@@ -29,7 +29,7 @@ def rehearse(config: RunConfig, say: Callable[[str], None]) -> dict[str, float]:
         UserError: as `predict`.
     """
     checked = plan(config)
-    finished = {} if config.fresh else read_finished(journal_path(config.output))
+    finished = {} if config.fresh else read_finished(journal_path(config.output), checked.fingerprint)
     left = [pair for pair in checked.pairs if pair.id not in finished]
     figures: dict[str, float] = {"rows": len(checked.pairs), "rows_left": len(left)}
     if checked.spec is None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from submission.answers import is_blank
+from submission.answers import is_blank, storable
 from submission.errors import UserError
 from submission.types import Budget, Pair, Prediction, Recover
 
@@ -43,17 +43,17 @@ def answer_all(recover: Recover, pairs: Sequence[Pair], budget: Budget) -> Itera
                 if taken.pop(prediction.id, None) is None:
                     raise RuntimeError(f"an answer for id {prediction.id!r}, which was not asked for")
                 yield _checked(prediction)
-            error = None
+            trouble = None
         except (UserError, GeneratorExit):
             raise
-        except Exception as caught:
-            error = caught
+        except Exception as error:
+            # Only its words are kept: its frames may hold a GPU's memory, which the next try needs.
+            trouble = _reason(error)
         untouched = list(rest)
         failed = list(taken.values())
-        if error is None or (attempt.again and len(attempt.pairs) == 1):
-            reason = "no answer" if error is None else _reason(error)
+        if trouble is None or (attempt.again and len(attempt.pairs) == 1):
             for pair in [*failed, *untouched]:
-                yield Prediction(pair.id, "", "failed", reason)
+                yield Prediction(pair.id, "", "failed", trouble or "no answer")
             continue
         if not failed:  # it failed before it took a row: the rows ahead are what to divide
             failed, untouched = untouched, []
@@ -64,9 +64,10 @@ def answer_all(recover: Recover, pairs: Sequence[Pair], budget: Budget) -> Itera
 
 
 def _checked(prediction: Prediction) -> Prediction:
-    if prediction.status == "ok" and is_blank(prediction.text):
-        return Prediction(prediction.id, "", "failed", "empty answer", prediction.raw)
-    return prediction
+    text = storable(prediction.text)
+    if prediction.status == "ok" and is_blank(text):
+        return replace(prediction, text="", status="failed", reason="empty answer")
+    return prediction if text == prediction.text else replace(prediction, text=text)
 
 
 def _reason(error: Exception) -> str:

@@ -184,6 +184,7 @@ class _Run:
             pid=os.getpid(), started=self._started, act_at=self._times.guard, input=str(config.input),
             encoding=config.encoding, limit=config.limit, output=str(config.output), fallback=config.fallback,
             max_failures=config.max_failures, as_json=config.as_json, resumed=self._resumed,
+            fingerprint=self._plan.fingerprint,
         )  # fmt: skip
 
 

@@ -129,7 +129,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], Callable[[Path], None], tuple[str, ...
     "answer too long": (("--max-new-tokens", "1500"), no_setup, ("--max-new-tokens 1500 leaves too little",)),
     "bad deadline": (("--deadline", "soon"), no_setup, ("--deadline 'soon' is not a duration", "8h30m")),
     "blank fallback": (("--fallback", "  "), no_setup, ("--fallback '  ' is blank",)),
-    "null fallback": (("--fallback", "NaN"), no_setup, ("--fallback 'NaN' is blank or reads as null",)),
+    "null fallback": (("--fallback", "NaN"), no_setup, ("--fallback 'NaN' is blank, reads as null",)),
     "shots missing": (("--shots", "none.csv"), no_setup, ("none.csv does not exist",)),
     "shots without prompts": (("--shots", "test.csv"), no_setup, ("missing column rewrite_prompt",)),
     "few shots without shots": (("--recover", "few_shot"), no_setup, ("needs examples: --shots FILE",)),

@@ -101,3 +101,36 @@ def test_an_error_of_the_user_is_not_retried() -> None:
 
     with pytest.raises(UserError, match="wrong option"):
         list(answer_all(wrong, PAIRS, Budget()))
+
+
+def test_what_a_csv_cannot_hold_is_taken_out_of_an_answer() -> None:
+    def odd(pairs: Iterable[Pair], budget: Budget) -> Iterator[Prediction]:
+        for pair in pairs:
+            yield Prediction(pair.id, "a\0b\ud800" if pair.id == "1" else "\0")
+
+    predictions = {p.id: (p.text, p.status) for p in answer_all(odd, PAIRS[:3], Budget())}
+    assert predictions == {"0": ("", "failed"), "1": ("ab", "ok"), "2": ("", "failed")}
+
+
+def test_a_failed_batch_is_not_kept_alive() -> None:
+    """The frames of an error may hold a GPU's memory, which the next and smaller try needs."""
+    import gc
+    import weakref
+
+    class Tensor:
+        pass
+
+    alive: list[weakref.ref[Tensor]] = []
+
+    def hungry(pairs: Iterable[Pair], budget: Budget) -> Iterator[Prediction]:
+        batch = list(pairs)
+        gc.collect()
+        assert all(reference() is None for reference in alive)
+        tensor = Tensor()
+        alive.append(weakref.ref(tensor))
+        if len(batch) > 5:
+            raise MemoryError
+        for pair in batch:
+            yield Prediction(pair.id, "answer")
+
+    assert [p.status for p in answer_all(hungry, PAIRS, Budget())] == ["ok"] * 20

@@ -296,3 +296,33 @@ def test_kills_lose_no_row_and_repeat_none(tmp_path: Path) -> None:
 def test_nothing_but_the_files_of_the_run_is_left(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
     cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--deadline", "60s")
     assert sorted(os.listdir(tmp_path)) == ["s.csv", "s.csv.journal.jsonl", "s.csv.run.json", "test.csv"]
+
+
+def test_inspect_works_from_anywhere_and_notices_a_changed_input(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    assert cli("predict", "test.csv", "-o", "runs/s.csv", *SCRIPTED).code == 0
+    elsewhere = subprocess.run(
+        command("inspect", "03", "--run", "s.csv"), cwd=tmp_path / "runs", env=environment(), check=False
+    )
+    assert elsewhere.returncode == 0
+    pairs_csv.write_text(pairs_csv.read_text().replace("text, 3", "text, three"))
+    changed = cli("inspect", "03", "--run", "runs/s.csv")
+    assert changed.code == 2
+    assert "was changed after the run" in changed.err
+
+
+def test_a_disk_that_is_full_is_said_and_the_next_run_goes_on(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
+    import resource
+
+    arguments = ("predict", pairs_csv, "-o", "s.csv", *SCRIPTED)
+    full = subprocess.run(
+        command(*arguments), cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2200, 2200)),
+    )  # fmt: skip
+    assert full.returncode == 1
+    assert "cannot be written: File too large" in full.stderr
+    assert "make room and run the same command again" in full.stderr
+    assert "Traceback" not in full.stderr
+    kept = len(finished_rows(tmp_path / "s.csv.journal.jsonl"))
+    assert kept > 3
+    assert cli(*arguments, "--json").summary["computed"] == 20 - kept

@@ -67,8 +67,8 @@ class ModelSpec:
         """All that was asked for, for the manifest; `model_spec(**...)` takes it back."""
         return {
             "backend": self.backend,
-            "model": self.model,
-            "adapter": str(self.adapter) if self.adapter else None,
+            "model": self.model if self.model == EMBEDDED else str(Path(self.model).expanduser().resolve()),
+            "adapter": str(self.adapter.resolve()) if self.adapter else None,
             "settings": [f"{key}={value}" for key, value in asdict(self.options).items()],
         }
 

@@ -6,6 +6,7 @@ python -m submission predict test.csv -o submission.csv --backend transformers -
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -79,11 +80,13 @@ def fingerprint(spec: ModelSpec) -> dict[str, str]:
 
 def load(spec: ModelSpec) -> Transformers:
     """Load model, adapter and tokenizer from disk; never from a hub."""
+    _stay_offline()
     return Transformers(resolve_folder(spec.model), spec.adapter, spec.options)
 
 
 def load_encoder(spec: ModelSpec) -> ChatEncoder:
     """Load the tokenizer and the model's configuration only."""
+    _stay_offline()
     path = resolve_folder(spec.model)
     return ChatEncoder(HfTokenizer(_load_tokenizer(path)), _context_size(_load_config(path), spec.options))
 
@@ -237,6 +240,11 @@ class Transformers:
         )
 
 
+def _stay_offline() -> None:
+    # Read when huggingface_hub is first imported; `local_files_only` alone leaves some look-ups.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def _load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
@@ -280,7 +288,9 @@ def _load_model(path: Path, adapter: Path | None, options: Options) -> Any:
         "trust_remote_code": False,
     }
     folder = path
-    if path.is_file():
+    if path.is_dir():
+        arguments["use_safetensors"] = True
+    else:
         from transformers import GgufConfig
 
         folder = path.parent

@@ -24,6 +24,7 @@ from submission.outcome import BLANK_INPUT, Summary, finish, print_summary
 from submission.plan import Plan, RunConfig, plan
 from submission.progress import show_progress
 from submission.retry import answer_all
+from submission.tables import remove_leftovers
 from submission.types import Budget, Prediction, Recover
 
 
@@ -58,6 +59,7 @@ class _Run:
         self._say = say
         self._times = Timetable.until(self._config.deadline, started) if self._config.deadline else None
         self._journal = Journal(journal_path(self._config.output), run_plan.fingerprint, fresh=self._config.fresh)
+        remove_leftovers(self._config.output)  # of a run that was killed while it wrote
         self._manifest = Manifest(self._config.output, run_plan.fingerprint)
         self._resumed = sum(pair.id in self._journal.finished for pair in run_plan.pairs)
         self._computed = 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import glob
 import hashlib
 import io
 import os
@@ -141,6 +142,12 @@ def atomic_writer(path: Path) -> Iterator[IO[str]]:
         raise
 
 
+def remove_leftovers(path: Path) -> None:
+    """Remove what `atomic_writer` left beside `path`, or files named after it, when its process was killed."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 def check_writable(path: Path) -> None:
     """Refuse an output path that could not be written at the end of a run.
 
@@ -154,7 +161,7 @@ def check_writable(path: Path) -> None:
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
-        os.unlink(name)
+        Path(name).unlink(missing_ok=True)
         if path.exists():
             with path.open("ab"):
                 pass

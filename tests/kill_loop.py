@@ -61,6 +61,7 @@ def kill_loop(folder: Path, *, backend: str, rows: int, kills: int, seed: int) -
     assert set(counts) == set(ids), "a row was lost"
     assert summary["rows"] == rows
     assert validate(output, ids) == []
+    assert not list(folder.glob(".*.tmp")), "a killed run left a temporary file"
     return {"kills": killed, "rows": rows, "torn": torn}
 
 

@@ -65,10 +65,10 @@ def predict(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Nucleus sampling.")] = 1.0,
     min_p: Annotated[float, typer.Option(min=0, max=1, help="Least probability beside the best token's.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the random streams; each row has its own.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random streams.")] = 0,
     deadline: Annotated[
-        str, typer.Option(help="Have a complete file by then, such as 8h30m, from the start of the process.")
-    ] = "",
+        str | None, typer.Option(help="Have a complete file by then, such as 8h30m, from the start of the process.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=0, help="First rows only; 0 means all.")] = 0,
     max_failures: Annotated[
         float, typer.Option(min=0, max=1, help="Share of failed rows above which the exit code is 3.")
@@ -102,7 +102,7 @@ def predict(
         shots=shots, n_shots=n_shots, recover=recover, recover_config=recover_config,
         sampling=Sampling(1, temperature, top_p, min_p, max_new_tokens, seed),
         fallback=DEFAULT_PROMPT if fallback is None else fallback,
-        deadline=parse_duration(deadline, "--deadline") if deadline else None,
+        deadline=None if deadline is None else parse_duration(deadline, "--deadline"),
         max_failures=max_failures, fresh=fresh, as_json=as_json,
     )  # fmt: skip
     if dry_run:
@@ -160,7 +160,9 @@ def doctor() -> None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    from submission.progress import tell
+
+    tell(line, sys.stderr)
 
 
 def _print_json(figures: dict[str, Any], *, as_json: bool) -> None:

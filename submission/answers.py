@@ -19,6 +19,7 @@ _TURN_HEADER = re.compile(
     r"(?:<\|im_start\|>|<start_of_turn>|<\|start_header_id\|>)\s*(?:assistant|model|user|system)?"
     r"(?:<\|end_header_id\|>)?[ \t]*\n*"
 )
+_THINKING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)  # what a reasoning model says to itself
 _SPECIAL_TOKEN = re.compile(r"<\|[\w-]{1,40}\|>|</?s>|<(?:bos|eos|pad|unk|mask|end_of_turn)>|\[/?INST\]|<</?SYS>>")
 _INVISIBLE = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff\ud800-\udfff]"
@@ -57,6 +58,7 @@ def clean_answer(raw: str) -> str:
         One line without a line break or control character; blank when nothing of use is left. Cleaning a
         clean answer changes nothing.
     """
+    raw = _THINKING.sub("\n\n", raw)
     text = _INVISIBLE.sub("", raw.replace("\r\n", "\n").replace("\r", "\n"))
     text = _SPECIAL_TOKEN.sub("\n\n", _TURN_HEADER.sub("\n\n", text))
     for paragraph in _PARAGRAPH_BREAK.split(text):

@@ -43,22 +43,27 @@ class Timetable:
     Attributes:
         stop: compute no further; what is left takes the fallback.
         thread: the watchdog thread takes over.
-        guard: the guard process takes over.
+        guard: the guard process takes over, unless the run is finishing.
+        last_call: it takes over even then.
         end: the deadline itself.
     """
 
     stop: float
     thread: float
     guard: float
+    last_call: float
     end: float
 
     @classmethod
-    def until(cls, seconds: float, start: float) -> Timetable:
-        """A timetable for a deadline `seconds` after `start`: a tenth of it, from 2 s to 30 s, is kept back
-        for writing and checking the file, but never more than half."""
-        reserve = min(max(2.0, 0.1 * seconds), 30.0, seconds / 2)
+    def until(cls, seconds: float, start: float, rows: int) -> Timetable:
+        """A timetable for a deadline `seconds` after `start`.
+
+        A tenth of it, from 2 s to 30 s, and 15 s per million rows are kept back for writing and checking the
+        file, but never more than half.
+        """
+        reserve = min(min(max(2.0, 0.1 * seconds), 30.0) + 15e-6 * rows, seconds / 2)
         end = start + seconds
-        return cls(end - reserve, end - 0.9 * reserve, end - 0.5 * reserve, end)
+        return cls(end - reserve, end - 0.9 * reserve, end - 0.5 * reserve, end - 0.2 * reserve, end)
 
 
 def process_start() -> float:

@@ -1,12 +1,11 @@
 """The last line of defence for a deadline: a process that writes the file when the run's own threads cannot.
 
 Started by `predict --deadline`; waits for the end of its standard input, which comes when the run ends. If
-the time comes first, it stops the run for good, fills the output from the journal and prints the summary.
+the time comes first, it halts the run, fills the output from the journal, prints the summary and kills it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import select
@@ -15,13 +14,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 from submission.journal import journal_path, read_finished
 from submission.manifest import mark_finished
 from submission.outcome import finish, print_summary
-from submission.tables import read_pairs
+from submission.progress import tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +32,8 @@ class Orders:
     pid: int
     started: float
     act_at: float
-    input: str
-    encoding: str
-    limit: int
+    last_call: float  # when to act although the run says that it is finishing by itself
+    ids: list[str]
     output: str
     fallback: str
     max_failures: float
@@ -42,11 +42,25 @@ class Orders:
     fingerprint: dict[str, str]
 
 
-@contextlib.contextmanager
-def guarded(orders: Orders | None) -> Iterator[None]:
+class Guard:
+    """The run's line to its guard process; None stands for no guard."""
+
+    def __init__(self, line: IO[bytes] | None) -> None:
+        self._line = line
+
+    def stand_by(self) -> None:
+        """Say that the run is finishing by itself."""
+        if self._line is not None:
+            with suppress(OSError, ValueError):
+                self._line.write(b"f")
+                self._line.flush()
+
+
+@contextmanager
+def guarded(orders: Orders | None) -> Iterator[Guard]:
     """Keep a guard process while the block runs; none without orders."""
     if orders is None:
-        yield
+        yield Guard(None)
         return
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
@@ -58,44 +72,71 @@ def guarded(orders: Orders | None) -> Iterator[None]:
     )
     assert process.stdin is not None
     try:
-        process.stdin.write(json.dumps(asdict(orders)).encode() + b"\n")
-        process.stdin.flush()
-        yield
+        with suppress(OSError):  # a guard that cannot start leaves the two other defences
+            process.stdin.write(json.dumps(asdict(orders)).encode() + b"\n")
+            process.stdin.flush()
+        yield Guard(process.stdin)
     finally:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with suppress(subprocess.TimeoutExpired):
             process.wait(5)
 
 
 def main() -> int:
     """Wait for the run's end or the time to act."""
-    orders = Orders(**json.loads(sys.stdin.buffer.readline()))
-    pairs = read_pairs(Path(orders.input), orders.encoding)[: orders.limit or None]
-    ended, _, _ = select.select([sys.stdin], [], [], max(0.0, orders.act_at - time.monotonic()))
-    if ended:
+    first, _, more = _read_line(0).partition(b"\n")
+    if not first:
         return 0
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(orders.pid, signal.SIGKILL)
-    output = Path(orders.output)
-    finished = read_finished(journal_path(output), orders.fingerprint)
-    summary = finish(
-        output,
-        pairs,
-        finished,
-        fallback=orders.fallback,
-        max_failures=orders.max_failures,
-        computed=max(0, len(finished) - orders.resumed),
-        seconds=time.monotonic() - orders.started,
-        computing_seconds=0.0,
-    )
-    mark_finished(output, summary)
-    print(
-        "\nA native call kept the run from stopping: it was killed, and the file was filled from the journal.",
-        file=sys.stderr,
-    )
-    print_summary(summary, as_json=orders.as_json)
+    orders = Orders(**json.loads(first))
+    if not _ends_by_itself(orders, finishing=bool(more)):
+        _take_over(orders)
     return 0
+
+
+def _read_line(file: int) -> bytes:
+    """All up to the first line break, and what came along behind it."""
+    content = bytearray()
+    while chunk := os.read(file, 1 << 20):
+        content += chunk
+        if b"\n" in chunk:
+            break
+    return bytes(content)
+
+
+def _ends_by_itself(orders: Orders, *, finishing: bool) -> bool:
+    until = orders.last_call if finishing else orders.act_at
+    while (left := until - time.monotonic()) > 0:
+        if select.select([0], [], [], left)[0]:
+            if not os.read(0, 1):
+                return True
+            until = orders.last_call
+    return False
+
+
+def _take_over(orders: Orders) -> None:
+    # Halted, not killed: whoever waits for the run is to find the file there when it is gone.
+    with suppress(ProcessLookupError):
+        os.kill(orders.pid, signal.SIGSTOP)
+    try:
+        output = Path(orders.output)
+        finished = read_finished(journal_path(output), orders.fingerprint)
+        summary = finish(
+            output,
+            orders.ids,
+            finished,
+            fallback=orders.fallback,
+            max_failures=orders.max_failures,
+            computed=max(0, sum(row_id in finished for row_id in orders.ids) - orders.resumed),
+            seconds=time.monotonic() - orders.started,
+            computing_seconds=0.0,
+        )
+        mark_finished(output, orders.fingerprint, summary)
+        tell("\nThe run could not stop by itself: it was killed, and the file was filled from the journal.", sys.stderr)
+        print_summary(summary, as_json=orders.as_json)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(orders.pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -57,12 +57,8 @@ class Journal:
         self._unsynced = False
         self._synced_at = time.monotonic()
         self._existed = path.exists()
+        self._file = _open_locked(path)
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        except OSError as error:
-            raise UserError(f"journal {path} cannot be opened: {error.strerror}") from error
-        try:
-            _lock(self._file, path)
             content = path.read_bytes()
             header, self.finished, self.damaged, self._keep = _parse(content)
             if fresh or header is None:
@@ -192,6 +188,23 @@ def _short(value: str | None) -> str:
     if value is None:
         return "none"
     return value if len(value) <= 60 else value[:57] + "..."
+
+
+def _open_locked(path: Path) -> int:
+    """Open and lock the file that `path` names once the lock is held: a run that gives up may remove its own."""
+    while True:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise UserError(f"journal {path} cannot be opened: {error.strerror}") from error
+        try:
+            _lock(file, path)
+            if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
+                return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
 
 
 def _lock(file: int, path: Path) -> None:

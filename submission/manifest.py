@@ -65,15 +65,21 @@ class Manifest:
             "result": json.loads(summary.as_json()) if summary else None,
         }
         with atomic_writer(self._path) as file:
-            json.dump(content, file, indent=2, ensure_ascii=False)
+            json.dump(content, file, indent=2)
             file.write("\n")
 
 
-def mark_finished(output: Path, summary: Summary) -> None:
-    """Set the result of a run that could not write its manifest itself."""
-    content = read_manifest(output) | {"state": "complete", "result": json.loads(summary.as_json())}
+def mark_finished(output: Path, fingerprint: Mapping[str, str], summary: Summary) -> None:
+    """Set the result of a run that could not write its manifest itself; nothing if it never wrote one."""
+    try:
+        content = read_manifest(output)
+    except UserError:
+        return
+    if content.get("fingerprint") != fingerprint:
+        return
+    content |= {"state": "complete", "result": json.loads(summary.as_json())}
     with atomic_writer(manifest_path(output)) as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
+        json.dump(content, file, indent=2)
         file.write("\n")
 
 

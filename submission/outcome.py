@@ -11,8 +11,9 @@ from pathlib import Path
 
 from submission.errors import PromptRecoveryError
 from submission.journal import journal_path
+from submission.progress import tell
 from submission.tables import write_predictions
-from submission.types import Pair, Prediction
+from submission.types import Prediction
 from submission.validation import validate
 
 BLANK_INPUT = "blank rewritten_text"
@@ -65,8 +66,7 @@ class Summary:
                 "output": str(self.output),
                 "journal": str(journal_path(self.output)),
                 "exit_code": self.exit_code,
-            },
-            ensure_ascii=False,
+            }
         )
 
     def as_text(self) -> str:
@@ -84,7 +84,7 @@ class Summary:
 
 def finish(
     output: Path,
-    pairs: Sequence[Pair],
+    ids: Sequence[str],
     finished: Mapping[str, Prediction],
     *,
     fallback: str,
@@ -93,7 +93,7 @@ def finish(
     seconds: float,
     computing_seconds: float,
 ) -> Summary:
-    """Write the output for `pairs` and validate it by reading it back.
+    """Write the output for all `ids` and validate it by reading it back.
 
     Args:
         finished: the rows that were tried; the others count as stopped by the deadline.
@@ -106,19 +106,20 @@ def finish(
     """
     reasons: Counter[str] = Counter()
     rows = []
-    for pair in pairs:
-        prediction = finished.get(pair.id)
+    for row_id in ids:
+        prediction = finished.get(row_id)
         if prediction is not None and prediction.status == "ok":
-            rows.append((pair.id, prediction.text))
+            rows.append((row_id, prediction.text))
         else:
             reasons[DEADLINE if prediction is None else prediction.reason] += 1
-            rows.append((pair.id, fallback))
+            rows.append((row_id, fallback))
     write_predictions(output, rows)
-    problems = validate(output, [pair.id for pair in pairs])
+    problems = validate(output, ids)
     if problems:
         raise PromptRecoveryError(f"{output} was written but is not valid: {problems[0]}")
-    tried = [finished[pair.id] for pair in pairs if pair.id in finished]
-    failed = sum(row.status == "failed" and row.reason != BLANK_INPUT for row in tried)
+    tried = [finished[row_id] for row_id in ids if row_id in finished]
+    asked = [row for row in tried if row.reason != BLANK_INPUT]
+    failed = sum(row.status == "failed" for row in asked)
     return Summary(
         rows=len(rows),
         fallbacks=sum(reasons.values()),
@@ -128,14 +129,12 @@ def finish(
         seconds=seconds,
         rows_per_second=computed / computing_seconds if computed and computing_seconds > 0 else 0.0,
         output=output,
-        too_many_failed=failed > max_failures * len(tried),
+        too_many_failed=failed > max_failures * len(asked),
     )
 
 
 def print_summary(summary: Summary, *, as_json: bool) -> None:
     """For people on standard error when a program reads standard output."""
+    tell(summary.as_text(), sys.stderr if as_json else sys.stdout)
     if as_json:
-        print(summary.as_text(), file=sys.stderr)
-        print(summary.as_json(), flush=True)
-    else:
-        print(summary.as_text(), flush=True)
+        tell(summary.as_json(), sys.stdout)

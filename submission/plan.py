@@ -74,8 +74,10 @@ def plan(config: RunConfig) -> Plan:
         UserError: something is missing or wrong.
     """
     check_writable(config.output)
-    if config.output.exists() and config.input.exists() and config.output.samefile(config.input):
-        raise UserError(f"output {config.output} is the input: choose another name")
+    for what, path in (("input", config.input), ("file of shots", config.shots), ("adapter", config.adapter),
+                       ("file of --recover-config", config.recover_config), ("model", Path(config.model))):  # fmt: skip
+        if path and path.exists() and config.output.exists() and config.output.samefile(path):
+            raise UserError(f"output {config.output} is the {what}: choose another name")
     if is_blank(config.fallback) or storable(config.fallback) != config.fallback:
         raise UserError(f"--fallback {config.fallback!r} is blank, reads as null or is not UTF-8: give a prompt")
     if config.shots is not None and config.n_shots < 1:

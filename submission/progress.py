@@ -5,10 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import contextmanager, suppress
+from typing import Protocol, TextIO
 
 _LINE_SECONDS = 10.0
+
+
+def tell(line: str, stream: TextIO | None) -> None:
+    """Print a line for people. A reader that has gone, or a stream that was never there, ends no run."""
+    if stream is not None:
+        with suppress(OSError, ValueError):
+            print(line.encode("utf-8", "backslashreplace").decode("utf-8"), file=stream, flush=True)
 
 
 class Progress(Protocol):
@@ -27,7 +34,7 @@ def show_progress(total: int, done: int) -> Iterator[Progress]:
         total: rows of the run.
         done: rows that are finished already.
     """
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         with _Bar(total, done) as bar:
             yield bar
     else:
@@ -66,7 +73,7 @@ class _Lines:
         now = time.monotonic()
         if now - self._printed_at >= _LINE_SECONDS or self._pace.done == self._pace.total:
             self._printed_at = now
-            print(f"{self._pace.done}/{self._pace.total} rows, {self._pace.text()}", file=sys.stderr, flush=True)
+            tell(f"{self._pace.done}/{self._pace.total} rows, {self._pace.text()}", sys.stderr)
 
 
 class _Bar:

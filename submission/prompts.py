@@ -43,7 +43,8 @@ class Tokenizer(Protocol):
     """The special tokens by their text."""
 
     markup: Sequence[str]
-    """Tokens that look like markup and that `tokenize` would parse all the same (user-defined ones)."""
+    """Tokens that must not come from data, by their text. With special-token parsing off a tokenizer may still
+    find them: user-defined tokens always, others where merges or a unigram vocabulary lead to them."""
 
     bos: int | None
     """The id that every prompt begins with, if the model wants one."""

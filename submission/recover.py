@@ -126,7 +126,7 @@ def find_recover(name: str) -> RecoverSource:
     if plain in RECOVERS:
         return RecoverSource(plain, RECOVERS[plain], plain != "constant")
     module_name, colon, object_name = name.partition(":")
-    if not colon:
+    if not (colon and module_name and object_name):
         raise UserError(f"unknown recover {name!r}; there are: {', '.join(RECOVERS)}, or module:object of your own")
     if os.getcwd() not in sys.path:  # the installed command does not look there by itself
         sys.path.insert(0, os.getcwd())
@@ -134,10 +134,10 @@ def find_recover(name: str) -> RecoverSource:
         found: Any = importlib.import_module(module_name)
         for part in object_name.split("."):
             found = getattr(found, part)
-    except ImportError as error:
-        raise UserError(f"recover {name}: the module cannot be imported: {error}") from error
     except AttributeError:
         raise UserError(f"recover {name}: module {module_name} has no {object_name!r}") from None
+    except Exception as error:  # whatever the module's own code does
+        raise UserError(f"recover {name}: the module cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise UserError(f"recover {name} is neither a function nor a class")
     uses_model = bool(getattr(found, "uses_model", True))

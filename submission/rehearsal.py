@@ -13,6 +13,7 @@ from submission.errors import BackendError, UserError
 from submission.journal import journal_path, read_finished
 from submission.plan import RunConfig, plan
 from submission.retry import answer_all
+from submission.tables import says_something
 from submission.types import Budget
 
 _SAMPLE = 5  # rows that are answered to measure the speed
@@ -30,7 +31,7 @@ def rehearse(config: RunConfig, say: Callable[[str], None]) -> dict[str, float]:
     """
     checked = plan(config)
     finished = {} if config.fresh else read_finished(journal_path(config.output), checked.fingerprint)
-    left = [pair for pair in checked.pairs if pair.id not in finished]
+    left = [pair for pair in checked.pairs if pair.id not in finished and says_something(pair.rewritten_text)]
     figures: dict[str, float] = {"rows": len(checked.pairs), "rows_left": len(left)}
     if checked.spec is None:
         say("no model is used: the run takes no time to speak of")

@@ -17,14 +17,14 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from submission.deadline import Interrupted, Timetable, Watchdog, process_start
-from submission.guard import Orders, guarded
+from submission.guard import Guard, Orders, guarded
 from submission.journal import Journal, journal_path
 from submission.manifest import Manifest
 from submission.outcome import BLANK_INPUT, Summary, finish, print_summary
 from submission.plan import Plan, RunConfig, plan
-from submission.progress import show_progress
+from submission.progress import show_progress, tell
 from submission.retry import answer_all
-from submission.tables import remove_leftovers
+from submission.tables import remove_leftovers, says_something
 from submission.types import Budget, Prediction, Recover
 
 
@@ -42,11 +42,11 @@ def predict(config: RunConfig, say: Callable[[str], None]) -> Summary:
     started = process_start()
     try:
         run_plan = plan(config)
-    except KeyboardInterrupt:
+        if config.shots and len(run_plan.shots) < config.n_shots:
+            say(f"{config.shots} has {len(run_plan.shots)} examples of the {config.n_shots} asked for")
+        return _Run(run_plan, started, say).run()
+    except KeyboardInterrupt:  # a moment before the run's own handlers were there
         raise Interrupted(signal.SIGINT) from None
-    if config.shots and len(run_plan.shots) < config.n_shots:
-        say(f"{config.shots} has {len(run_plan.shots)} examples of the {config.n_shots} asked for")
-    return _Run(run_plan, started, say).run()
 
 
 class _Run:
@@ -57,15 +57,19 @@ class _Run:
         self._config = run_plan.config
         self._started = started
         self._say = say
-        self._times = Timetable.until(self._config.deadline, started) if self._config.deadline else None
+        self._times = (
+            Timetable.until(self._config.deadline, started, len(run_plan.pairs)) if self._config.deadline else None
+        )
         self._journal = Journal(journal_path(self._config.output), run_plan.fingerprint, fresh=self._config.fresh)
         remove_leftovers(self._config.output)  # of a run that was killed while it wrote
         self._manifest = Manifest(self._config.output, run_plan.fingerprint)
-        self._resumed = sum(pair.id in self._journal.finished for pair in run_plan.pairs)
+        self._ids = [pair.id for pair in run_plan.pairs]
+        self._resumed = self._done()
         self._computed = 0
         self._computing_since: float | None = None
         self._computing_seconds = 0.0
         self._finishing = threading.Lock()
+        self._guard = Guard(None)
 
     def run(self) -> Summary:
         if self._journal.damaged:
@@ -81,7 +85,8 @@ class _Run:
             tick=self._journal.sync_if_due,
         )
         try:
-            with guarded(self._orders()), watchdog:
+            with guarded(self._orders()) as guard, watchdog:
+                self._guard = guard
                 late = self._compute()
                 # Beyond this point the watchdog thread finds the lock taken; the guard still stands by.
                 self._finishing.acquire()
@@ -101,7 +106,7 @@ class _Run:
     def _compute(self) -> bool:
         """Answer all rows that are not in the journal; True if the deadline came first."""
         todo = [pair for pair in self._plan.pairs if pair.id not in self._journal.finished]
-        ask = [pair for pair in todo if _says_something(pair.rewritten_text)]
+        ask = [pair for pair in todo if says_something(pair.rewritten_text)]
         # The model is loaded before the journal is touched: a run that cannot start changes nothing.
         recover: Recover | None = self._plan.recover.make(self._plan.setup()) if ask else None
         self._journal.begin()
@@ -109,7 +114,7 @@ class _Run:
         budget = Budget(self._times.stop if self._times else None)
         with show_progress(len(self._plan.pairs), self._resumed) as progress:
             for pair in todo:
-                if not _says_something(pair.rewritten_text):
+                if not says_something(pair.rewritten_text):
                     self._journal.append(Prediction(pair.id, "", "failed", BLANK_INPUT))
                     progress.advance(fell_back=True)
             if recover is None:
@@ -132,9 +137,10 @@ class _Run:
 
     def _finish(self) -> Summary:
         self._stop_clock()
+        self._guard.stand_by()
         summary = finish(
             self._config.output,
-            self._plan.pairs,
+            self._ids,
             self._journal.snapshot(),
             fallback=self._config.fallback,
             max_failures=self._config.max_failures,
@@ -153,28 +159,27 @@ class _Run:
         try:
             summary = self._finish()
         except BaseException as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            tell(f"error: {error}", sys.stderr)
             os._exit(1)
         self._end_process(summary)
 
     def _end_process(self, summary: Summary) -> NoReturn:
         _leave_progress()
         print_summary(summary, as_json=self._config.as_json)
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(summary.exit_code)
 
     def _stop_now(self, exit_code: int) -> None:
         self._journal.sync()
         _leave_progress()
-        sys.stderr.write(f"{self._how_to_resume()}\n")
-        sys.stderr.flush()
+        tell(self._how_to_resume(), sys.stderr)
         os._exit(exit_code)
 
+    def _done(self) -> int:
+        return sum(row_id in self._journal.finished for row_id in self._ids)
+
     def _how_to_resume(self) -> str:
-        done = sum(pair.id in self._journal.finished for pair in self._plan.pairs)
         return (
-            f"stopped: {done} of {len(self._plan.pairs)} rows are safe in {self._journal.path}\n"
+            f"stopped: {self._done()} of {len(self._plan.pairs)} rows are safe in {self._journal.path}\n"
             "Run the same command again to go on from there."
         )
 
@@ -183,18 +188,13 @@ class _Run:
             return None
         config = self._config
         return Orders(
-            pid=os.getpid(), started=self._started, act_at=self._times.guard, input=str(config.input),
-            encoding=config.encoding, limit=config.limit, output=str(config.output), fallback=config.fallback,
+            pid=os.getpid(), started=self._started, act_at=self._times.guard, last_call=self._times.last_call,
+            ids=self._ids, output=str(config.output), fallback=config.fallback,
             max_failures=config.max_failures, as_json=config.as_json, resumed=self._resumed,
             fingerprint=self._plan.fingerprint,
         )  # fmt: skip
 
 
-def _says_something(text: str) -> bool:
-    """Whether there is a rewrite to recover a prompt from."""
-    return bool(text.replace("\0", "").strip())
-
-
 def _leave_progress() -> None:
     """End the line of a progress bar that will never be stopped, and show the cursor that it hid."""
-    sys.stderr.write("\x1b[?25h\n" if sys.stderr.isatty() else "\n")
+    tell("\x1b[?25h" if sys.stderr is not None and sys.stderr.isatty() else "", sys.stderr)

@@ -15,6 +15,7 @@ import difflib
 import glob
 import hashlib
 import io
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -90,6 +91,12 @@ def read_table(path: Path, columns: Sequence[str], encoding: str = "utf-8", *, e
     return _parse_csv(path, _decode(path, content, encoding), columns, exact=exact)
 
 
+def is_parquet(path: Path) -> bool:
+    """True if the file begins with Parquet's magic bytes."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PAR1"
+
+
 def check_ids(path: Path, rows: Sequence[Row]) -> None:
     """Refuse null ids and ids that appear twice; the first cell of each row is its id.
 
@@ -156,6 +163,8 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir():
         raise UserError(f"output {path} is a folder: name a file, such as {path / 'submission.csv'}")
+    if path.exists() and not path.is_file():
+        raise UserError(f"output {path} is a device or a pipe: the output must be a file that can appear as a whole")
     if not path.parent.is_dir():
         raise UserError(f"output folder {path.parent} does not exist: create it with mkdir -p {path.parent}")
     try:
@@ -167,6 +176,11 @@ def check_writable(path: Path) -> None:
                 pass
     except OSError as error:
         raise UserError(f"output {path} cannot be written: {error.strerror}") from error
+
+
+def says_something(text: str) -> bool:
+    """Whether a text holds more than blanks and NULs."""
+    return bool(text.replace("\0", "").strip())
 
 
 def digest_pairs(pairs: Iterable[Pair]) -> str:
@@ -248,16 +262,16 @@ def _parse_parquet(path: Path, content: bytes, columns: Sequence[str], *, exact:
         _columns_in(path, file.schema_arrow.names, columns, exact=exact)
         table = file.read(columns=list(columns))
         cells = [[_text(value) for value in table.column(name).to_pylist()] for name in columns]
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path} is not a readable Parquet file: {error}") from None
     return [Row(f"row {number}", row) for number, row in enumerate(zip(*cells, strict=True), start=1)]
 
 
 def _text(value: object) -> str:
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
+        return value.decode("utf-8")
     return str(value)
 
 
@@ -266,7 +280,7 @@ def _columns_in(path: Path, header: Sequence[str], columns: Sequence[str], *, ex
     if missing:
         close = {name: difflib.get_close_matches(name, header, n=1, cutoff=0.7) for name in missing}
         hints = "".join(f"; is {match[0]!r} meant to be {name!r}?" for name, match in close.items() if match)
-        found = ", ".join(repr(name) for name in header[:20])
+        found = ", ".join(repr(name[:60]) for name in header[:20])
         raise UserError(f"{path}: missing column {', '.join(missing)}\nFound: {found}{hints}")
     twice = [name for name in columns if list(header).count(name) > 1]
     if twice:

@@ -21,6 +21,10 @@ SHOT_CHARS = 800
 """Texts of shots are cut to this length, so that examples leave room for the row."""
 
 
+_GOES_ON = " \t,;-–'’"
+"""What a completion that goes on from a forced prefix begins with."""
+
+
 @dataclass(frozen=True, slots=True)
 class Template:
     """A named layout of the recovery task.
@@ -53,9 +57,15 @@ class Template:
     def parse(self, completion: str) -> str:
         """The rewrite prompt in a model's completion: one line, blank when there is none.
 
-        A completion that begins with a letter does not go on from the prefix but begins anew.
+        A completion that does not go on from the prefix (a letter at once, a quotation mark, a new paragraph)
+        is an answer of its own; one that says nothing is blank, whatever the prefix says.
         """
-        return clean_answer(completion if completion[:1].isalnum() else self.prefix + completion)
+        alone = clean_answer(completion)
+        if not alone or not self.prefix:
+            return alone
+        if completion.lstrip(" \t").startswith(("\n", "\r")):
+            return clean_answer(f"{self.prefix} {alone}") if alone[0].islower() else alone
+        return clean_answer(self.prefix + completion) if completion[0] in _GOES_ON else alone
 
     def fingerprint(self) -> str:
         """Changes whenever the layout does."""

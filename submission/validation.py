@@ -10,7 +10,7 @@ from pathlib import Path
 
 from submission.answers import is_blank
 from submission.errors import UserError
-from submission.tables import PREDICTION_COLUMNS, Row, read_table
+from submission.tables import PREDICTION_COLUMNS, Row, is_parquet, read_table
 
 
 def validate(submission: Path, ids: Sequence[str], encoding: str = "utf-8") -> list[str]:
@@ -21,6 +21,8 @@ def validate(submission: Path, ids: Sequence[str], encoding: str = "utf-8") -> l
         ids: the ids of the input, in order.
         encoding: of the submission.
     """
+    if submission.is_file() and is_parquet(submission):
+        return [f"{submission} is a Parquet file: a submission is a CSV"]
     try:
         rows = read_table(submission, PREDICTION_COLUMNS, encoding, exact=True)
     except UserError as error:

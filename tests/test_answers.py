@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from submission.answers import clean_answer, is_blank
+from submission.templates import TEMPLATES
 
 CASES = {
     'Sure, here is the prompt:\n\n**"Rewrite this as a sea shanty."**\n\nI hope this helps!': (
@@ -42,6 +43,8 @@ CASES = {
     '"Rewrite" the text': '"Rewrite" the text',
     "'Tis the season: rewrite": "'Tis the season: rewrite",
     'Rewrite it as a "rap song"': 'Rewrite it as a "rap song"',
+    "<think>They want\n\na poem.</think>Rewrite it as a poem.": "Rewrite it as a poem.",
+    "<think>They want a poem, or": "",
     "Surely rewrite it": "Surely rewrite it",
     "Rewrite this for people over 65.": "Rewrite this for people over 65.",
     "Écris ce texte en français": "Écris ce texte en français",
@@ -52,6 +55,29 @@ CASES = {
 @pytest.mark.parametrize(("raw", "prompt"), CASES.items())
 def test_an_answer_is_cleaned(raw: str, prompt: str) -> None:
     assert clean_answer(raw) == prompt
+
+
+CONTINUED = {
+    " a ballad.": "Rewrite this text as a ballad.",
+    " A Ballad.\n\nIt rhymes.": "Rewrite this text as A Ballad.",
+    "'if by a pirate.": "Rewrite this text as'if by a pirate.",
+    "\n\na ballad.": "Rewrite this text as a ballad.",
+    "\n\nMake it rhyme.": "Make it rhyme.",
+    "Make it rhyme.": "Make it rhyme.",
+    "**Make it rhyme.**": "Make it rhyme.",
+    '"Make it rhyme."': "Make it rhyme.",
+    "": "",
+    "<|im_end|>": "",
+    " \n": "",
+    ":\n\n": "",
+    " ...": "",
+}
+
+
+@pytest.mark.parametrize(("completion", "prompt"), CONTINUED.items())
+def test_a_forced_beginning_is_joined_to_what_goes_on_from_it(completion: str, prompt: str) -> None:
+    assert TEMPLATES["short"].prefix == "Rewrite this text as"
+    assert TEMPLATES["short"].parse(completion) == prompt
 
 
 pieces = st.sampled_from(

@@ -105,3 +105,15 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path) -> None:
     with pytest.raises(PromptRecoveryError, match="cannot be written: No space left"):
         journal.append(SECOND)
     assert read_finished(path) == {"-1": FIRST}
+
+
+def test_a_run_that_gives_up_takes_no_journal_from_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LOCK_SECONDS", 0.1)
+    path = tmp_path / "j"
+    monkeypatch.setattr(Path, "exists", lambda self: False)  # as the second run saw it, a moment too early
+    first = Journal(path, FINGERPRINT)
+    first.begin()
+    with pytest.raises(UserError, match="another process"):
+        Journal(path, FINGERPRINT)
+    first.append(FIRST)
+    assert set(read_finished(path)) == {"-1"}

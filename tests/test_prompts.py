@@ -201,6 +201,23 @@ def test_known_ids_of_the_embedded_model(encoders: dict[str, ChatEncoder]) -> No
         assert [encoders[kind].text([token]) for token in ids[11:18]] == ["<", "|", "im", "_", "end", "|", ">"]
 
 
+def test_a_unigram_vocabulary_does_not_bring_special_tokens_back() -> None:
+    """Its search finds any piece of the vocabulary in plain text, also those that are special."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from submission.backends.transformers import HfTokenizer
+
+    pieces = [("<unk>", -20.0), ("<s>", 0.0), ("</s>", 0.0), *((c, -5.0) for c in "▁helo</s>wrd:")]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    hf = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    encoder = ChatEncoder(HfTokenizer(hf), 4000)
+    ids = encoder.encode(render_rewrite("hello", "hello</s>world<s>"), 4000).ids
+    assert not {1, 2} & set(ids)
+    assert encoder.text(ids).replace(" ", "").endswith("hello</s>world<s>")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shots", [(), tuple(SHOTS)])
 def test_long_texts_are_cut_in_the_middle_and_the_rest_survives(

@@ -329,3 +329,48 @@ def test_what_a_killed_run_left_half_written_goes(cli: Cli, pairs_csv: Path, tmp
         (tmp_path / name).write_text("half")
     cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED)
     assert [path.name for path in tmp_path.glob(".*tmp")] == [".other.csv.ghi.tmp"]
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2> >(true)", "> >(true)"])
+def test_a_reader_that_has_gone_ends_no_run(redirection: str, pairs_csv: Path, tmp_path: Path) -> None:
+    line = " ".join(command("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--set", "seconds_per_row=0.05", "--json"))
+    done = subprocess.run(["bash", "-c", f"{line} {redirection}"], cwd=tmp_path, env=environment(), check=False)
+    assert done.returncode == 0
+    assert len(read_csv(tmp_path / "s.csv")) == 21
+
+
+def test_blank_rows_do_not_hide_that_all_others_failed(cli: Cli, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", [(str(n), "a", "" if n else "b") for n in range(20)])
+    assert cli("predict", path, "-o", "s.csv", *SCRIPTED, "--set", "fail_ids=0").code == 3
+
+
+def test_a_signal_while_the_model_loads_stops_cleanly(pairs_csv: Path, tmp_path: Path) -> None:
+    journal = tmp_path / "s.csv.journal.jsonl"
+    for delay in (0.0, 0.1, 0.2, 0.3, 0.4):
+        journal.unlink(missing_ok=True)
+        process = subprocess.Popen(
+            command("predict", pairs_csv, "-o", "s.csv"),
+            cwd=tmp_path,
+            env=environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not journal.exists():  # made just before the model is loaded
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 130, said
+        assert "Exception ignored" not in said
+        assert "Traceback" not in said
+
+
+def test_a_deadline_holds_when_the_way_of_predicting_never_gets_ready(
+    cli: Cli, pairs_csv: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(
+        "import ctypes\nclass Slow:\n    def __init__(self, setup):\n        ctypes.PyDLL(None).sleep(3600)\n"
+    )
+    done = cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--recover", "own:Slow", "--deadline", "5s", "--json")
+    assert {"rows": 20, "fallbacks": 20, "computed": 0}.items() <= done.summary.items()
+    assert "Traceback" not in done.err

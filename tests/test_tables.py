@@ -59,6 +59,16 @@ def test_parquet_numbers_and_nulls_become_text_and_blanks(tmp_path: Path) -> Non
     assert read_pairs(tmp_path / "t.parquet") == [Pair("7", "a", ""), Pair("-1", "", "b")]
 
 
+def test_parquet_with_ids_that_are_no_text_is_refused_or_read_exactly(tmp_path: Path) -> None:
+    texts = {"original_text": "x", "rewritten_text": "y"}
+    pd.DataFrame({"id": [b"\xff\xfe", b"ab"], **texts}).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="not a readable Parquet file"):
+        read_pairs(tmp_path / "t.parquet")
+    pd.DataFrame({"id": [1.5, float("nan")], **texts}).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="null id on row 2"):
+        read_pairs(tmp_path / "t.parquet")
+
+
 def test_parquet_with_a_null_or_repeated_id_is_refused_by_row(tmp_path: Path) -> None:
     pd.DataFrame({"id": ["a", None], "original_text": "x", "rewritten_text": "y"}).to_parquet(tmp_path / "t.parquet")
     with pytest.raises(UserError, match="null id on row 2"):
@@ -138,3 +148,5 @@ def test_validate_sees_wrong_order_and_wrong_columns(tmp_path: Path) -> None:
     path.write_text("id,prompt\n1,a\n")
     assert "missing column rewrite_prompt" in validate(path, ["1"])[0]
     assert "does not exist" in validate(tmp_path / "none.csv", ["1"])[0]
+    pd.DataFrame({"id": ["1"], "rewrite_prompt": ["a"]}).to_parquet(path)
+    assert "is a Parquet file" in validate(path, ["1"])[0]

@@ -9,7 +9,9 @@ computed again, and the samples of a row share its prompt.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +90,6 @@ class GgufTokenizer:
         self.vocab = llama_cpp.llama_model_get_vocab(model)
         self.size = llama_cpp.llama_vocab_n_tokens(self.vocab)
         special: dict[str, SpecialToken] = {}
-        markup: list[str] = []
         for token in range(self.size):
             attributes = llama_cpp.llama_vocab_get_attr(self.vocab, token)
             if not attributes & (_CONTROL | _USER_DEFINED):
@@ -97,10 +98,8 @@ class GgufTokenizer:
             if not text or not (attributes & _CONTROL or looks_like_markup(text)):
                 continue
             special[text] = SpecialToken(token, bool(attributes & _LSTRIP), bool(attributes & _RSTRIP))
-            if attributes & _USER_DEFINED:
-                markup.append(text)
         self.specials: Mapping[str, SpecialToken] = special
-        self.markup: Sequence[str] = markup
+        self.markup: Sequence[str] = list(special)
         adds_bos = llama_cpp.llama_vocab_get_add_bos(self.vocab)
         self.bos: int | None = llama_cpp.llama_vocab_bos(self.vocab) if adds_bos else None
         self._format = self._chat_format()
@@ -316,7 +315,7 @@ class LlamaCpp:
         return context
 
     def _set_adapter(self, path: Path) -> None:
-        adapter = self._lib.llama_adapter_lora_init(self._model, str(path).encode())
+        adapter = self._lib.llama_adapter_lora_init(self._model, os.fsencode(path))
         if not adapter:
             raise UserError(f"adapter {path} does not fit this model {_LOG.last_error()}")
         adapters = (self._lib.llama_adapter_lora_p_ctypes * 1)(adapter)
@@ -361,10 +360,27 @@ def _load_model(path: Path, options: Options, *, vocab_only: bool) -> Any:
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = vocab_only
     params.n_gpu_layers = options.gpu_layers
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    model = _call_aside(lambda: llama_cpp.llama_model_load_from_file(os.fsencode(path), params))
     if not model:
         raise UserError(f"model {path} cannot be loaded by llama.cpp {_LOG.last_error()}")
     return model
+
+
+def _call_aside(function: Callable[[], Any]) -> Any:
+    """Call in a thread of its own.
+
+    Signal handlers run in the main thread, and inside a callback of ctypes the exception that they raise would
+    be lost; llama.cpp calls back for every line of its log.
+    """
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(function()), daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:
+        thread.join()  # the library must not lose the interpreter under its feet
+        raise
+    return results[0]
 
 
 def _context_size(model: Any, options: Options) -> int:

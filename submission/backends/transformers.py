@@ -102,7 +102,7 @@ class HfTokenizer:
             for number, token in added.items()
             if token.special or looks_like_markup(token.content)
         }
-        self.markup: Sequence[str] = ()  # `_plain` leaves nothing that it would parse
+        self.markup: Sequence[str] = list(self.specials)
         self._at_start = _plain(tokenizer, inside=False)
         self._inside = _plain(tokenizer, inside=True)
         first = tokenizer("x").input_ids[:1]
@@ -278,6 +278,8 @@ def _load_model(path: Path, adapter: Path | None, options: Options) -> Any:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
+        raise UserError(f"option device={device!r}: torch finds no CUDA GPU; use device=cpu")
     dtype = options.dtype
     if dtype == "auto":
         # T4 and older have no bfloat16 units.
@@ -318,7 +320,10 @@ def _load_model(path: Path, adapter: Path | None, options: Options) -> Any:
         if not options.load_in_4bit:
             model = model.merge_and_unload()  # an unmerged adapter nearly halves the speed
     if not options.load_in_4bit:
-        model = model.to(device)
+        try:
+            model = model.to(device)
+        except (RuntimeError, AssertionError) as error:  # unknown, or not there, or too small
+            raise UserError(f"the model cannot be put on device={device!r}: {_first_line(error)}") from error
     return model.eval()
 
 
@@ -367,6 +372,6 @@ def _no_leading_blank(step: Any) -> None:
             _no_leading_blank(child)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -215,7 +215,7 @@ def test_a_unigram_vocabulary_does_not_bring_special_tokens_back() -> None:
     encoder = ChatEncoder(HfTokenizer(hf), 4000)
     ids = encoder.encode(render_rewrite("hello", "hello</s>world<s>"), 4000).ids
     assert not {1, 2} & set(ids)
-    assert encoder.text(ids).replace(" ", "").endswith("hello</s>world<s>")
+    assert "hello</s>world<s>" in encoder.text(ids).replace(" ", "")
 
 
 @pytest.mark.parametrize("kind", KINDS)

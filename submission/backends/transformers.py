@@ -80,13 +80,13 @@ def fingerprint(spec: ModelSpec) -> dict[str, str]:
 
 def load(spec: ModelSpec) -> Transformers:
     """Load model, adapter and tokenizer from disk; never from a hub."""
-    _stay_offline()
+    _stay_offline_and_quiet()
     return Transformers(resolve_folder(spec.model), spec.adapter, spec.options)
 
 
 def load_encoder(spec: ModelSpec) -> ChatEncoder:
     """Load the tokenizer and the model's configuration only."""
-    _stay_offline()
+    _stay_offline_and_quiet()
     path = resolve_folder(spec.model)
     return ChatEncoder(HfTokenizer(_load_tokenizer(path)), _context_size(_load_config(path), spec.options))
 
@@ -240,9 +240,10 @@ class Transformers:
         )
 
 
-def _stay_offline() -> None:
+def _stay_offline_and_quiet() -> None:
     # Read when huggingface_hub is first imported; `local_files_only` alone leaves some look-ups.
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TQDM_DISABLE"] = "1"  # the run has a progress bar of its own
 
 
 def _load_tokenizer(path: Path) -> Any:
@@ -277,7 +278,10 @@ def _load_model(path: Path, adapter: Path | None, options: Options) -> Any:
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    on_gpu = device.startswith("cuda")
+    try:
+        on_gpu = torch.device(device).type == "cuda"
+    except RuntimeError as error:
+        raise UserError(f"option device={device!r} is no device of torch: {_first_line(error)[:200]}") from None
     if on_gpu and not torch.cuda.is_available():
         raise UserError(f"option device={device!r}: torch finds no CUDA GPU; use device=cpu")
     dtype = options.dtype

@@ -34,7 +34,7 @@ def kill_loop(folder: Path, *, backend: str, rows: int, kills: int, seed: int) -
     write_table(pairs, PAIR_HEADER, [(f"{n:03}", p.original_text, p.rewritten_text) for n, p in enumerate(chosen)])
     ids = [pair.id for pair in read_pairs(pairs)]
     output = folder / "submission.csv"
-    options = ["--set", "seconds_per_row=0.02"] if backend == "scripted" else ["--max-new-tokens", "16"]
+    options = ["--set", "seconds_per_row=0.05"] if backend == "scripted" else ["--max-new-tokens", "16"]
     arguments = command("predict", pairs, "-o", output, "--backend", backend, *options, "--json")
     journal = journal_path(output)
     before = b""

@@ -183,17 +183,18 @@ def gguf_adapter(adapter: Path) -> Path:
 
 
 def test_an_adapter_changes_both_backends_alike(
-    adapter: Path, gguf_adapter: Path, hf_folder: Path, llama: Backend, example_pairs: list[Pair]
+    adapter: Path, gguf_adapter: Path, hf_folder: Path, example_pairs: list[Pair]
 ) -> None:
     chat = TEMPLATES["short"].render(example_pairs[0])
     items = [("x", chat, " in a more formal tone.")]
-    plain = next(llama.loglikelihood(items))[1].sum
+    # A context of its own, fed the same way: a beginning that another row left there rounds differently.
+    plain = next(model_spec("llama_cpp").load().loglikelihood(items))[1].sum
     tuned = next(model_spec("llama_cpp", adapter=gguf_adapter).load().loglikelihood(items))[1].sum
     theirs = next(model_spec("transformers", str(hf_folder), adapter).load().loglikelihood(items))[1].sum
     assert abs(tuned - plain) > 2
     assert tuned == pytest.approx(theirs, abs=1), "the same adapter, the same change"
     off = model_spec("llama_cpp", adapter=gguf_adapter, settings=["adapter_scale=0"]).load()
-    assert next(off.loglikelihood(items))[1].sum == pytest.approx(plain, abs=0.4)
+    assert next(off.loglikelihood(items))[1].sum == pytest.approx(plain, abs=0.05)
 
 
 def test_an_adapter_and_its_scale_are_part_of_the_fingerprint(gguf_adapter: Path) -> None:

@@ -306,7 +306,7 @@ class LlamaCpp:
         params.n_seq_max = 1
         params.n_threads = params.n_threads_batch = thread_count(self._options.threads)
         params.no_perf = True
-        context = self._lib.llama_init_from_model(self._model, params)
+        context = _call_aside(lambda: self._lib.llama_init_from_model(self._model, params))
         if not context:
             raise UserError(
                 f"a context of {self.encoder.context} tokens could not be made {_LOG.last_error()}\n"
@@ -315,7 +315,7 @@ class LlamaCpp:
         return context
 
     def _set_adapter(self, path: Path) -> None:
-        adapter = self._lib.llama_adapter_lora_init(self._model, os.fsencode(path))
+        adapter = _call_aside(lambda: self._lib.llama_adapter_lora_init(self._model, os.fsencode(path)))
         if not adapter:
             raise UserError(f"adapter {path} does not fit this model {_LOG.last_error()}")
         adapters = (self._lib.llama_adapter_lora_p_ctypes * 1)(adapter)

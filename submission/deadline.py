@@ -45,14 +45,12 @@ class Timetable:
         thread: the watchdog thread takes over.
         guard: the guard process takes over, unless the run is finishing.
         last_call: it takes over even then.
-        end: the deadline itself.
     """
 
     stop: float
     thread: float
     guard: float
     last_call: float
-    end: float
 
     @classmethod
     def until(cls, seconds: float, start: float, rows: int) -> Timetable:
@@ -63,7 +61,7 @@ class Timetable:
         """
         reserve = min(min(max(2.0, 0.1 * seconds), 30.0, seconds / 2) + 15e-6 * rows, 0.9 * seconds)
         end = start + seconds
-        return cls(end - reserve, end - 0.9 * reserve, end - 0.5 * reserve, end - min(0.2 * reserve, 1.0), end)
+        return cls(end - reserve, end - 0.9 * reserve, end - 0.5 * reserve, end - min(0.2 * reserve, 1.0))
 
 
 def process_start() -> float:

@@ -38,3 +38,9 @@ class MissingExtra(UserError):
 
 class BackendError(PromptRecoveryError):
     """A backend failed on a request; rows are retried in smaller batches, then take the fallback."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error of somebody else's in one line: its kind and the beginning of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}".strip(": ")

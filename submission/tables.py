@@ -31,6 +31,7 @@ PAIR_COLUMNS = ("id", "original_text", "rewritten_text")
 TRIPLET_COLUMNS = (*PAIR_COLUMNS, "rewrite_prompt")
 PREDICTION_COLUMNS = ("id", "rewrite_prompt")
 
+_PARQUET = b"PAR1"
 _SHOWN = 5  # how many offending lines an error lists
 
 
@@ -83,7 +84,7 @@ def read_table(path: Path, columns: Sequence[str], encoding: str = "utf-8", *, e
         UserError: see `read_pairs`.
     """
     content = _read_bytes(path)
-    if content.startswith(b"PAR1"):
+    if content.startswith(_PARQUET):
         return _parse_parquet(path, content, columns, exact=exact)
     for magic, kind, tool in ((b"PK\x03\x04", "a zip archive", "unzip"), (b"\x1f\x8b", "gzipped", "gunzip")):
         if content.startswith(magic):
@@ -94,7 +95,7 @@ def read_table(path: Path, columns: Sequence[str], encoding: str = "utf-8", *, e
 def is_parquet(path: Path) -> bool:
     """True if the file begins with Parquet's magic bytes."""
     with path.open("rb") as file:
-        return file.read(4) == b"PAR1"
+        return file.read(len(_PARQUET)) == _PARQUET
 
 
 def check_ids(path: Path, rows: Sequence[Row]) -> None:
@@ -135,8 +136,7 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[IO[str]]:
     """Open a text file beside `path` that takes its place, synced to disk, when the block ends well."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
+    handle, temporary = _temporary_beside(path)
     try:
         with open(handle, "w", encoding="utf-8", newline="") as file:
             yield file
@@ -147,6 +147,12 @@ def atomic_writer(path: Path) -> Iterator[IO[str]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _temporary_beside(path: Path) -> tuple[int, Path]:
+    """A new file, open for writing, under a name that `remove_leftovers` knows."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    return handle, Path(name)
 
 
 def remove_leftovers(path: Path) -> None:
@@ -168,9 +174,9 @@ def check_writable(path: Path) -> None:
     if not path.parent.is_dir():
         raise UserError(f"output folder {path.parent} does not exist: create it with mkdir -p {path.parent}")
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, temporary = _temporary_beside(path)
         os.close(handle)
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if path.exists():
             with path.open("ab"):
                 pass

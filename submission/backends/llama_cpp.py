@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from submission.backends.common import log_probability, stop_at, stream_seed, thread_count
 from submission.errors import BackendError, UserError
 from submission.models import check_gguf_adapter, content_hash, resolve_gguf
-from submission.prompts import ChatEncoder, EncodedPrompt, SpecialToken, looks_like_markup
+from submission.prompts import ChatEncoder, EncodedPrompt, SpecialToken, looks_like_markup, plain_layout
 from submission.types import Chat, Completion, LogLikelihood, Request, Sampling
 
 if TYPE_CHECKING:
@@ -99,14 +99,13 @@ class GgufTokenizer:
                 continue
             special[text] = SpecialToken(token, bool(attributes & _LSTRIP), bool(attributes & _RSTRIP))
         self.specials: Mapping[str, SpecialToken] = special
-        self.markup: Sequence[str] = list(special)
         adds_bos = llama_cpp.llama_vocab_get_add_bos(self.vocab)
         self.bos: int | None = llama_cpp.llama_vocab_bos(self.vocab) if adds_bos else None
         self._format = self._chat_format()
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        if self._format is None:  # a base model: nothing but the texts
-            return "\n\n".join(message["content"] for message in messages) + "\n\n"
+        if self._format is None:
+            return plain_layout(messages)
         return str(self._format(messages=list(messages)).prompt)
 
     def tokenize(self, text: str, *, at_start: bool) -> list[int]:
@@ -187,12 +186,6 @@ class LlamaCpp:
                 self._feed([*prompt.ids, *ids[:position]])
                 total += log_probability(self._logits(), token)
             yield key, LogLikelihood(total, len(ids))
-
-    def close(self) -> None:
-        """Free the model's memory."""
-        self._lib.llama_batch_free(self._batch)
-        self._lib.llama_free(self._context)
-        self._lib.llama_model_free(self._model)
 
     def _answer(self, prompt: EncodedPrompt, request: Request) -> list[Completion]:
         sampling = request.sampling

@@ -86,7 +86,6 @@ class WordTokenizer:
     """Splits at blanks; keeps the words it has seen, so that ids can be read back."""
 
     specials: Mapping[str, SpecialToken] = {}
-    markup: Sequence[str] = ()
     bos: int | None = None
 
     def __init__(self) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from submission.backends.common import stop_at, stream_seed, thread_count
-from submission.errors import MissingExtra, UserError
+from submission.errors import MissingExtra, UserError, first_line
 from submission.models import check_peft_adapter, content_hash, resolve_folder
-from submission.prompts import ChatEncoder, EncodedPrompt, SpecialToken, looks_like_markup
+from submission.prompts import ChatEncoder, EncodedPrompt, SpecialToken, looks_like_markup, plain_layout
 from submission.types import Chat, Completion, LogLikelihood, Request, Sampling
 
 if TYPE_CHECKING:
@@ -102,15 +102,13 @@ class HfTokenizer:
             for number, token in added.items()
             if token.special or looks_like_markup(token.content)
         }
-        self.markup: Sequence[str] = list(self.specials)
-        self._at_start = _plain(tokenizer, inside=False)
-        self._inside = _plain(tokenizer, inside=True)
+        self._at_start, self._inside = _plain(tokenizer)
         first = tokenizer("x").input_ids[:1]
         self.bos: int | None = tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        if not self.hf.chat_template:  # a base model: nothing but the texts
-            return "\n\n".join(message["content"] for message in messages) + "\n\n"
+        if not self.hf.chat_template:
+            return plain_layout(messages)
         return str(self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
 
     def tokenize(self, text: str, *, at_start: bool) -> list[int]:
@@ -263,7 +261,7 @@ def _from_pretrained(kind: Any, path: Path, what: str) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **file)
     except Exception as error:
-        raise UserError(f"the {what} of {path} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the {what} of {path} cannot be loaded: {first_line(error)}") from error
 
 
 def _context_size(config: Any, options: Options) -> int:
@@ -281,7 +279,7 @@ def _load_model(path: Path, adapter: Path | None, options: Options) -> Any:
     try:
         on_gpu = torch.device(device).type == "cuda"
     except RuntimeError as error:
-        raise UserError(f"option device={device!r} is no device of torch: {_first_line(error)[:200]}") from None
+        raise UserError(f"option device={device!r} is no device of torch: {first_line(error)[:200]}") from None
     if on_gpu and not torch.cuda.is_available():
         raise UserError(f"option device={device!r}: torch finds no CUDA GPU; use device=cpu")
     dtype = options.dtype
@@ -313,21 +311,21 @@ def _load_model(path: Path, adapter: Path | None, options: Options) -> Any:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
     except Exception as error:
-        raise UserError(f"model {path} cannot be loaded by transformers: {_first_line(error)}") from error
+        raise UserError(f"model {path} cannot be loaded by transformers: {first_line(error)}") from error
     if adapter is not None:
         from peft import PeftModel
 
         try:
             model = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
         except Exception as error:
-            raise UserError(f"adapter {adapter} does not fit this model: {_first_line(error)}") from error
+            raise UserError(f"adapter {adapter} does not fit this model: {first_line(error)}") from error
         if not options.load_in_4bit:
             model = model.merge_and_unload()  # an unmerged adapter nearly halves the speed
     if not options.load_in_4bit:
         try:
             model = model.to(device)
         except (RuntimeError, AssertionError) as error:  # unknown, or not there, or too small
-            raise UserError(f"the model cannot be put on device={device!r}: {_first_line(error)}") from error
+            raise UserError(f"the model cannot be put on device={device!r}: {first_line(error)}") from error
     return model.eval()
 
 
@@ -343,11 +341,11 @@ def _end_tokens(model: Any, tokenizer: HfTokenizer) -> list[int]:
     return found
 
 
-def _plain(tokenizer: Any, *, inside: bool) -> Any:
-    """The tokenizer without its special tokens: none of their names in a text is parsed.
+def _plain(tokenizer: Any) -> tuple[Any, Any]:
+    """The tokenizer without its special tokens, so that none of their names in a text is parsed.
 
-    Args:
-        inside: for text that stands behind other text: no blank is put before it.
+    Returns:
+        one for the beginning of a prompt, and one for text behind other text, which puts no blank before it.
     """
     from tokenizers import Tokenizer
 
@@ -362,20 +360,21 @@ def _plain(tokenizer: Any, *, inside: bool) -> Any:
         for token in description["added_tokens"]
         if not token["special"] and not looks_like_markup(token["content"])
     ]
-    if inside:
-        _no_leading_blank(description["pre_tokenizer"])
-    return Tokenizer.from_str(json.dumps(description))
+    at_start = Tokenizer.from_str(json.dumps(description))
+    if not _drop_leading_blank(description["pre_tokenizer"]):
+        return at_start, at_start
+    return at_start, Tokenizer.from_str(json.dumps(description))
 
 
-def _no_leading_blank(step: Any) -> None:
-    """Metaspace with the scheme "first" marks the beginning of a text only, not what follows a token."""
-    if isinstance(step, dict):
-        if step.get("type") == "Metaspace" and step.get("prepend_scheme") == "first":
-            step["prepend_scheme"] = "never"
-        for child in step.get("pretokenizers", []):
-            _no_leading_blank(child)
+def _drop_leading_blank(step: Any) -> bool:
+    """Metaspace with the scheme "first" marks the beginning of a text only, not what follows a token.
 
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    Returns:
+        whether there was one to change.
+    """
+    if not isinstance(step, dict):
+        return False
+    changed = step.get("type") == "Metaspace" and step.get("prepend_scheme") == "first"
+    if changed:
+        step["prepend_scheme"] = "never"
+    return any([changed, *map(_drop_leading_blank, step.get("pretokenizers", []))])

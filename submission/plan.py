@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from submission.answers import is_blank, storable
-from submission.backends import EMBEDDED, ModelSpec, model_spec
+from submission.backends import ModelSpec, model_spec
 from submission.config import read_toml
 from submission.errors import UserError
+from submission.models import EMBEDDED
 from submission.recover import DEFAULT_PROMPT, RecoverSource, Setup, find_recover
 from submission.tables import check_writable, digest_pairs, read_pairs, read_triplets
 from submission.templates import Template, get_template

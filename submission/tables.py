@@ -134,19 +134,26 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]
 
 
 @contextmanager
-def atomic_writer(path: Path) -> Iterator[IO[str]]:
-    """Open a text file beside `path` that takes its place, synced to disk, when the block ends well."""
+def atomic_path(path: Path) -> Iterator[Path]:
+    """The name of an empty file beside `path` that takes its place, synced to disk, when the block ends well."""
     handle, temporary = _temporary_beside(path)
+    os.close(handle)
     try:
-        with open(handle, "w", encoding="utf-8", newline="") as file:
-            yield file
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[IO[str]]:
+    """Open a text file beside `path` that takes its place, synced to disk, when the block ends well."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        yield file
 
 
 def _temporary_beside(path: Path) -> tuple[int, Path]:
@@ -156,7 +163,7 @@ def _temporary_beside(path: Path) -> tuple[int, Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what `atomic_writer` left beside `path`, or files named after it, when its process was killed."""
+    """Remove what `atomic_path` left beside `path`, or files named after it, when its process was killed."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*tmp"):
         leftover.unlink(missing_ok=True)
 

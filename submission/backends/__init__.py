@@ -14,10 +14,9 @@ from typing import Any, Protocol, cast
 
 from submission.config import from_settings
 from submission.errors import MissingExtra, UserError
+from submission.models import EMBEDDED
 from submission.prompts import ChatEncoder
 from submission.types import Backend
-
-EMBEDDED = "embedded"
 
 # name -> (module, packages it needs as (import name, extra); "" is the core installation)
 _BACKENDS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {

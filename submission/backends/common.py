@@ -1,14 +1,36 @@
-"""What the backends share: thread counts, random streams, the arithmetic of a step."""
+"""What the backends share: thread counts, random streams, answers as they come, the arithmetic of a step."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from submission.prompts import EncodedPrompt
+from submission.types import Completion, Request
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+@dataclass(slots=True, eq=False)
+class Asked:
+    """A request, what is fed for it, and its answers by number as they come."""
+
+    request: Request
+    encoded: EncodedPrompt
+    completions: list[Completion | None]
+
+    def when_complete(self) -> Iterator[tuple[str, list[Completion]]]:
+        """Yield `(key, completions)` when the last one is there, once."""
+        there = [completion for completion in self.completions if completion is not None]
+        if len(there) == len(self.completions):
+            yield self.request.key, there
 
 
 def thread_count(wanted: int) -> int:
@@ -27,12 +49,28 @@ def stream_seed(seed: int, key: str, sample: int) -> int:
     return int.from_bytes(digest[:4], "little") % 0xFFFFFFFF
 
 
-def log_probability(logits: NDArray[np.float32], token: int) -> float:
-    """log softmax(logits)[token], natural log, for logits of shape (vocabulary,)."""
+def log_probabilities(logits: NDArray[np.float32], tokens: NDArray[np.int32]) -> NDArray[np.float64]:
+    """log softmax(logits)[tokens] by row, natural log, for logits of shape (rows, vocabulary)."""
     import numpy as np
 
-    peak = float(logits.max())
-    return float(logits[token]) - peak - float(np.log(np.exp(logits - peak).sum()))
+    found = np.empty(len(tokens), np.float64)
+    for row, (values, token) in enumerate(zip(logits, tokens, strict=True)):  # a row stays in the cache
+        peak = values.max()
+        shifted = values - peak
+        chosen = shifted[token]
+        np.exp(shifted, out=shifted)
+        found[row] = float(chosen) - math.log(float(shifted.sum(dtype=np.float64)))
+    return found
+
+
+def memory_budget() -> int:
+    """Bytes that a KV cache may take when nobody says: a quarter of the memory that is free, at least 256 MB."""
+    try:
+        fields = Path("/proc/meminfo").read_text(encoding="ascii").split()
+        free = int(fields[fields.index("MemAvailable:") + 1]) * 1024
+    except (OSError, ValueError):
+        free = 8 << 30
+    return max(256 << 20, free // 4)
 
 
 def stop_at(text: str, stop: tuple[str, ...]) -> str | None:

@@ -5,24 +5,39 @@ python -m submission predict test.csv -o submission.csv --backend transformers -
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+import copy
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from submission.backends.common import stop_at, stream_seed, thread_count
-from submission.errors import MissingExtra, UserError, first_line
+from submission.backends.common import Asked, stop_at, stream_seed, thread_count
+from submission.backends.hf_drawing import Drawer, Stopper
+from submission.backends.hf_loading import (
+    end_tokens,
+    load_config,
+    load_model,
+    load_tokenizer,
+    stay_offline_and_quiet,
+)
+from submission.backends.hf_tokenizer import HfTokenizer
+from submission.backends.window import Window, common_length
+from submission.errors import BackendError, UserError, first_line
 from submission.models import check_peft_adapter, content_hash, resolve_folder
-from submission.prompts import ChatEncoder, EncodedPrompt, SpecialToken, looks_like_markup, plain_layout
+from submission.prompts import ChatEncoder, EncodedPrompt
 from submission.types import Chat, Completion, LogLikelihood, Request, Sampling
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from submission.backends import ModelSpec
 
-_WINDOW = 8  # batches' worth of requests that are sorted by length together
+_CPU_BATCH, _GPU_BATCH = 16, 64  # answers decoded together
+_TOKENS_PER_ANSWER = 1024  # on average, that the batch's share of the token budget allows for
+_SCORED_BYTES = 256 << 20  # of logits that a batch of likelihoods may bring
+_WORTH_SHARING = 16  # tokens of a common beginning below which it is not computed apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +46,8 @@ class Options:
 
     context: tokens that a prompt and its answer may have together.
     threads: of the CPU; 0 means every core this process may use.
-    batch: answers (rows times samples) that are decoded together.
+    batch: answers (rows times samples) decoded together at most; 0 means 16 on a CPU and 64 on a GPU.
+    batch_tokens: tokens of all answers and prompts of a batch, padding included; 0 means 1024 times `batch`.
     load_in_4bit: quantise the weights to nf4 with double quantisation on loading (bitsandbytes).
     dtype: auto (bfloat16 or float16 on a GPU, float32 on a CPU), float32, bfloat16 or float16.
     device: auto, cpu, cuda, cuda:1 ...
@@ -39,7 +55,8 @@ class Options:
 
     context: int = 2048
     threads: int = 0
-    batch: int = 16
+    batch: int = 0
+    batch_tokens: int = 0
     load_in_4bit: bool = False
     dtype: str = "auto"
     device: str = "auto"
@@ -61,8 +78,8 @@ def check(spec: ModelSpec) -> None:
         require("gguf", "hf", "a GGUF file as a transformers model")
     if spec.options.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UserError(f"option dtype={spec.options.dtype!r} must be auto, float32, bfloat16 or float16")
-    if spec.options.context < 128 or spec.options.batch < 1:
-        raise UserError("for backend transformers, option context must be at least 128 and batch at least 1")
+    if spec.options.context < 128:
+        raise UserError("option context for backend transformers must be at least 128 tokens")
 
 
 def fingerprint(spec: ModelSpec) -> dict[str, str]:
@@ -80,147 +97,287 @@ def fingerprint(spec: ModelSpec) -> dict[str, str]:
 
 def load(spec: ModelSpec) -> Transformers:
     """Load model, adapter and tokenizer from disk; never from a hub."""
-    _stay_offline_and_quiet()
+    stay_offline_and_quiet()
     return Transformers(resolve_folder(spec.model), spec.adapter, spec.options)
 
 
 def load_encoder(spec: ModelSpec) -> ChatEncoder:
     """Load the tokenizer and the model's configuration only."""
-    _stay_offline_and_quiet()
+    stay_offline_and_quiet()
     path = resolve_folder(spec.model)
-    return ChatEncoder(HfTokenizer(_load_tokenizer(path)), _context_size(_load_config(path), spec.options))
+    return ChatEncoder(HfTokenizer(load_tokenizer(path)), _context_size(load_config(path), spec.options))
 
 
-class HfTokenizer:
-    """A transformers tokenizer; see `submission.prompts.Tokenizer`."""
+@dataclass(slots=True, eq=False)
+class _Prompt:
+    """Answers of these numbers to a request are wanted."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.hf = tokenizer
-        added = tokenizer.added_tokens_decoder
-        self.specials: Mapping[str, SpecialToken] = {
-            token.content: SpecialToken(number, token.lstrip, token.rstrip)
-            for number, token in added.items()
-            if token.special or looks_like_markup(token.content)
-        }
-        self._at_start, self._inside = _plain(tokenizer)
-        first = tokenizer("x").input_ids[:1]
-        self.bos: int | None = tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
+    ids: NDArray[np.int32]
+    asked: Asked
+    numbers: range
+    answers: list[Completion] = field(default_factory=list)
+    outputs = 1
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        if not self.hf.chat_template:
-            return plain_layout(messages)
-        return str(self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    @property
+    def need(self) -> int:
+        return len(self.ids) + self.asked.request.sampling.max_new_tokens
 
-    def tokenize(self, text: str, *, at_start: bool) -> list[int]:
-        text = text.encode("utf-8", "replace").decode("utf-8")
-        encoder = self._at_start if at_start else self._inside
-        return list(encoder.encode(text, add_special_tokens=False).ids)
+    @property
+    def rows(self) -> int:
+        return len(self.numbers)
 
-    def detokenize(self, ids: Sequence[int]) -> str:
-        return str(self.hf.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    @property
+    def most_shared(self) -> int:
+        return len(self.ids) - 1
 
-    def continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
-        """The text that `ids` add behind a prompt: the blank of a first word is kept, special tokens go."""
-        special = {token.id for token in self.specials.values()}
-        anchor = list(prompt[-4:])
-        before = self.detokenize(anchor)
-        return self.detokenize([*anchor, *(token for token in ids if token not in special)])[len(before) :]
+    def fits(self, other: _Prompt) -> bool:
+        return self.asked.request.sampling == other.asked.request.sampling
+
+    def parts(self) -> list[_Prompt]:
+        half = (len(self.numbers) + 1) // 2
+        return [_Prompt(self.ids, self.asked, n) for n in (self.numbers[:half], self.numbers[half:]) if n]
+
+
+@dataclass(slots=True, eq=False)
+class _Text:
+    """Tokens whose probabilities are wanted from index `scored_from` (at least 1) on."""
+
+    ids: NDArray[np.int32]
+    scored_from: int
+    key: str
+    total: float = 0.0
+    rows = 1
+
+    @property
+    def outputs(self) -> int:
+        return len(self.ids) - self.scored_from
+
+    @property
+    def need(self) -> int:
+        return len(self.ids)
+
+    @property
+    def most_shared(self) -> int:
+        return self.scored_from - 1
+
+    def fits(self, other: _Text) -> bool:
+        return True
+
+    def parts(self) -> list[_Text]:
+        return [self]
+
+
+T = TypeVar("T", _Prompt, _Text)
 
 
 class Transformers:
-    """A transformers model that answers in batches, left-padded, sorted by length within a window."""
+    """A transformers model that computes in batches of similar length; common beginnings once."""
 
     def __init__(self, model: Path, adapter: Path | None, options: Options) -> None:
         import torch
+        from transformers import GenerationConfig
         from transformers.utils import logging
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         torch.set_num_threads(thread_count(options.threads))
-        self._options = options
         self._torch = torch
-        self.tokenizer = HfTokenizer(_load_tokenizer(model))
-        self._model = _load_model(model, adapter, options)
+        self.tokenizer = HfTokenizer(load_tokenizer(model))
+        self._model = load_model(
+            model, adapter, device=options.device, dtype=options.dtype, load_in_4bit=options.load_in_4bit
+        )
         self.encoder = ChatEncoder(self.tokenizer, _context_size(self._model.config, options))
-        self._ends = _end_tokens(self._model, self.tokenizer)
+        self._ends = end_tokens(self._model, self.tokenizer)
         self._pad = self.tokenizer.hf.pad_token_id
         if self._pad is None:
             self._pad = self._ends[0]  # masked out, never trained on
+        # A model's own settings (penalties, top-k ...) would answer another question than the one asked.
+        self._model.generation_config = GenerationConfig(eos_token_id=self._ends, pad_token_id=self._pad)
+        on_gpu = self._model.device.type == "cuda"
+        self._batch = options.batch or (_GPU_BATCH if on_gpu else _CPU_BATCH)
+        self._tokens = options.batch_tokens or self._batch * _TOKENS_PER_ANSWER
+        self._most_outputs = _SCORED_BYTES // (4 * self._model.config.get_text_config().vocab_size)
+        self._can_share = self._caches_plainly()
+        self._shared: tuple[NDArray[np.int32], Any] | None = None  # a beginning and its cache, for the next batch
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion]]]:
         """See `submission.types.Backend`."""
-        stream = iter(requests)
-        while window := list(islice(stream, _WINDOW * self._options.batch)):
-            encoded = [
-                (
-                    request,
-                    self.encoder.encode_for(request.chat, request.sampling.max_new_tokens),
-                )
-                for request in window
-            ]
-            encoded.sort(key=lambda item: (hash(item[0].sampling), len(item[1].ids)))
-            while encoded:
-                sampling = encoded[0][0].sampling
-                size = max(1, self._options.batch // sampling.n)
-                batch = [item for item in encoded[:size] if item[0].sampling == sampling]
-                del encoded[: len(batch)]
-                yield from self._answer(batch, sampling)
+        import numpy as np
+
+        def prompts() -> Iterator[_Prompt]:
+            for request in requests:
+                encoded = self.encoder.encode_for(request.chat, request.sampling.max_new_tokens)
+                asked = Asked(request, encoded, [None] * request.sampling.n)
+                ids = np.array(encoded.ids, np.int32)
+                for first in range(0, request.sampling.n, self._batch):
+                    yield _Prompt(ids, asked, range(first, min(request.sampling.n, first + self._batch)))
+
+        for prompt in self._in_batches(prompts(), self._answer):
+            for number, completion in zip(prompt.numbers, prompt.answers, strict=True):
+                prompt.asked.completions[number] = completion
+            yield from prompt.asked.when_complete()
 
     def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood]]:
         """See `submission.types.Backend`."""
-        torch = self._torch
-        for key, chat, continuation in items:
-            ids = self.encoder.encode_continuation(continuation)
-            prompt = self.encoder.encode_for(chat, len(ids))
-            with torch.inference_mode():
-                fed = torch.tensor([[*prompt.ids, *ids]], device=self._model.device)
-                # The output head runs on the positions that predict the continuation, not on the prompt.
-                logits = self._model(fed, logits_to_keep=len(ids) + 1).logits[0, :-1].float()
-                chosen = torch.log_softmax(logits, dim=-1).gather(1, fed[0, len(prompt.ids) :, None])
-            yield key, LogLikelihood(float(chosen.sum()), len(ids))
+        import numpy as np
 
-    def _answer(
-        self, batch: Sequence[tuple[Request, EncodedPrompt]], sampling: Sampling
-    ) -> Iterator[tuple[str, list[Completion]]]:
+        empty: list[str] = []
+
+        def texts() -> Iterator[_Text]:
+            for key, chat, continuation in items:
+                ids = self.encoder.encode_continuation(continuation)
+                prompt = self.encoder.encode_for(chat, len(ids)).ids
+                if ids:
+                    yield _Text(np.array([*prompt, *ids], np.int32), len(prompt), key)
+                else:
+                    empty.append(key)
+
+        for text in self._in_batches(texts(), self._score):
+            yield text.key, LogLikelihood(text.total, text.outputs)
+        for key in empty:
+            yield key, LogLikelihood(0.0, 0)
+
+    # -- batches --------------------------------------------------------------------------------------------
+
+    def _in_batches(self, items: Iterable[T], work: Callable[[list[T]], None]) -> Iterator[T]:
+        """Do the work for all items and yield each when it is done; smaller batches when memory runs out."""
+        pending = Window(items)
+        while pending.top_up():
+            batch = self._next_batch(pending)
+            trouble = self._try(batch, work)
+            if trouble is None:
+                yield from batch
+                continue
+            self._make_room()
+            rows = sum(item.rows for item in batch)
+            if rows == 1:
+                raise BackendError(f"one row alone does not fit into memory: {trouble}")
+            self._batch = rows // 2  # remembered: the next ones would fail as well
+            pending.items.extendleft(reversed([part for item in batch for part in item.parts()]))
+        pending.complain()
+
+    def _try(self, batch: list[T], work: Callable[[list[T]], None]) -> str | None:
+        """Do the work; if memory ran out, say so. The error is let go: its frames hold the memory."""
+        try:
+            with self._torch.inference_mode():
+                work(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            return first_line(error)
+        return None
+
+    def _make_room(self) -> None:
+        self._shared = None
+        gc.collect()
+        if self._model.device.type == "cuda":
+            self._torch.cuda.empty_cache()
+
+    def _next_batch(self, pending: Window[T]) -> list[T]:
+        """The next items that cost no more together, padding and common beginnings counted, than apart."""
+        first = pending.items.popleft()
+        batch, rows = [first], first.rows
+        longest, need, shared, outputs = len(first.ids), first.need, first.most_shared, first.outputs
+        cost = longest
+        while pending.items:
+            item = pending.items[0]
+            together = min(shared, common_length(first.ids, item.ids), item.most_shared) if self._can_share else 0
+            width, most = max(longest, len(item.ids)), max(need, item.need)
+            joint = together + (len(batch) + 1) * (width - together)
+            if (
+                not first.fits(item)
+                or rows + item.rows > self._batch
+                or (rows + item.rows) * most > self._tokens
+                or (rows + item.rows) * max(outputs, item.outputs) > self._most_outputs
+                or joint > 1.1 * (cost + len(item.ids))
+            ):
+                break
+            batch.append(pending.items.popleft())
+            rows += item.rows
+            longest, need, shared, cost, outputs = width, most, together, joint, max(outputs, item.outputs)
+        return batch
+
+    # -- common beginnings ----------------------------------------------------------------------------------
+
+    def _caches_plainly(self) -> bool:
+        """Whether every layer's cache is a plain list of keys and values, so that padding may lie in its middle."""
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        with self._torch.inference_mode():
+            cache = self._model(self._on_device([[self._ends[0]]]), use_cache=True).past_key_values
+        return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+    def _common(self, batch: Sequence[_Prompt] | Sequence[_Text]) -> int:
+        """Tokens at the beginning that are computed once for the whole batch."""
+        if not self._can_share:
+            return 0
+        first = batch[0].ids
+        most = min(item.most_shared for item in batch)
+        most = min([most, *(common_length(first, item.ids) for item in batch[1:])])
+        if len(batch) == 1:  # pays only if it is there already
+            most = min(most, common_length(first, self._shared[0])) if self._shared else 0
+        return most if most >= _WORTH_SHARING else 0
+
+    def _cache_of(self, ids: NDArray[np.int32], rows: int) -> Any:
+        """A cache that holds `ids` in each of so many rows; None for no ids."""
+        if not len(ids):
+            return None
+        held = self._shared[0] if self._shared else ids[:0]
+        if len(held) < len(ids) or common_length(held, ids) < len(ids):
+            cache = self._model(self._on_device([ids.tolist()]), use_cache=True, logits_to_keep=1).past_key_values
+            self._shared = (ids, cache)
+        assert self._shared is not None
+        cache = copy.deepcopy(self._shared[1])
+        if len(self._shared[0]) > len(ids):
+            cache.crop(len(ids) - len(self._shared[0]))
+        cache.batch_repeat_interleave(rows)
+        return cache
+
+    # -- generating -----------------------------------------------------------------------------------------
+
+    def _answer(self, batch: list[_Prompt]) -> None:
         torch = self._torch
-        width = max(len(prompt.ids) for _, prompt in batch)
+        sampling = batch[0].asked.request.sampling
+        width = max(len(prompt.ids) for prompt in batch)
+        shared = self._common(batch)
         ids = torch.full((len(batch), width), self._pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
-        for row, (_, prompt) in enumerate(batch):
-            ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
-            mask[row, width - len(prompt.ids) :] = 1
-        options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if sampling.temperature > 0:
-            # One stream per batch: keys and seed decide it.
-            torch.manual_seed(stream_seed(sampling.seed, "\x1f".join(r.key for r, _ in batch), 0))
-            options = {
-                "do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p,
-                "min_p": sampling.min_p or None, "top_k": 0,
-            }  # fmt: skip
-        with torch.inference_mode():
-            output = self._model.generate(
-                input_ids=ids.to(self._model.device), attention_mask=mask.to(self._model.device),
-                max_new_tokens=sampling.max_new_tokens, num_return_sequences=sampling.n,
-                eos_token_id=self._ends, pad_token_id=self._pad, return_dict_in_generate=True,
-                output_logits=True, **options,
-            )  # fmt: skip
-        answers = output.sequences[:, width:]
-        logprobs = torch.stack(
-            [
-                torch.log_softmax(logits.float(), dim=-1).gather(1, answers[:, step, None].to(logits.device))[:, 0]
-                for step, logits in enumerate(output.logits)
-            ],
-            dim=1,
-        )
-        for row, (request, prompt) in enumerate(batch):
-            first = row * sampling.n
-            yield (
-                request.key,
-                [
-                    self._completion(prompt, answers[index].tolist(), logprobs[index].tolist(), sampling)
-                    for index in range(first, first + sampling.n)
-                ],
-            )
+        for row, prompt in enumerate(batch):  # padding lies between the common beginning and the rest
+            given = torch.from_numpy(prompt.ids).long()
+            ids[row, :shared], mask[row, :shared] = given[:shared], 1
+            begin = width - (len(given) - shared)
+            ids[row, begin:], mask[row, begin:] = given[shared:], 1
+        ids, mask = ids.to(self._model.device), mask.to(self._model.device)
+        cache = self._cache_of(batch[0].ids[:shared], len(batch))
+        copies = torch.tensor([prompt.rows for prompt in batch], device=ids.device)
+        if int(copies.max()) > 1:
+            if self._can_share:
+                cache = self._prefill(ids, mask, cache, shared)
+                cache.batch_select_indices(torch.arange(len(batch), device=ids.device).repeat_interleave(copies))
+            ids, mask = ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0)
+        answers = [(prompt, number) for prompt in batch for number in prompt.numbers]
+        seeds = [stream_seed(sampling.seed, p.asked.request.key, number) for p, number in answers]
+        drawer = Drawer(sampling, seeds)
+        stopper = Stopper(sampling.stop, width, self.tokenizer.detokenize) if sampling.stop else None
+        output = self._model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=sampling.max_new_tokens, do_sample=False,
+            logits_processor=[drawer], stopping_criteria=[stopper] if stopper else [],
+            **({} if cache is None else {"past_key_values": cache}),
+        )[:, width:].tolist()  # fmt: skip
+        logprobs = torch.stack(drawer.logprobs, dim=1).tolist()
+        for row, (prompt, _) in enumerate(answers):
+            length = stopper.lengths.get(row) if stopper else None
+            prompt.answers.append(self._completion(prompt.asked.encoded, output[row][:length], logprobs[row], sampling))
+
+    def _prefill(self, ids: Any, mask: Any, cache: Any, shared: int) -> Any:
+        """Compute all but the last token of every prompt once, however many samples there are to be."""
+        if ids.shape[1] - 1 == shared:
+            return cache
+        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+        return self._model(
+            input_ids=ids[:, shared:-1], attention_mask=mask[:, :-1], position_ids=positions[:, shared:-1],
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        ).past_key_values  # fmt: skip
 
     def _completion(
         self, prompt: EncodedPrompt, ids: list[int], logprobs: list[float], sampling: Sampling
@@ -230,151 +387,48 @@ class Transformers:
         stopped = stop_at(text, sampling.stop)
         return Completion(
             text if stopped is None else stopped,
-            sum(logprobs[:end]),
+            sum(logprobs[: len(ids[:end])]),
             len(ids[:end]),
             "stop" if end is not None or stopped is not None else "length",
             len(prompt.ids),
             prompt.truncated,
         )
 
+    # -- likelihoods ----------------------------------------------------------------------------------------
 
-def _stay_offline_and_quiet() -> None:
-    # Read when huggingface_hub is first imported; `local_files_only` alone leaves some look-ups.
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["TQDM_DISABLE"] = "1"  # the run has a progress bar of its own
+    def _score(self, batch: list[_Text]) -> None:
+        torch = self._torch
+        shared = self._common(batch)
+        width = max(len(text.ids) for text in batch) - 1  # the last token predicts nothing that is asked
+        ids = torch.full((len(batch), width), self._pad, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, text in enumerate(batch):
+            ids[row, : len(text.ids) - 1] = torch.from_numpy(text.ids[:-1]).long()
+            mask[row, : len(text.ids) - 1] = 1
+        ids, mask = ids.to(self._model.device), mask.to(self._model.device)
+        # The output head runs on the positions that predict a continuation, not on the prompts.
+        first = min(text.scored_from for text in batch) - 1
+        positions = torch.arange(shared, width, device=ids.device).expand(len(batch), -1)
+        logits = self._model(
+            input_ids=ids[:, shared:], attention_mask=mask, position_ids=positions,
+            past_key_values=self._cache_of(batch[0].ids[:shared], len(batch)), use_cache=shared > 0,
+            logits_to_keep=width - first,
+        ).logits  # fmt: skip
+        for row, text in enumerate(batch):
+            part = logits[row, text.scored_from - 1 - first : len(text.ids) - 1 - first].float()
+            chosen = torch.from_numpy(text.ids[text.scored_from :]).long().to(part.device)
+            text.total = float((part.gather(1, chosen[:, None])[:, 0] - part.logsumexp(dim=-1)).double().sum())
+
+    def _on_device(self, rows: list[list[int]]) -> Any:
+        return self._torch.tensor(rows, device=self._model.device)
 
 
-def _load_tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
+def _out_of_memory(error: BaseException) -> bool:
+    from accelerate.utils.memory import should_reduce_batch_size
 
-    return _from_pretrained(AutoTokenizer, path, "tokenizer")
-
-
-def _load_config(path: Path) -> Any:
-    from transformers import AutoConfig
-
-    return _from_pretrained(AutoConfig, path, "configuration")
-
-
-def _from_pretrained(kind: Any, path: Path, what: str) -> Any:
-    folder, file = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
-    try:
-        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **file)
-    except Exception as error:
-        raise UserError(f"the {what} of {path} cannot be loaded: {first_line(error)}") from error
+    return isinstance(error, MemoryError) or (isinstance(error, Exception) and should_reduce_batch_size(error))
 
 
 def _context_size(config: Any, options: Options) -> int:
     """The context that was asked for, but no more than the model was trained with."""
     return min(options.context, getattr(config, "max_position_embeddings", None) or options.context)
-
-
-def _load_model(path: Path, adapter: Path | None, options: Options) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        on_gpu = torch.device(device).type == "cuda"
-    except RuntimeError as error:
-        raise UserError(f"option device={device!r} is no device of torch: {first_line(error)[:200]}") from None
-    if on_gpu and not torch.cuda.is_available():
-        raise UserError(f"option device={device!r}: torch finds no CUDA GPU; use device=cpu")
-    dtype = options.dtype
-    if dtype == "auto":
-        # T4 and older have no bfloat16 units.
-        dtype = ("bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16") if on_gpu else "float32"
-    arguments: dict[str, Any] = {
-        "dtype": getattr(torch, dtype),
-        "local_files_only": True,
-        "trust_remote_code": False,
-    }
-    folder = path
-    if path.is_dir():
-        arguments["use_safetensors"] = True
-    else:
-        from transformers import GgufConfig
-
-        folder = path.parent
-        # Without `dequantize` the weights stay packed, at half the speed.
-        arguments |= {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
-    if options.load_in_4bit:
-        from transformers import BitsAndBytesConfig
-
-        arguments["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, dtype),
-        )  # fmt: skip
-        arguments["device_map"] = {"": device}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
-    except Exception as error:
-        raise UserError(f"model {path} cannot be loaded by transformers: {first_line(error)}") from error
-    if adapter is not None:
-        from peft import PeftModel
-
-        try:
-            model = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
-        except Exception as error:
-            raise UserError(f"adapter {adapter} does not fit this model: {first_line(error)}") from error
-        if not options.load_in_4bit:
-            model = model.merge_and_unload()  # an unmerged adapter nearly halves the speed
-    if not options.load_in_4bit:
-        try:
-            model = model.to(device)
-        except (RuntimeError, AssertionError) as error:  # unknown, or not there, or too small
-            raise UserError(f"the model cannot be put on device={device!r}: {first_line(error)}") from error
-    return model.eval()
-
-
-def _end_tokens(model: Any, tokenizer: HfTokenizer) -> list[int]:
-    """All ids that end an answer: the model's, the tokenizer's and the usual end-of-turn markers."""
-    configured = model.generation_config.eos_token_id
-    ends = [*(configured if isinstance(configured, list) else [configured]), tokenizer.hf.eos_token_id]
-    markers = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "</s>")
-    ends += [tokenizer.specials[name].id for name in markers if name in tokenizer.specials]
-    found = [end for end in dict.fromkeys(ends) if end is not None]
-    if not found:
-        raise UserError("the model names no end-of-text token")
-    return found
-
-
-def _plain(tokenizer: Any) -> tuple[Any, Any]:
-    """The tokenizer without its special tokens, so that none of their names in a text is parsed.
-
-    Returns:
-        one for the beginning of a prompt, and one for text behind other text, which puts no blank before it.
-    """
-    from tokenizers import Tokenizer
-
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise MissingExtra("this tokenizer", "tokenizers", "hf")
-    description = json.loads(backend.to_str())
-    description["post_processor"] = None
-    description["truncation"] = description["padding"] = None
-    description["added_tokens"] = [
-        token
-        for token in description["added_tokens"]
-        if not token["special"] and not looks_like_markup(token["content"])
-    ]
-    at_start = Tokenizer.from_str(json.dumps(description))
-    if not _drop_leading_blank(description["pre_tokenizer"]):
-        return at_start, at_start
-    return at_start, Tokenizer.from_str(json.dumps(description))
-
-
-def _drop_leading_blank(step: Any) -> bool:
-    """Metaspace with the scheme "first" marks the beginning of a text only, not what follows a token.
-
-    Returns:
-        whether there was one to change.
-    """
-    if not isinstance(step, dict):
-        return False
-    changed = step.get("type") == "Metaspace" and step.get("prepend_scheme") == "first"
-    if changed:
-        step["prepend_scheme"] = "never"
-    return any([changed, *map(_drop_leading_blank, step.get("pretokenizers", []))])

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from submission.errors import PromptRecoveryError, UserError
+from submission.errors import run_command
 
 app = typer.Typer(
     add_completion=False,
@@ -173,15 +173,8 @@ def _print_json(figures: dict[str, Any], *, as_json: bool) -> None:
 
 
 def main() -> None:
-    """Run a command; errors that a user can put right are one or two lines and exit code 2."""
-    try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (PromptRecoveryError, OSError) as error:  # a full disk, say
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    """Run a command; see `submission.errors.run_command`."""
+    run_command(app)
 
 
 if __name__ == "__main__":

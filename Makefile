@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: submission test check format examples kill-loop deadline-loop clean
+.PHONY: submission test check format examples kill-loop deadline-loop throughput clean
 .DELETE_ON_ERROR:
 
 submission: .venv/.submission
@@ -37,6 +37,10 @@ kill-loop: .venv/.all
 
 deadline-loop: .venv/.all
 	$(BIN)/python -m tests.deadline_loop --tries 10
+
+# Speed beside what would be used instead; `python -m eval throughput --help` for other rows, models and peers.
+throughput: .venv/.all
+	$(BIN)/python -m eval throughput examples/test.csv --plot throughput.png
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis submission.csv submission.csv.*

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 from submission.backends.common import Asked, memory_budget, thread_count
 from submission.backends.embedded import fast_embedded
 from submission.backends.llama_drawing import Drawer
-from submission.backends.llama_library import cache_bytes_per_token, load_adapter, load_model, trained_context
+from submission.backends.llama_library import (
+    cache_bytes_per_token,
+    library,
+    load_adapter,
+    load_model,
+    trained_context,
+)
 from submission.backends.llama_streams import LlamaStreams
 from submission.backends.llama_tokenizer import GgufTokenizer
 from submission.backends.schedule import Limits, Prompt, Scheduler, Shape, Text
@@ -89,6 +95,7 @@ class LlamaCpp:
     """A GGUF model and the contexts that it needs, one at a time."""
 
     def __init__(self, model: Path, adapter: Path | None, options: Options) -> None:
+        self._free_model = library().llama_model_free  # at hand when the interpreter ends
         self._model = load_model(model, vocab_only=False, gpu_layers=options.gpu_layers)
         self.tokenizer = GgufTokenizer(self._model)
         self.encoder = ChatEncoder(self.tokenizer, _context_size(self._model, options))
@@ -105,6 +112,13 @@ class LlamaCpp:
             ContextFailed: there is no memory for it.
         """
         return LlamaStreams(self._model, shape, batch=self._batch, threads=self._threads, adapter=self._adapter)
+
+    def __del__(self) -> None:
+        # Contexts go before the model that they use. Either may be missing after a failed start.
+        if (scheduler := getattr(self, "_scheduler", None)) is not None:
+            scheduler.close()
+        if (model := getattr(self, "_model", None)) is not None:
+            self._free_model(model)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion]]]:
         """See `submission.types.Backend`."""

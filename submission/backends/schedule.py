@@ -218,6 +218,12 @@ class Scheduler:
             yield from group
         pending.complain()
 
+    def close(self) -> None:
+        """Free the context."""
+        if self._streams is not None:
+            self._streams.close()
+            self._streams = None
+
     def _forget(self) -> None:
         """What an earlier call left is not used: answers shall depend on nothing but what is asked.
 
@@ -241,8 +247,7 @@ class Scheduler:
                 return self._streams
             if running:
                 return None
-            self._streams.close()
-            self._streams = None
+            self.close()
         while self._streams is None:
             try:
                 self._streams = Streams(self._new_context(best))
@@ -256,8 +261,7 @@ class Scheduler:
         tried = self._limits.streams
         if self._streams is not None:
             tried = min(tried, self._streams.shape.streams)
-            self._streams.close()
-            self._streams = None
+            self.close()
         if tried == 1:
             self._limits = self._asked  # their number was not the cause
             raise error

@@ -304,7 +304,7 @@ class Transformers:
         from transformers.cache_utils import DynamicCache, DynamicLayer
 
         with self._torch.inference_mode():
-            cache = self._model(self._on_device([[self._ends[0]]]), use_cache=True).past_key_values
+            cache = self._model(input_ids=self._on_device([[self._ends[0]]]), use_cache=True).past_key_values
         return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
 
     def _common(self, batch: Sequence[_Prompt] | Sequence[_Text]) -> int:
@@ -324,7 +324,9 @@ class Transformers:
             return None
         held = self._shared[0] if self._shared else ids[:0]
         if len(held) < len(ids) or common_length(held, ids) < len(ids):
-            cache = self._model(self._on_device([ids.tolist()]), use_cache=True, logits_to_keep=1).past_key_values
+            cache = self._model(
+                input_ids=self._on_device([ids.tolist()]), use_cache=True, logits_to_keep=1
+            ).past_key_values
             self._shared = (ids, cache)
         assert self._shared is not None
         cache = copy.deepcopy(self._shared[1])

@@ -92,7 +92,8 @@ class Limits:
     def shape(self, longest: int, count: int) -> Shape:
         """For sequences of up to `longest` tokens, `count` of which are there."""
         cells = -(-longest // PAD) * PAD
-        return Shape(max(1, min(self.streams, count, self.tokens // cells)), cells)
+        # Two for a single one: see `Streams.step`.
+        return Shape(max(1, min(self.streams, max(count, 2), self.tokens // cells)), cells)
 
 
 @dataclass(slots=True, eq=False)
@@ -379,15 +380,26 @@ class Streams:
         )
 
     def step(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Add one token to each of the first streams; returns what follows each, shape (tokens, vocabulary)."""
+        """Add one token to each of the first streams; returns what follows each, shape (tokens, vocabulary).
+
+        A lone token goes with a double in the next stream: llama.cpp has other kernels for one row than for many,
+        which round otherwise, and an answer shall not depend on whether others are computed beside it.
+        """
         import numpy as np
 
         count = len(tokens)
+        doubled = count == 1 < self.shape.streams and self._context.can_trim
+        if doubled:
+            tokens = [tokens[0], tokens[0]]
+            beside = self._cut(1, min(int(self.lengths[1]), self.shape.cells - 1))
         column = np.array(tokens, np.int32)
-        logits = self._context.run(0, column[:, None], self.lengths[:count].copy(), np.ones((count, 1), np.bool_))
-        self._ids[np.arange(count), self.lengths[:count]] = column
-        self.lengths[:count] += 1
-        return logits
+        rows = len(column)
+        logits = self._context.run(0, column[:, None], self.lengths[:rows].copy(), np.ones((rows, 1), np.bool_))
+        self._ids[np.arange(rows), self.lengths[:rows]] = column
+        self.lengths[:rows] += 1
+        if doubled:
+            self._cut(1, beside)
+        return logits[:count]
 
     def forget(self) -> None:
         """Empty all streams."""

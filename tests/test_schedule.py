@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from submission.backends.schedule import ContextFailed, Limits, Prompt, Scheduler, Shape, Text
 from submission.backends.window import in_order
+from submission.errors import UserError
 
 VOCABULARY = 23
 
@@ -216,6 +217,20 @@ def test_a_single_stream_that_fails_is_an_error_and_the_limits_come_back() -> No
     assert [context.shape.streams for context in contexts.made] == [8, 4, 2, 1]
     assert len(list(scheduler.generate(prompts_of(*range(40, 60)), Draw()))) == 20
     assert contexts.made[-1].shape.streams == 8
+
+
+def test_no_memory_for_a_single_stream_is_an_error_at_once() -> None:
+    asked: list[Shape] = []
+
+    def none(shape: Shape) -> FakeContext:
+        asked.append(shape)
+        raise ContextFailed(f"no context for {shape.streams} streams")
+
+    with pytest.raises(UserError, match="no context for 1 streams\nAsk for less"):
+        list(Scheduler(none, Limits(9000, 8)).generate(prompts_of(*range(40, 60)), Draw()))
+    assert [shape.streams for shape in asked] == [8, 4, 2, 1]
+    with pytest.raises(UserError):
+        list(Scheduler(none, Limits(9000, 8)).score([Text(np.arange(9, dtype=np.int32), 3)], score))
 
 
 def test_what_all_prompts_share_is_computed_once() -> None:

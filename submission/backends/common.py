@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,11 +66,13 @@ def log_probabilities(logits: NDArray[np.float32], tokens: NDArray[np.int32]) ->
 
 def memory_budget() -> int:
     """Bytes that a KV cache may take when nobody says: a quarter of the memory that is free, at least 256 MB."""
-    try:
+    free = 8 << 30
+    with suppress(OSError, ValueError):
         fields = Path("/proc/meminfo").read_text(encoding="ascii").split()
         free = int(fields[fields.index("MemAvailable:") + 1]) * 1024
-    except (OSError, ValueError):
-        free = 8 << 30
+    with suppress(OSError, ValueError):  # a container may have less; "max" is no number
+        bound, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text("ascii")) for name in ("max", "current"))
+        free = min(free, bound - used)
     return max(256 << 20, free // 4)
 
 

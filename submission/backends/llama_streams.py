@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from submission.backends.llama_library import LOG, call_aside, library
 from submission.backends.schedule import ContextFailed, Shape
+from submission.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +31,7 @@ class LlamaStreams:
 
     Raises:
         ContextFailed: there is no memory for it.
+        UserError: the adapter does not go with it.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class LlamaStreams:
             adapters = (lib.llama_adapter_lora_p_ctypes * 1)(adapter[0])
             scales = (ctypes.c_float * 1)(adapter[1])
             if lib.llama_set_adapters_lora(self._context, adapters, 1, scales) != 0:
-                raise ContextFailed(f"the adapter could not be applied {LOG.last_error()}")
+                raise UserError(f"the adapter could not be applied {LOG.last_error()}")
         # llama_batch over arrays of numpy: filled without a loop.
         self._tokens = np.zeros(self.batch, np.int32)
         self._positions = np.zeros(self.batch, np.int32)

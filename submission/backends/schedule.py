@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from submission.backends.window import Window
-from submission.errors import BackendError
+from submission.errors import BackendError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -176,14 +176,15 @@ class Scheduler:
 
         Raises:
             ContextFailed: not even a single stream could be computed.
+            UserError: there is no memory for one.
         """
         pending = Window(prompts)
         self._forget()
         running: dict[int, _Running] = {}
         while pending.top_up() or running:
             finished: list[Any] = []
+            streams = self._fitting(pending, running)
             try:
-                streams = self._fitting(pending, running)
                 if streams is not None:
                     _admit(streams, pending, running, answers, finished)
                 if running:
@@ -201,6 +202,7 @@ class Scheduler:
 
         Raises:
             ContextFailed: not even a single stream could be computed.
+            UserError: there is no memory for one.
         """
         pending = Window(texts)
         self._forget()
@@ -238,7 +240,11 @@ class Scheduler:
         return self._streams
 
     def _fitting(self, pending: Window[Any], running: dict[int, _Running]) -> Streams | None:
-        """Streams that suit what is pending; None while others run that must end first."""
+        """Streams that suit what is pending; None while others run that must end first.
+
+        Raises:
+            UserError: there is no memory for a single one.
+        """
         if not pending.items:
             return None
         best = self._limits.shape(pending.longest(), _count(pending) + len(running))
@@ -253,7 +259,9 @@ class Scheduler:
             try:
                 self._streams = Streams(self._new_context(best))
             except ContextFailed as error:
-                self._halve(error)
+                if best.streams == 1:
+                    raise UserError(f"{error}\nAsk for less: lower context, memory or gpu_layers (--set)") from error
+                self._limits = replace(self._limits, streams=best.streams // 2)
                 best = self._limits.shape(best.cells, best.streams)
         return self._streams
 

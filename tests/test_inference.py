@@ -230,6 +230,17 @@ def test_memory_that_runs_out_halves_the_batch(hf_folder: Path, example_pairs: l
     assert len(dict(backend.loglikelihood(candidates(example_pairs[:2])))) == 12
 
 
+def test_continuous_batching_of_transformers_gives_the_same_answers(
+    hf: Backend, hf_folder: Path, example_pairs: list[Pair]
+) -> None:
+    continuous = model_spec("transformers", str(hf_folder), settings=["continuous=true"]).load()
+    asked = [Request(key, chat, Sampling(max_new_tokens=6)) for key, chat in chats(example_pairs[:3])]
+    expected = {key: c[0] for key, c in hf.generate(asked)}
+    for key, (completion,) in continuous.generate(asked):
+        assert completion.text == expected[key].text
+        assert completion.logprob == pytest.approx(expected[key].logprob, abs=0.01)
+
+
 def test_the_embedded_model_is_encoded_once(
     gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

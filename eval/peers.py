@@ -58,9 +58,8 @@ class TransformersRows:
     def __init__(self, model: Path, threads: int) -> None:
         import torch
 
-        from submission.backends.hf_loading import load_model, stay_offline_and_quiet
+        from submission.backends.hf_loading import load_model
 
-        stay_offline_and_quiet()
         torch.set_num_threads(threads)
         self._torch = torch
         self._model = load_model(model, None, device="cpu", dtype="float32", load_in_4bit=False)
@@ -109,6 +108,7 @@ def llama_server(binary: Path, model: Path, threads: int, context: int) -> Itera
     command = [
         str(binary), "-m", str(model), "-np", str(_CLIENTS), "-c", str(_CLIENTS * context), "-t", str(threads),
         "-tb", str(threads), "--host", "127.0.0.1", "--port", str(port),
+        "--cache-ram", "0",  # or a second repeat would find its prompts computed
     ]  # fmt: skip
     try:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -20,6 +20,7 @@ from eval.peers import BareLoop, LlamaCppPython, Load, TransformersRows, llama_s
 from submission.backends import model_spec
 from submission.backends.common import thread_count
 from submission.backends.embedded import fast_embedded
+from submission.backends.hf_loading import stay_offline_and_quiet
 from submission.backends.llama_cpp import LlamaCpp
 from submission.backends.schedule import Text
 from submission.errors import UserError
@@ -139,6 +140,7 @@ class _Bench:
         unknown = [name for name in config.scenarios if name not in SCENARIOS]
         if unknown:
             raise UserError(f"unknown scenario {unknown[0]!r}; there are: {', '.join(SCENARIOS)}")
+        stay_offline_and_quiet()
         self._config = config
         self._say = say
         self._pairs = read_pairs(config.input)[: config.rows]

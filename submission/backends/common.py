@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -55,13 +56,26 @@ def log_probabilities(logits: NDArray[np.float32], tokens: NDArray[np.int32]) ->
     import numpy as np
 
     found = np.empty(len(tokens), np.float64)
+    shifted = row_buffer(logits.shape[1])
     for row, (values, token) in enumerate(zip(logits, tokens, strict=True)):  # a row stays in the cache
-        peak = values.max()
-        shifted = values - peak
+        np.subtract(values, values.max(), out=shifted)
         chosen = shifted[token]
         np.exp(shifted, out=shifted)
         found[row] = float(chosen) - math.log(float(shifted.sum(dtype=np.float64)))
     return found
+
+
+_ROWS = threading.local()
+
+
+def row_buffer(size: int) -> NDArray[np.float32]:
+    """Room for the arithmetic of a row, one for each thread: fresh memory of this size costs more than the sums."""
+    import numpy as np
+
+    if len(getattr(_ROWS, "row", ())) != size:
+        _ROWS.row = np.empty(size, np.float32)
+    row: NDArray[np.float32] = _ROWS.row
+    return row
 
 
 def memory_budget() -> int:

@@ -39,7 +39,10 @@ def _from_pretrained(kind: Any, path: Path, what: str) -> Any:
 def load_model(path: Path, adapter: Path | None, *, device: str, dtype: str, load_in_4bit: bool) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

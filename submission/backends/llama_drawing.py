@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import math
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from submission.backends.common import Asked, log_probabilities, stop_at, stream_seed
+from submission.backends.common import Asked, log_probabilities, row_buffer, stop_at, stream_seed
 from submission.backends.llama_library import library
 from submission.backends.llama_tokenizer import GgufTokenizer
 from submission.backends.schedule import Prompt
@@ -163,10 +162,10 @@ def draw_token(chain: Chain, logits: NDArray[np.float32]) -> int:
     import numpy as np
 
     sampling = chain.sampling
-    buffers = _buffers(len(logits))
-    scaled = np.subtract(logits, logits.max(), out=buffers.scaled)
+    peak = float(logits.max())
+    scaled = np.subtract(logits, peak, out=row_buffer(len(logits)))
     scaled /= sampling.temperature
-    likely = np.greater(scaled, -_HEAD, out=buffers.likely)
+    likely = scaled > -_HEAD
     head = likely.nonzero()[0]
     total = float(np.exp(scaled, out=scaled).sum(dtype=np.float64))
     tail = max(0.0, total - float(scaled[head].sum(dtype=np.float64)))
@@ -175,7 +174,6 @@ def draw_token(chain: Chain, logits: NDArray[np.float32]) -> int:
     if len(head) + nameless > len(logits) // 2 or not named_enough or 0 < sampling.min_p < math.exp(-_HEAD):
         return chain.draw(_candidates(np.arange(len(logits)), logits))
     ids = np.concatenate([head, np.full(nameless, -1)])
-    peak = float(logits.max())
     value = peak + sampling.temperature * (math.log(tail / nameless) if nameless else 0.0)
     token = chain.draw(_candidates(ids, np.concatenate([logits[head], np.full(nameless, value, np.float32)])))
     if token >= 0:
@@ -191,22 +189,3 @@ def _candidates(ids: NDArray[Any], logits: NDArray[np.float32]) -> NDArray[Any]:
     candidates["id"] = ids
     candidates["logit"] = logits
     return candidates
-
-
-class _Buffers(threading.local):
-    """Room for the arithmetic of a row, by thread: fresh memory of this size costs more than what is done in it."""
-
-    scaled: NDArray[np.float32]
-    likely: NDArray[np.bool_]
-
-
-_BUFFERS = _Buffers()
-
-
-def _buffers(size: int) -> _Buffers:
-    import numpy as np
-
-    if len(getattr(_BUFFERS, "scaled", ())) != size:
-        _BUFFERS.scaled = np.empty(size, np.float32)
-        _BUFFERS.likely = np.empty(size, np.bool_)
-    return _BUFFERS

@@ -186,10 +186,7 @@ class Transformers:
     def __init__(self, model: Path, adapter: Path | None, options: Options) -> None:
         import torch
         from transformers import GenerationConfig
-        from transformers.utils import logging
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
         torch.set_num_threads(thread_count(options.threads))
         self._torch = torch
         self.tokenizer = HfTokenizer(load_tokenizer(model))

@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING
 from eval.peers import BareLoop, LlamaCppPython, Load, TransformersRows, llama_server
 from submission.backends import model_spec
 from submission.backends.common import thread_count
-from submission.backends.embedded import fast_embedded
 from submission.backends.hf_loading import stay_offline_and_quiet
-from submission.backends.llama_cpp import LlamaCpp
+from submission.backends.llama_cpp import LlamaCpp, model_file
 from submission.backends.schedule import Text
 from submission.errors import UserError
-from submission.models import EMBEDDED, resolve_gguf
+from submission.models import EMBEDDED
 from submission.tables import read_pairs, read_triplets
 from submission.templates import get_template, render_rewrite
 from submission.types import Chat, Request, Sampling, Triplet
@@ -145,7 +144,7 @@ class _Bench:
         self._say = say
         self._pairs = read_pairs(config.input)[: config.rows]
         self._threads = thread_count(config.threads)
-        self._file = fast_embedded() if config.model == EMBEDDED else resolve_gguf(config.model)
+        self._file = model_file(config.model)
         backend = model_spec("llama_cpp", str(self._file), settings=[f"threads={self._threads}"]).load()
         assert isinstance(backend, LlamaCpp)
         self._ours = backend
@@ -282,11 +281,9 @@ class _Bench:
     def _texts(self, items: Sequence[tuple[str, Chat, str]]) -> Iterator[Text]:
         import numpy as np
 
-        encoder = self._ours.encoder
         for _, chat, continuation in items:
-            ids = encoder.encode_continuation(continuation)
-            prompt = encoder.encode_for(chat, len(ids)).ids
-            yield Text(np.array([*prompt, *ids], np.int32), len(prompt))
+            ids, scored_from = self._ours.encoder.encode_scored(chat, continuation)
+            yield Text(np.array(ids, np.int32), scored_from)
 
 
 def _time(run: Callable[[], object]) -> float:

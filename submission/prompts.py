@@ -123,6 +123,16 @@ class ChatEncoder:
         """Token ids of untrusted text that follows the answer header (or the forced prefix)."""
         return self._tokenize_run([Part(text, trusted=False)], at_start=False)
 
+    def encode_scored(self, chat: Chat, continuation: str) -> tuple[list[int], int]:
+        """Token ids of a chat and its continuation, and the index at which the continuation begins.
+
+        Raises:
+            BackendError: there is no room for a prompt.
+        """
+        ids = self.encode_continuation(continuation)
+        prompt = self.encode_for(chat, len(ids)).ids
+        return [*prompt, *ids], len(prompt)
+
     def text(self, ids: Sequence[int]) -> str:
         """The prompt as the model sees it, special tokens spelled out."""
         return self.tokenizer.detokenize(ids)

@@ -74,7 +74,7 @@ def check(spec: ModelSpec) -> None:
 
 def fingerprint(spec: ModelSpec) -> dict[str, str]:
     """What decides the answers: weights, adapter, its scale and the room for a prompt."""
-    marks = {"model": content_hash(_model_file(spec.model)), "context": str(spec.options.context)}
+    marks = {"model": content_hash(model_file(spec.model)), "context": str(spec.options.context)}
     if spec.adapter:
         marks["adapter"] = f"{content_hash(spec.adapter)} x {spec.options.adapter_scale:g}"
     return marks
@@ -82,7 +82,7 @@ def fingerprint(spec: ModelSpec) -> dict[str, str]:
 
 def load(spec: ModelSpec) -> LlamaCpp:
     """Load the model; a context is made when the first requests tell what it must hold."""
-    return LlamaCpp(_model_file(spec.model), spec.adapter, spec.options)
+    return LlamaCpp(model_file(spec.model), spec.adapter, spec.options)
 
 
 def load_encoder(spec: ModelSpec) -> ChatEncoder:
@@ -143,10 +143,9 @@ class LlamaCpp:
 
         def texts() -> Iterator[Text]:
             for key, chat, continuation in items:
-                ids = self.encoder.encode_continuation(continuation)
-                prompt = self.encoder.encode_for(chat, len(ids)).ids
-                if ids:
-                    yield Text(np.array([*prompt, *ids], np.int32), len(prompt), key)
+                ids, scored_from = self.encoder.encode_scored(chat, continuation)
+                if scored_from < len(ids):
+                    yield Text(np.array(ids, np.int32), scored_from, key)
                 else:
                     empty.append(key)
 
@@ -156,7 +155,8 @@ class LlamaCpp:
             yield key, LogLikelihood(0.0, 0)
 
 
-def _model_file(model: str) -> Path:
+def model_file(model: str) -> Path:
+    """The GGUF file that is loaded for `--model`; for the embedded model the one with fast weights."""
     return fast_embedded() if model == EMBEDDED else resolve_gguf(model)
 
 

@@ -233,10 +233,9 @@ class Transformers:
 
         def texts() -> Iterator[_Text]:
             for key, chat, continuation in items:
-                ids = self.encoder.encode_continuation(continuation)
-                prompt = self.encoder.encode_for(chat, len(ids)).ids
-                if ids:
-                    yield _Text(np.array([*prompt, *ids], np.int32), len(prompt), key)
+                ids, scored_from = self.encoder.encode_scored(chat, continuation)
+                if scored_from < len(ids):
+                    yield _Text(np.array(ids, np.int32), scored_from, key)
                 else:
                     empty.append(key)
 

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from submission.backends import ModelSpec
 
 # Measured: with more streams a step costs less per token, up to here; each takes memory.
-_STREAMS = 32
-_CELLS = 768  # tokens that each of so many streams has room for unless memory is short
+_STREAMS = 48
+_CELLS = 512  # tokens that each of so many streams has room for; longer prompts get fewer streams
 
 
 @dataclass(frozen=True, slots=True)

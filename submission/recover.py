@@ -5,7 +5,8 @@
 
 `module:object` names either a function `(pairs, budget) -> Iterator[Prediction]` or a class that is made
 with a `Setup` and whose instances are called so. A class attribute `uses_model = False` (or a function's)
-says that no model is needed.
+says that no model is needed. An attribute `fingerprint`, called with the content of `--recover-config`, adds to
+what a run must have in common with the one that it resumes, such as the content of files named there.
 """
 
 from __future__ import annotations
@@ -59,9 +60,13 @@ class Ask:
 
     def __call__(self, pairs: Iterable[Pair], budget: Budget) -> Iterator[Prediction]:
         """See `submission.types.Recover`."""
+        return self.behind(((pair, self._setup.shots) for pair in pairs), budget)
+
+    def behind(self, shown: Iterable[tuple[Pair, Sequence[Triplet]]], budget: Budget) -> Iterator[Prediction]:
+        """Answer pairs, each behind examples of its own."""
         del budget  # the driver stops when it is spent
-        template, shots, sampling = self._setup.template, self._setup.shots, self._setup.sampling
-        requests = (Request(pair.id, template.render(pair, shots), sampling) for pair in pairs)
+        template, sampling = self._setup.template, self._setup.sampling
+        requests = (Request(pair.id, template.render(pair, shots), sampling) for pair, shots in shown)
         for key, completions in self._backend.generate(requests):
             completion = completions[0]
             text = template.parse(completion.text)
@@ -107,6 +112,13 @@ class _ConstantOptions:
 RECOVERS: dict[str, Callable[[Setup], Recover]] = {"zero_shot": Ask, "few_shot": Ask, "constant": Constant}
 
 
+Fingerprint = Callable[[Mapping[str, Any]], Mapping[str, str]]
+
+
+def _nothing_more(_: Mapping[str, Any]) -> Mapping[str, str]:
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class RecoverSource:
     """A way of predicting that was found by its name and can be made."""
@@ -114,6 +126,7 @@ class RecoverSource:
     name: str
     make: Callable[[Setup], Recover]
     uses_model: bool
+    fingerprint: Fingerprint = _nothing_more
 
 
 def find_recover(name: str) -> RecoverSource:
@@ -141,6 +154,6 @@ def find_recover(name: str) -> RecoverSource:
     if not callable(found):
         raise UserError(f"recover {name} is neither a function nor a class")
     uses_model = bool(getattr(found, "uses_model", True))
-    if inspect.isclass(found):
-        return RecoverSource(name, cast(Callable[[Setup], Recover], found), uses_model)
-    return RecoverSource(name, lambda _: cast(Recover, found), uses_model)
+    fingerprint = cast(Fingerprint, getattr(found, "fingerprint", _nothing_more))
+    make = cast(Callable[[Setup], Recover], found) if inspect.isclass(found) else lambda _: cast(Recover, found)
+    return RecoverSource(name, make, uses_model, fingerprint)

@@ -92,6 +92,22 @@ def read_table(path: Path, columns: Sequence[str], encoding: str = "utf-8", *, e
     return _parse_csv(path, _decode(path, content, encoding), columns, exact=exact)
 
 
+def has_columns(path: Path, columns: Sequence[str]) -> bool:
+    """Whether a table that can be read has all these columns.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    content = _read_bytes(path)
+    if content.startswith(_PARQUET):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        return set(columns) <= set(pq.read_schema(pa.BufferReader(content)).names)
+    header: list[str] = next(csv.reader(io.StringIO(_decode(path, content, "utf-8"), newline="")), [])
+    return set(columns) <= set(header)
+
+
 def is_parquet(path: Path) -> bool:
     """True if the file begins with Parquet's magic bytes."""
     with path.open("rb") as file:
@@ -106,7 +122,7 @@ def check_ids(path: Path, rows: Sequence[Row]) -> None:
     """
     null = [row.where for row in rows if not row.cells[0].strip()]
     if null:
-        raise UserError(f"{path}: null id on {_some(null)}\nEvery row needs an id; fill it in or drop the row.")
+        raise UserError(f"{path}: null id on {some(null)}\nEvery row needs an id; fill it in or drop the row.")
     first: dict[str, str] = {}
     duplicates = [
         f"{row.where} (id {row.cells[0]!r}, first on {first[row.cells[0]]})"
@@ -114,7 +130,7 @@ def check_ids(path: Path, rows: Sequence[Row]) -> None:
         if first.setdefault(row.cells[0], row.where) != row.where
     ]
     if duplicates:
-        raise UserError(f"{path}: duplicate id on {_some(duplicates)}\nEvery id must appear once.")
+        raise UserError(f"{path}: duplicate id on {some(duplicates)}\nEvery id must appear once.")
 
 
 def write_predictions(path: Path, predictions: Iterable[tuple[str, str]]) -> None:
@@ -305,7 +321,8 @@ def _columns_in(path: Path, header: Sequence[str], columns: Sequence[str], *, ex
     return [list(header).index(name) for name in columns]
 
 
-def _some(items: Sequence[str]) -> str:
+def some(items: Sequence[str]) -> str:
+    """The first few of a list, and how many more there are."""
     more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
     return ", ".join(items[:_SHOWN]) + more
 

@@ -18,13 +18,12 @@ llama.cpp rounds activations to 8 bits beside 8- and 4-bit weights, and not besi
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from pathlib import Path
 
 from submission.backends.common import thread_count
 from submission.backends.llama_library import encode_weights, library
-from submission.models import EMBEDDED, content_hash, resolve_gguf
+from submission.models import EMBEDDED, cache_folder, content_hash, resolve_gguf
 from submission.progress import tell
 from submission.tables import atomic_path, atomic_writer, remove_leftovers
 
@@ -40,7 +39,7 @@ def fast_embedded() -> Path:
     """
     source = resolve_gguf(EMBEDDED)
     name = _encoding()
-    target = _folder() / f"{source.stem}-{content_hash(source)[:12]}-{name}.gguf"
+    target = cache_folder("models") / f"{source.stem}-{content_hash(source)[:12]}-{name}.gguf"
     mark = target.with_suffix(".sha256")
     try:
         if target.is_file() and mark.is_file() and mark.read_text(encoding="ascii") == content_hash(target):
@@ -63,8 +62,3 @@ def _encoding() -> str:
     """BF16 where the CPU multiplies such numbers, F16 elsewhere: nothing smaller is as good as the packaged file."""
     features = library().llama_print_system_info().decode("ascii", "replace")
     return "BF16" if "AVX512_BF16 = 1" in features and "LLAMAFILE = 1" in features else "F16"
-
-
-def _folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "prompt-recovery" / "models"

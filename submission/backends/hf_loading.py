@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ def stay_offline_and_quiet() -> None:
     # Read when huggingface_hub is first imported; `local_files_only` alone leaves some look-ups.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TQDM_DISABLE"] = "1"  # the run has a progress bar of its own
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels that a CPU does not need
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -39,10 +41,10 @@ def _from_pretrained(kind: Any, path: Path, what: str) -> Any:
 def load_model(path: Path, adapter: Path | None, *, device: str, dtype: str, load_in_4bit: bool) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -1,0 +1,158 @@
+"""The ways of predicting that anything new must beat, run and compared.
+
+    python -m eval baselines train.csv test.csv -o baselines --ood other.csv
+
+Each is a run of `submission predict` with journal and manifest, in a folder of its own: the same command again goes on
+where it was stopped, and `python -m submission inspect ID --run FOLDER/submission.csv` shows any row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from eval import leaks
+from eval.compare import Comparison, compare, figures, read_system, table
+from eval.constant import FittedConstant, Search, fit_constant
+from eval.encoders import Encoder
+from eval.scoring import Truth, read_truth
+from submission.answers import storable
+from submission.errors import UserError
+from submission.models import EMBEDDED
+from submission.plan import RunConfig
+from submission.run import predict
+from submission.tables import atomic_writer, read_triplets
+from submission.types import Sampling
+
+EXPLOIT = "constant_exploit"
+BASELINES = (
+    "constant", "constant_fitted", EXPLOIT, "nearest", "zero_shot", "few_shot", "few_shot_nearest",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What is run; see `baselines --help`."""
+
+    train: Path
+    test: Path
+    output: Path
+    ood: Path | None = None
+    only: Sequence[str] = BASELINES
+    reference: str = ""
+    backend: str = "llama_cpp"
+    model: str = EMBEDDED
+    adapter: Path | None = None
+    settings: list[str] = field(default_factory=list)
+    shots: int = 3
+    max_new_tokens: int = 40
+    limit: int = 0
+    fresh: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Comparisons by set (test and, if asked for, ood), what each set shares with training, the fitted constants."""
+
+    comparisons: dict[str, Comparison]
+    shared: dict[str, dict[str, leaks.Shared]]
+    constants: list[FittedConstant]
+
+    def figures(self) -> dict[str, Any]:
+        """For programs: those of the test set, with the others' under their names."""
+        found = {
+            name: figures(c) | {"shared": leaks.figures(self.shared[name])} for name, c in self.comparisons.items()
+        }
+        return found.pop("test") | found | {"constants": [constant.figures() for constant in self.constants]}
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        for name, comparison in self.comparisons.items():
+            yield ""
+            yield name
+            yield from leaks.lines(self.shared[name])
+            yield from table(comparison)
+
+
+def run_baselines(config: Config, encoder: Encoder, say: Callable[[str], None]) -> Result:
+    """Predict with every baseline on every set, and compare.
+
+    Raises:
+        UserError: something is missing or wrong; `Interrupted` when a signal stops a run.
+    """
+    unknown = [name for name in config.only if name not in BASELINES]
+    if unknown:
+        raise UserError(f"unknown baseline {unknown[0]!r}; there are: {', '.join(BASELINES)}")
+    sets = {"test": config.test} | ({"ood": config.ood} if config.ood else {})
+    for path in sets.values():
+        read_triplets(path)  # what is wrong with it is said before anything is run
+    triplets = read_triplets(config.train)
+    config.output.mkdir(parents=True, exist_ok=True)
+    constants: list[FittedConstant] = []
+    if {"constant_fitted", EXPLOIT} & set(config.only):
+        rounds = Search() if EXPLOIT in config.only else Search(rounds=0)
+        constants = fit_constant([triplet.rewrite_prompt for triplet in triplets], encoder, rounds, say)
+    systems = _systems(config, constants, encoder)
+    comparisons, shared = {}, {}
+    for name, path in sets.items():
+        truth = read_truth(path, encoder)
+        if config.limit:
+            truth = replace(truth, ids=truth.ids[: config.limit], prompts=truth.prompts[: config.limit],
+                            clusters=truth.clusters[: config.limit])  # fmt: skip
+        comparisons[name] = _run_and_compare(config, name, path, truth, systems, encoder, say)
+        shared[name] = leaks.shared(config.train, path, encoder)
+    return Result(comparisons, shared, constants)
+
+
+def _run_and_compare(
+    config: Config, name: str, path: Path, truth: Truth, systems: dict[str, RunConfig], encoder: Encoder,
+    say: Callable[[str], None],
+) -> Comparison:  # fmt: skip
+    runs = []
+    for system, run in systems.items():
+        folder = config.output / name / system
+        folder.mkdir(parents=True, exist_ok=True)
+        say(f"{name}: {system}")
+        predict(replace(run, input=path, output=folder / "submission.csv"), say)
+        runs.append(read_system(f"{system}={folder}", truth, encoder, [EXPLOIT]))
+    return compare(runs, truth, encoder, config.reference)
+
+
+def _systems(config: Config, constants: Sequence[FittedConstant], encoder: Encoder) -> dict[str, RunConfig]:
+    """What each baseline asks of the driver; input and output are still to come."""
+    asked = RunConfig(
+        input=Path(), output=Path(), backend=config.backend, model=config.model, adapter=config.adapter,
+        settings=config.settings, sampling=Sampling(max_new_tokens=config.max_new_tokens), limit=config.limit,
+        fresh=config.fresh,
+    )  # fmt: skip
+    nearest = _toml(
+        config.output / "nearest.toml",
+        {"train": str(config.train.resolve()), "encoder": str(encoder.folder.resolve()), "shots": config.shots},
+    )
+    systems = {"constant": replace(asked, recover="constant")}
+    for constant in constants:
+        name = EXPLOIT if constant.exploit else "constant_fitted"
+        fitted = write_prompt(config.output / f"{name}.toml", constant.prompt)
+        systems[name] = replace(asked, recover="constant", recover_config=fitted)
+    systems |= {
+        "nearest": replace(asked, recover="eval.retrieval:Nearest", recover_config=nearest),
+        "zero_shot": replace(asked, recover="zero_shot"),
+        "few_shot": replace(asked, recover="few_shot", shots=config.train, n_shots=config.shots),
+        "few_shot_nearest": replace(asked, recover="eval.retrieval:NearestShots", recover_config=nearest),
+    }
+    return {name: run for name, run in systems.items() if name in config.only}
+
+
+def write_prompt(path: Path, prompt: str) -> Path:
+    """Write a constant prompt as a file for `predict --recover constant --recover-config`."""
+    return _toml(path, {"prompt": storable(prompt)})
+
+
+def _toml(path: Path, values: dict[str, str | int]) -> Path:
+    with atomic_writer(path) as file:
+        for key, value in values.items():
+            file.write(f"{key} = {json.dumps(value, ensure_ascii=False)}\n")  # a JSON string is a TOML string
+    return path

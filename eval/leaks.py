@@ -1,0 +1,73 @@
+"""What a test set shares with the training set: a score on shared rows tells nothing about new ones.
+
+`python -m eval baselines` and `compare --train` count shared prompts and texts, to the letter and nearly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.encoders import Encoder
+from eval.grouping import NEAR, NEAR_TEXTS, near_pairs, plain_text
+from submission.tables import TRIPLET_COLUMNS, has_columns, read_table, says_something
+
+_COLUMNS = {"rewrite_prompt": "prompts", "original_text": "original texts", "rewritten_text": "rewritten texts"}
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Rows of the test set, by what they share with the training set.
+
+    Attributes:
+        rows: of the test set that have such a text.
+        exact: the training set has it too, but for case, punctuation and blanks.
+        near: the training set has a near-duplicate (see `eval.grouping`), exact ones included.
+    """
+
+    rows: int
+    exact: int
+    near: int
+
+
+def shared(train: Path, test: Path, encoder: Encoder) -> dict[str, Shared]:
+    """Count what two tables share, by column; columns that either lacks are left out.
+
+    Raises:
+        UserError: a table cannot be read.
+    """
+    found = {}
+    for column in TRIPLET_COLUMNS[1:]:
+        if has_columns(train, [column]) and has_columns(test, [column]):
+            known, asked = ([row.cells[0] for row in read_table(path, [column])] for path in (train, test))
+            near = NEAR if column == "rewrite_prompt" else NEAR_TEXTS
+            found[column] = _count(known, asked, encoder, near)
+    return found
+
+
+def lines(found: Mapping[str, Shared]) -> Iterator[str]:
+    """For people: one line for each column, or a single one when nothing is shared."""
+    clean = True
+    for column, count in found.items():
+        if count.near:
+            clean = False
+            yield (
+                f"warning    {count.near} of {count.rows} {_COLUMNS[column]} of the test set are in the training set "
+                f"({count.exact} to the letter): scores on them tell little about new rows"
+            )
+    if clean and found:
+        yield f"leaks      none: {', '.join(_COLUMNS[column] for column in found)} are disjoint from the training set"
+
+
+def figures(found: Mapping[str, Shared]) -> dict[str, dict[str, int]]:
+    """For programs."""
+    return {column: {"rows": c.rows, "exact": c.exact, "near": c.near} for column, c in found.items()}
+
+
+def _count(train: Sequence[str], test: Sequence[str], encoder: Encoder, near: float) -> Shared:
+    train, test = ([text for text in texts if says_something(text)] for texts in (train, test))
+    known = {plain_text(text) for text in train}
+    exact = {index for index, text in enumerate(test) if plain_text(text) in known}
+    nearly, _ = near_pairs(test, list(dict.fromkeys(train)), encoder, near)
+    return Shared(len(test), len(exact), len(exact | set(nearly.tolist())))

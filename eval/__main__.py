@@ -1,6 +1,6 @@
-"""`python -m eval`: measures the predictor. Metric, baselines, comparisons and reports are to come.
+"""`python -m eval`: scores, baselines, comparisons, reports and speed.
 
-python -m eval throughput examples/test.csv
+python -m eval score submission.csv truth.csv
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,10 +23,200 @@ app = typer.Typer(
     help="Measure predictions and the speed of predicting (eval).",
 )
 
+EncoderOption = Annotated[
+    str,
+    typer.Option(
+        "--encoder",
+        help="sentence-transformers folder or name; default: sentence-t5-base if on disk, else the embedded MiniLM.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="End with one machine-readable line on standard output.")]
+ReferenceOption = Annotated[str, typer.Option(help="System that the others are compared with; default: a constant.")]
 
-@app.callback()
-def _commands() -> None:
-    """Measure predictions and the speed of predicting (eval)."""
+
+@app.command()
+def score(
+    predictions: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="CSV with id and rewrite_prompt.")],
+    truth: Annotated[Path, typer.Argument(metavar="TRUTH", help="CSV or Parquet with id and rewrite_prompt.")],
+    by: Annotated[str, typer.Option(metavar="COLUMN", help="Of TRUTH: scores are shown by its values too.")] = "",
+    encoder: EncoderOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Score predictions: mean with a 95 % interval, median, share above 0.5, best and worst rows."""
+    from eval.encoders import find_encoder
+    from eval.scoring import lines, read_truth, score_file
+
+    chosen = find_encoder(encoder)
+    scored = score_file(predictions, read_truth(truth, chosen, by), chosen)
+    _show(lines(scored, chosen.metric), scored.figures, as_json=as_json)
+
+
+@app.command()
+def constant(
+    train: Annotated[Path, typer.Argument(metavar="TRAIN", help="CSV or Parquet with id and rewrite_prompt.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="TOML file for `predict --recover-config`.")
+    ] = None,
+    test: Annotated[Path | None, typer.Option(help="Score the constants on these prompts too.")] = None,
+    exploit: Annotated[
+        bool,
+        typer.Option("--exploit", help="Write the prompt that the search over words found, not the best sentence."),
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=0, help="Of the search over words; 0 for sentences only.")] = 8,
+    tries: Annotated[int, typer.Option(min=1, help="Prompts that are scored in a round.")] = 600,
+    seed: Annotated[int, typer.Option(min=0, help="Of the search.")] = 0,
+    encoder: EncoderOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Search the constant prompt that scores best on the training prompts.
+
+    First among sentences that somebody wrote, then by a beam search over words. What the second finds is marked as an
+    exploit: it pleases the encoder and need not be a sentence.
+    """
+    from eval.baselines import write_prompt
+    from eval.compare import constant_system
+    from eval.constant import Search, fit_constant
+    from eval.encoders import find_encoder
+    from eval.scoring import read_truth
+
+    chosen = find_encoder(encoder)
+    known = read_truth(train, chosen)
+    held_out = read_truth(test, chosen) if test else None
+    search = Search(rounds=rounds, tries=tries, seed=seed)
+    found = fit_constant(known.prompts, chosen, search, _say)
+    lines = [f"metric     {chosen.metric}", f"rows       {len(known.ids)}"]
+    for fitted in found:
+        lines += ["", f"{'exploit' if fitted.exploit else 'sentence':<10} {fitted.prompt}",
+                  f"train      {fitted.train_mean:.4f}"]  # fmt: skip
+        if held_out is not None:
+            lines.append(f"test       {constant_system(held_out, chosen, fitted.prompt).scored.interval()}")
+    if output is not None:
+        write_prompt(output, found[-1 if exploit else 0].prompt)
+        lines += ["", f"written to {output}"]
+    figures = {"encoder": chosen.name, "n": len(known.ids), "constants": [fitted.figures() for fitted in found]}
+    _show(lines, lambda: figures, as_json=as_json)
+
+
+@app.command()
+def baselines(
+    train: Annotated[Path, typer.Argument(metavar="TRAIN", help="Triplets: examples and prompts to learn from.")],
+    test: Annotated[Path, typer.Argument(metavar="TEST", help="Triplets to predict and score.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the runs.")] = Path("baselines"),
+    ood: Annotated[Path | None, typer.Option(help="A second set of triplets, of another origin.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A baseline; again for more. Default: all.")] = None,
+    reference: ReferenceOption = "",
+    backend: Annotated[str, typer.Option(help="See `python -m submission predict --help`.")] = "llama_cpp",
+    model: Annotated[str, typer.Option(help="GGUF file, transformers folder, or 'embedded'.")] = "embedded",
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Backend option, key=value.")] = None,
+    shots: Annotated[int, typer.Option(min=1, help="Examples of the few-shot baselines.")] = 3,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 40,
+    limit: Annotated[int, typer.Option(min=0, help="First rows of each set only; 0 means all.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew: forget earlier runs.")] = False,
+    encoder: EncoderOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Run constants, retrieval, zero-shot and few-shot on TEST, and compare them.
+
+    Finished rows are kept; the same command again goes on.
+    """
+    from eval.baselines import BASELINES, Config, run_baselines
+    from eval.encoders import find_encoder
+    from submission.deadline import Interrupted
+
+    config = Config(
+        train=train, test=test, output=output, ood=ood, only=only or BASELINES, reference=reference, backend=backend,
+        model=model, adapter=adapter, settings=settings or [], shots=shots, max_new_tokens=max_new_tokens, limit=limit,
+        fresh=fresh,
+    )  # fmt: skip
+    try:
+        result = run_baselines(config, find_encoder(encoder), _say)
+    except Interrupted as stop:
+        raise typer.Exit(stop.exit_code) from None
+    _show(result.lines(), result.figures, as_json=as_json)
+
+
+RunsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RUNS...", help="Files of predictions, or folders with submission.csv; NAME=PATH names one."
+    ),
+]
+TruthOption = Annotated[Path, typer.Option(help="CSV or Parquet with id and rewrite_prompt.")]
+ExploitOption = Annotated[
+    list[str] | None, typer.Option(help="Name of a run that plays with the encoder; again for more.")
+]
+
+
+@app.command()
+def compare(
+    runs: RunsArgument,
+    truth: TruthOption,
+    reference: ReferenceOption = "",
+    exploit: ExploitOption = None,
+    train: Annotated[Path | None, typer.Option(help="Warn of what the truth shares with these triplets.")] = None,
+    ood: Annotated[Path | None, typer.Option(help="Truth of a second set of rows.")] = None,
+    ood_run: Annotated[
+        list[str] | None, typer.Option(help="A run on the second set, NAME=PATH; again for more.")
+    ] = None,
+    encoder: EncoderOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Compare runs: means, paired differences with intervals, won, tied and lost rows, and the rows it would take."""
+    from eval import leaks
+    from eval.compare import compare as put_side_by_side
+    from eval.compare import figures, read_system, table
+    from eval.encoders import find_encoder
+    from eval.scoring import read_truth
+    from submission.errors import UserError
+
+    if bool(ood) != bool(ood_run):
+        raise UserError("--ood FILE goes with --ood-run NAME=PATH: the truth of a second set, and the runs on it")
+    chosen = find_encoder(encoder)
+    lines: list[str] = []
+    found: dict[str, Any] = {}
+    for name, path, arguments in [("test", truth, runs), *([("ood", ood, ood_run)] if ood and ood_run else [])]:
+        known = read_truth(path, chosen)
+        systems = [read_system(argument, known, chosen, exploit or []) for argument in arguments]
+        comparison = put_side_by_side(systems, known, chosen, reference)
+        lines += [""] * bool(lines) + ([name] if ood else [])
+        found[name] = figures(comparison)
+        if train is not None:
+            shared = leaks.shared(train, path, chosen)
+            lines += leaks.lines(shared)
+            found[name]["shared"] = leaks.figures(shared)
+        lines += table(comparison)
+    _show(lines, lambda: found.pop("test") | found, as_json=as_json)
+
+
+@app.command()
+def report(
+    runs: RunsArgument,
+    truth: TruthOption,
+    output: Annotated[Path, typer.Option("-o", "--output", help="HTML file; PNGs go beside it.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Of the page.")] = "Prompt recovery",
+    by: Annotated[
+        str, typer.Option(metavar="COLUMN", help="Of the truth: the kind of prompt. Default: by likeness.")
+    ] = "",
+    reference: ReferenceOption = "",
+    exploit: ExploitOption = None,
+    encoder: EncoderOption = "",
+) -> None:
+    """Write a page that compares runs: scores, differences, kinds of prompt, lengths, examples, speed.
+
+    One file without any link to elsewhere. Where the truth has original_text and rewritten_text, their differences are
+    shown.
+    """
+    from eval.encoders import find_encoder
+    from eval.report import write_report
+    from eval.sections import Subject, sections
+    from submission.tables import check_writable
+
+    check_writable(output)
+    chosen = find_encoder(encoder)
+    subject = Subject.read(runs, truth, chosen, by=by, reference=reference, exploits=exploit or [])
+    for path in write_report(output, title, list(sections(subject))):
+        print(f"written to {path}")
 
 
 @app.command()
@@ -50,7 +240,7 @@ def throughput(
     plot: Annotated[
         Path | None, typer.Option(help="PNG to write: speed against the number of rows and of samples.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one machine-readable line.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Time this program beside llama-cpp-python, llama-server, transformers and a bare loop of llama_decode."""
     from eval.throughput import SCENARIOS, Config, measure
@@ -66,6 +256,22 @@ def throughput(
     )  # fmt: skip
     if as_json:
         print(json.dumps({name: measured.figures() for name, measured in results.items()}))
+
+
+def _say(line: str) -> None:
+    from submission.progress import tell
+
+    tell(line, sys.stderr)
+
+
+def _show(lines: Any, figures: Any, *, as_json: bool) -> None:
+    """Lines for people, on standard error when a program reads standard output."""
+    from submission.progress import tell
+
+    for line in lines:
+        tell(line, sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps(figures()))
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: submission test check format examples kill-loop deadline-loop throughput clean
+.PHONY: submission test check format examples data kill-loop deadline-loop throughput clean
 .DELETE_ON_ERROR:
 
 submission: .venv/.submission
@@ -29,6 +29,10 @@ format: .venv/.all
 
 examples: .venv/.submission
 	$(BIN)/python -m examples.make
+
+# A few hundred triplets made by the embedded model, about fifteen minutes; again, it goes on or does nothing.
+data: .venv/.all
+	$(BIN)/python -m train run train/recipes/small.toml --set output=data/small
 
 # Slow proofs: fifty kills of one run, ten deadlines (see the modules for options).
 kill-loop: .venv/.all

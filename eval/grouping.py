@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from eval.encoders import Encoder
@@ -48,13 +48,15 @@ def near_duplicate_groups(texts: Sequence[str], encoder: Encoder, near: float = 
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    plain = [plain_text(text) for text in texts]
     first: dict[str, int] = {}
-    place = [first.setdefault(text, len(first)) for text in plain]
-    a, b = near_pairs(list(first), list(first), encoder, near)
-    links = coo_array((np.ones(len(a), np.bool_), (a, b)), shape=(len(first), len(first)))
-    _, labels = connected_components(links, directed=False)
-    return np.asarray(labels, np.int64)[place]
+    place = [first.setdefault(plain_text(text), len(first)) for text in texts]
+    distinct = list(first)
+    labels = np.arange(len(distinct))
+    # Block by block, so that memory does not grow with the number of pairs.
+    for a, b in _near_blocks(distinct, distinct, encoder, near):
+        links = coo_array((np.ones(len(a), np.bool_), (labels[a], labels[b])), shape=(len(distinct), len(distinct)))
+        labels = connected_components(links, directed=False)[1][labels]
+    return np.asarray(np.unique(labels, return_inverse=True)[1], np.int64)[place]
 
 
 def near_pairs(
@@ -63,17 +65,27 @@ def near_pairs(
     """Indices (into a, into b) of all pairs that are at least so near; see `NEAR`."""
     import numpy as np
 
+    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64)), *_near_blocks(a, b, encoder, near)]
+    left, right = (np.concatenate(part) for part in zip(*found, strict=True))
+    return left, right
+
+
+def _near_blocks(
+    a: Sequence[str], b: Sequence[str], encoder: Encoder, near: float
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """The pairs of `near_pairs`, some of `a` at a time."""
+    import numpy as np
+
     if not a or not b:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    left, right = unit_vectors(encoder.embed(a)), unit_vectors(encoder.embed(b))
+        return
+    left = unit_vectors(encoder.embed(a))
+    right = left if a is b else unit_vectors(encoder.embed(b))
     unlike = _unlike(encoder)
     least = np.cbrt(unlike + near * (1 - unlike))  # of the cosine
     step = max(1, _BLOCK // len(right))
-    found = []
     for start in range(0, len(left), step):
         rows, columns = (left[start : start + step] @ right.T >= least).nonzero()
-        found.append((rows + start, columns))
-    return tuple(np.concatenate(part) for part in zip(*found, strict=True))  # type: ignore[return-value]
+        yield rows + start, columns
 
 
 def unit_vectors(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

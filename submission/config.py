@@ -94,7 +94,17 @@ def _convert(key: str, value: Any, default: Any, what: str) -> Any:
             return number
         if kind is str and isinstance(value, str):
             return value
+        if kind is tuple and isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if (
+            kind is tuple
+            and isinstance(value, list | tuple)
+            and all(isinstance(item, str | int | float) for item in value)
+        ):
+            return tuple(value)
         raise ValueError
     except (TypeError, ValueError):
-        allowed = {bool: "true or false", int: "a whole number from 0", float: "a number from 0"}.get(kind, "a text")
+        allowed = {bool: "true or false", int: "a whole number from 0", float: "a number from 0", tuple: "a list"}.get(
+            kind, "a text"
+        )
         raise UserError(f"option {key}={value!r} for {what} must be {allowed}") from None

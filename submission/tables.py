@@ -92,20 +92,29 @@ def read_table(path: Path, columns: Sequence[str], encoding: str = "utf-8", *, e
     return _parse_csv(path, _decode(path, content, encoding), columns, exact=exact)
 
 
-def has_columns(path: Path, columns: Sequence[str]) -> bool:
-    """Whether a table that can be read has all these columns.
+def header_of(path: Path) -> list[str]:
+    """The column names of a CSV or Parquet file.
 
     Raises:
         UserError: it cannot be read.
     """
     content = _read_bytes(path)
-    if content.startswith(_PARQUET):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    if not content.startswith(_PARQUET):
+        reader = csv.reader(io.StringIO(_decode(path, content, "utf-8"), newline=""))
+        return next((cells for cells in reader if cells), [])
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-        return set(columns) <= set(pq.read_schema(pa.BufferReader(content)).names)
-    header: list[str] = next(csv.reader(io.StringIO(_decode(path, content, "utf-8"), newline="")), [])
-    return set(columns) <= set(header)
+    try:
+        names: list[str] = pq.read_schema(pa.BufferReader(content)).names
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable Parquet file: {error}") from None
+    return names
+
+
+def has_columns(path: Path, columns: Sequence[str]) -> bool:
+    """Whether a table has all these columns; raises as `header_of`."""
+    return set(columns) <= set(header_of(path))
 
 
 def is_parquet(path: Path) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from submission.models import embedded_gguf
@@ -21,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAIR_HEADER = ("id", "original_text", "rewritten_text")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+hypothesis.settings.register_profile("untimed", deadline=None)  # no test depends on the machine's speed
+hypothesis.settings.load_profile("untimed")
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def test_ids_are_those_of_the_usual_way_when_the_data_holds_no_marker(
     assert list(encoder.encode(chat, 4000).ids) == usual_ids(encoder, encoder.tokenizer.render(messages) + chat.prefix)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.text(alphabet=READABLE, max_size=60))
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_text_of_a_row_comes_back_from_its_ids(kind: str, text: str, encoders: dict[str, ChatEncoder]) -> None:

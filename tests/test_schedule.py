@@ -151,7 +151,7 @@ def sequences(draw: st.DrawFn) -> list[list[int]]:
 limits = st.builds(Limits, tokens=st.integers(256, 8000), streams=st.integers(1, 9))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     sequences(), st.lists(st.tuples(st.integers(1, 12), st.integers(1, 5)), min_size=25, max_size=25), limits,
     st.booleans(), st.integers(1, 200),
@@ -172,7 +172,7 @@ def test_every_sample_is_answered_once_as_if_it_were_alone(
         assert context.shape.streams == 1 or context.shape.streams * context.shape.cells <= limits.tokens
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(sequences(), st.data(), limits, st.booleans(), st.integers(1, 200))
 def test_every_text_is_scored_once_as_if_it_were_alone(
     rows: list[list[int]], data: st.DataObject, limits: Limits, can_trim: bool, batch: int
@@ -189,7 +189,7 @@ def test_every_text_is_scored_once_as_if_it_were_alone(
         assert text.total == pytest.approx(expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sequences(), st.sets(st.integers(1, 60), max_size=3), st.integers(1, 3))
 def test_a_context_that_fails_costs_streams_and_no_answer(
     rows: list[list[int]], fail_at: set[int], copies: int

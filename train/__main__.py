@@ -1,31 +1,186 @@
-"""`python -m train`: this room is still empty; says what it will hold."""
+"""`python -m train`: from prompts and texts to training sets. Fine-tuning and export are to come.
+
+python -m train prepare triplets.csv -o data/mine
+"""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Annotated
 
-PLAN = """\
-train makes the weights: triplets, LoRA/QLoRA fine-tuning, merged and GGUF exports.
-Nothing of it is built yet. It will hold these commands:
+import typer
 
-    prompts   rewrite prompts from a grammar
-    texts     original texts from files or written by a model
-    rewrites  rewrites of texts made by the target model
-    prepare   training, validation and out-of-distribution sets
-    sft       LoRA and QLoRA fine-tuning
-    merge     an adapter merged into 16-bit weights
-    gguf      GGUF files, quantised
-    run       a whole recipe
+from submission.errors import UserError, run_command
 
-What works today: python -m submission --help
-"""
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="Make training sets and, later, weights (train).",
+)
+
+Output = Annotated[Path, typer.Option("-o", "--output", help="File to write; it appears whole.")]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")]
+EncoderOption = Annotated[str, typer.Option("--encoder", help="See `python -m eval score --help`.")]
+BackendOption = Annotated[str, typer.Option(help="See `python -m submission predict --help`.")]
+ModelOption = Annotated[str, typer.Option(help="GGUF file, transformers folder, or 'embedded'.")]
+AdapterOption = Annotated[Path | None, typer.Option(help="LoRA adapter.")]
+SettingsOption = Annotated[list[str] | None, typer.Option("--set", help="Backend option, key=value; again for more.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Begin anew: forget what an earlier run has finished.")]
 
 
-def main() -> int:
-    """Print the plan; exit 2 when a command was asked for, since there is none yet."""
-    print(PLAN, end="")
-    return 2 if any(not argument.startswith("-") for argument in sys.argv[1:]) else 0
+@app.command()
+def prompts(
+    output: Output,
+    size: Annotated[int, typer.Option(min=1, help="How many.")] = 1000,
+    grammar: Annotated[Path | None, typer.Option(help="TOML; default: train/grammar.toml, which says how.")] = None,
+    near: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Of near-duplicates one stays; 0 keeps all. Default: 0.95 up to 50,000."),
+    ] = None,
+    seed: Seed = 0,
+    fresh: FreshOption = False,
+    encoder: EncoderOption = "",
+) -> None:
+    """Make rewrite prompts from a grammar: balanced over kinds and styles, no two the same."""
+    from eval.encoders import find_encoder
+    from train.stages import Prompts, make_prompts
+
+    config = Prompts(size, str(grammar or ""), "" if near is None else f"{near:g}", seed)
+    # Prompts come by the thousand and never again: a cache of embeddings would only grow.
+    make_prompts(config, output, lambda: find_encoder(encoder, cached=False), _say, fresh=fresh)
+
+
+@app.command()
+def texts(
+    output: Output,
+    sources: Annotated[
+        list[Path] | None, typer.Argument(metavar="[SOURCES...]", help="CSV, Parquet, JSONL or text files.")
+    ] = None,
+    write: Annotated[int, typer.Option(min=0, help="Have the model write so many texts.")] = 0,
+    topics: Annotated[Path | None, typer.Option(help="TOML of topics and genres; default: train/topics.toml.")] = None,
+    min_words: Annotated[int, typer.Option(min=1, help="Shorter texts go.")] = 20,
+    max_words: Annotated[int, typer.Option(min=1, help="Longer texts go.")] = 300,
+    temperature: Annotated[float, typer.Option(min=0, help="Of written texts; 0 is greedy.")] = 0.8,
+    max_new_tokens: Annotated[int, typer.Option(min=16, help="Of a written text.")] = 220,
+    backend: BackendOption = "llama_cpp",
+    model: ModelOption = "embedded",
+    adapter: AdapterOption = None,
+    settings: SettingsOption = None,
+    seed: Seed = 0,
+    fresh: FreshOption = False,
+    encoder: EncoderOption = "",
+) -> None:
+    """Collect original texts from files, or have a model write them; near-duplicates and endless repetition go.
+
+    Writing is resumed by the same command.
+    """
+    from eval.encoders import find_encoder
+    from submission.backends import model_spec
+    from train.stages import Texts, make_texts
+
+    spec = model_spec(backend, model, adapter, settings) if write else None
+    paths = tuple(str(path) for path in sources or [])
+    config = Texts(paths, write, str(topics or ""), min_words, max_words, temperature, max_new_tokens, seed)
+    make_texts(config, output, spec, find_encoder(encoder), _say, fresh=fresh)
+
+
+@app.command()
+def rewrites(
+    prompts: Annotated[Path, typer.Argument(metavar="PROMPTS", help="Table with rewrite_prompt (and kind, style).")],
+    texts: Annotated[Path, typer.Argument(metavar="TEXTS", help="Table with original_text.")],
+    output: Output,
+    size: Annotated[int, typer.Option(min=0, help="Triplets; 0 means one for each prompt.")] = 0,
+    backend: BackendOption = "llama_cpp",
+    model: ModelOption = "embedded",
+    adapter: AdapterOption = None,
+    settings: SettingsOption = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Nucleus sampling.")] = 0.95,
+    min_p: Annotated[float, typer.Option(min=0, max=1, help="Least probability beside the best token's.")] = 0.0,
+    length_factor: Annotated[float, typer.Option(min=0.1, help="Longest rewrite in lengths of its text.")] = 2.0,
+    max_new_tokens: Annotated[int, typer.Option(min=16, help="Longest rewrite in tokens.")] = 512,
+    keep_cut: Annotated[
+        bool, typer.Option("--keep-cut", help="Keep rewrites that were stopped at their limit.")
+    ] = False,
+    seed: Seed = 0,
+    fresh: FreshOption = False,
+) -> None:
+    """Have the target model rewrite texts under prompts. The same command again resumes.
+
+    Prompts of one style meet texts of their own, so the triplets can be split with no style or text on two sides.
+    """
+    from submission.backends import model_spec
+    from train.stages import Rewrites, make_rewrites
+
+    config = Rewrites(size, temperature, top_p, min_p, length_factor, max_new_tokens, keep_cut, seed)
+    spec = model_spec(backend, model, adapter, settings)
+    make_rewrites(config, prompts, texts, output, spec, _say, fresh=fresh)
+
+
+@app.command()
+def prepare(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SOURCES...]", help="CSV, Parquet, JSONL, folders of them, or kaggle:owner/dataset."),
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML; see train/recipes/. Default: sensible defaults.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="SECTION.KEY=VALUE of the recipe, such as split.test=0.2.")
+    ] = None,
+    fresh: FreshOption = False,
+    encoder: EncoderOption = "",
+) -> None:
+    """Clean, screen, mix and split triplets into train, validation and test Parquet files that share nothing.
+
+    OUTPUT gets a data card (README.md) that counts every row, and dropped.csv that names each one that was left out.
+    """
+    from eval.encoders import find_encoder
+    from train.prepare import prepare as run
+    from train.recipe import read_recipe
+
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} is a file: name a folder")
+    run(read_recipe(sources or [], recipe, settings or []), output, find_encoder(encoder), _say, fresh=fresh)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML with all stages; see train/recipes/.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE or SECTION.KEY=VALUE of the recipe, as output=DIR.")
+    ] = None,
+    fresh: FreshOption = False,
+    encoder: EncoderOption = "",
+) -> None:
+    """Run all stages of a recipe: prompts, texts, rewrites, prepare. What is finished is not done again."""
+    from eval.encoders import find_encoder
+    from train.run import read_run, run_stages
+
+    run_stages(read_run(recipe, settings or []), find_encoder(encoder), _say, fresh=fresh)
+
+
+def _say(line: str) -> None:
+    from submission.progress import tell
+
+    tell(line, sys.stderr)
+
+
+def _run() -> None:
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def main() -> None:
+    """Run a command; see `submission.errors.run_command`."""
+    run_command(_run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,0 +1,126 @@
+"""The data card: what is in a folder of sets, what was left out and why."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eval.scoring import one_line
+from submission.tables import atomic_path, atomic_writer
+from train.cleaning import Row
+
+if TYPE_CHECKING:
+    from train.prepare import Prepared
+
+_EXAMPLES = 3
+_KINDS = 12
+_TEXTS = ("rewrite_prompt", "original_text", "rewritten_text")
+
+
+def write(
+    folder: Path, made: Prepared, hashes: Mapping[str, str], licences: Mapping[str, str], *, groups: int, encoder: str
+) -> None:
+    """Write README.md and lengths.png into the folder."""
+    plot_lengths(folder / "lengths.png", made.splits)
+    with atomic_writer(folder / "README.md") as file:
+        file.write("\n".join(_lines(made, hashes, licences, groups, encoder)) + "\n")
+
+
+def plot_lengths(path: Path, splits: Mapping[str, Sequence[Row]]) -> None:
+    """Distributions of the lengths in words, by split."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, column in zip(figure.subplots(1, len(_TEXTS)), _TEXTS, strict=True):
+        for name, rows in splits.items():
+            lengths = [len(getattr(row, column).split()) for row in rows]
+            if lengths:
+                axes.hist(lengths, bins=25, density=True, histtype="step", label=name)
+        axes.set_xlabel(f"words of {column}")
+        axes.set_yticks([])
+        axes.legend(fontsize=8)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def _lines(
+    made: Prepared, hashes: Mapping[str, str], licences: Mapping[str, str], groups: int, encoder: str
+) -> Iterator[str]:
+    rows = [row for part in made.splits.values() for row in part]
+    yield "# Data card"
+    yield ""
+    yield f"{len(rows)} triplets for prompt recovery, made by `python -m train prepare`. The splits share no prompt,"
+    yield "style or text: rows with one in common, to the letter or nearly, form a group, and groups are not divided"
+    yield f"(with `by = row` they are). There are {groups} groups; near-duplicates were found by {encoder}."
+    yield ""
+    yield from _table(("split", "rows", "distinct prompts", "styles", "distinct texts", "hash"), (
+        (name, len(part), len({r.rewrite_prompt for r in part}), len({r.style for r in part if r.style}),
+         len({r.original_text for r in part}), f"`{hashes.get(f'{name}.parquet', '')[:16]}`")
+        for name, part in made.splits.items()
+    ))  # fmt: skip
+    yield "## Where rows went"
+    yield ""
+    yield "Every row that was read is in a split or in one line of this table; `dropped.csv` has them one by one."
+    yield ""
+    stages = Counter((stage, reason) for _, stage, reason in made.dropped)
+    yield from _table(("stage", "what became of it", "rows"), [
+        ("read", "from all sources", sum(made.read.values())),
+        *((stage, reason, count) for (stage, reason), count in stages.items()),
+        *(("kept", f"in {name}", len(part)) for name, part in made.splits.items()),
+    ])  # fmt: skip
+    yield "## Sources"
+    yield ""
+    kept = Counter(row.source for row in rows)
+    yield from _table(("source", "rows read", "rows kept"), ((n, c, kept[n]) for n, c in made.read.items()))
+    given = (
+        (Path(path).name, licences.get(path, "see the recipe"), digest[:16]) for path, digest in made.files.items()
+    )
+    yield from _table(("file", "licence as given", "hash"), given)
+    yield "## Lengths in words"
+    yield ""
+    yield "![Distributions of lengths](lengths.png)"
+    yield ""
+    yield from _table(("column", "shortest", "median", "mean", "longest"), _length_rows(rows))
+    kinds = Counter(row.kind for row in rows if row.kind)
+    if kinds:
+        yield "## Kinds of prompt"
+        yield ""
+        yield from _table(("kind", "rows"), kinds.most_common(_KINDS))
+    yield "## Examples"
+    yield ""
+    for row in rows[:_EXAMPLES]:
+        yield f"- **{_plain(row.rewrite_prompt)}** ({_plain(row.source)})"
+        yield f"  - original: {_plain(row.original_text, 200)}"
+        yield f"  - rewritten: {_plain(row.rewritten_text, 200)}"
+
+
+def _length_rows(rows: Sequence[Row]) -> Iterator[tuple[object, ...]]:
+    for column in _TEXTS:
+        lengths = [len(getattr(row, column).split()) for row in rows]
+        yield (
+            column,
+            min(lengths),
+            round(statistics.median(lengths)),
+            round(statistics.mean(lengths), 1),
+            max(lengths),
+        )
+
+
+def _table(head: Sequence[str], rows: object) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield f"|{' --- |' * len(head)}"
+    assert hasattr(rows, "__iter__")
+    for row in rows:
+        yield f"| {' | '.join(_plain(str(cell)) for cell in row)} |"
+    yield ""
+
+
+def _plain(text: str, most: int = 120) -> str:
+    """Text of data that no Markdown reader takes for markup."""
+    line = one_line(text, most)
+    return "".join(f"\\{c}" if c in "\\*_[]<>#|" or (c == "`" and not text.startswith("`")) else c for c in line)

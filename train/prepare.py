@@ -1,0 +1,266 @@
+"""From tables of triplets to training, validation and test sets that share nothing, with a card that tells all.
+
+python -m train prepare triplets.csv -o data/mine
+python -m train prepare --recipe train/recipes/mixed.toml -o data/mixed
+
+read sources -> clean -> screen -> mix -> group -> split -> Parquet, card, plots, list of dropped rows
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from eval.encoders import Encoder
+from submission.errors import UserError
+from submission.manifest import manifest_path
+from submission.models import content_hash
+from submission.progress import show_progress
+from submission.tables import atomic_path, some, write_table
+from train import card, screens
+from train.cleaning import Cleaner, Row
+from train.recipe import Recipe, Source
+from train.sources import read_records, resolve
+from train.splits import SPLITS, group_rows, shared, split
+from train.stages import write_manifest
+
+OOD = "ood"
+_NEEDED = ("original_text", "rewritten_text", "rewrite_prompt")
+_OPTIONAL = ("id", "kind", "style")
+
+
+@dataclass(slots=True)
+class Prepared:
+    """What came out.
+
+    Attributes:
+        splits: rows by split, in the order of their file.
+        read: rows by source.
+        dropped: (row, stage, reason) of every row that is in no split.
+        files: hash by file of the sources.
+    """
+
+    splits: dict[str, list[Row]] = field(default_factory=dict)
+    read: Counter[str] = field(default_factory=Counter)
+    dropped: list[tuple[Row, str, str]] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def prepare(recipe: Recipe, output: Path, encoder: Encoder, say: Callable[[str], None], *, fresh: bool = False) -> bool:
+    """Make the sets; False if they are there already, made of the same by the same recipe.
+
+    Raises:
+        UserError: a source is missing or wrong, no row is left, or too few groups for the splits.
+    """
+    made = Prepared()
+    files = [(source, path) for source in recipe.sources for path in resolve(source.path)]
+    made.files = {str(path): content_hash(path) for _, path in files}
+    mark = _fingerprint(recipe, made.files, encoder)
+    if not fresh and _finished(output, mark):
+        say(f"{output} is made of the same sources by the same recipe: nothing to do (--fresh makes it anew)")
+        return False
+    rows = _clean(recipe, files, made, say)
+    rows = _screen(recipe, rows, made, encoder, say)
+    ood_names = {_name(source, path) for source, path in files if source.ood}
+    known = _mix(recipe, [row for row in rows if row.source not in ood_names], made)
+    others = [row for row in rows if row.source in ood_names]
+    if not known:
+        raise UserError(f"no row is left: {_reasons(made)}")
+    say(f"grouping {len(known) + len(others)} rows by prompt, style and text")
+    groups = group_rows([*known, *others], encoder, recipe.split).tolist()
+    places = split(groups[: len(known)], recipe.split)
+    made.splits = {name: [row for row, place in zip(known, places, strict=True) if place == name] for name in SPLITS
+                   if recipe.split.shares[name] > 0}  # fmt: skip
+    if ood_names:
+        taken = set(groups[: len(known)])
+        made.splits[OOD] = []
+        for row, group in zip(others, groups[len(known) :], strict=True):
+            if group in taken and recipe.split.by == "group":
+                made.dropped.append((row, "split", "shares a prompt, style or text with the training sources"))
+            else:
+                made.splits[OOD].append(row)
+    if recipe.split.by == "group":
+        leaks = shared(made.splits)
+        assert not leaks, leaks  # the splitter's promise
+    _write(recipe, output, made, mark, encoder, len(set(groups[: len(known)])))
+    for name, part in made.splits.items():
+        say(f"{name:<12} {len(part):>7} rows")
+    say(f"{'dropped':<12} {len(made.dropped):>7} rows, one by one in {output / 'dropped.csv'}")
+    return True
+
+
+def _clean(
+    recipe: Recipe, files: Sequence[tuple[Source, Path]], made: Prepared, say: Callable[[str], None]
+) -> list[Row]:
+    kept: list[Row] = []
+    seen: set[tuple[str, str, str]] = set()
+    ids: set[str] = set()
+    for source, path in files:
+        cleaner = Cleaner(recipe.cleaning, seen)
+        name = _name(source, path)
+        before = len(kept)
+        for row in _rows(source, path, name, ids):
+            made.read[name] += 1
+            row, reason = cleaner(row)
+            if reason:
+                made.dropped.append((row, "cleaning", reason))
+            else:
+                kept.append(row)
+        say(f"{name}: {made.read[name]} rows read, {len(kept) - before} left after cleaning")
+    return kept
+
+
+def _rows(source: Source, path: Path, name: str, ids: set[str]) -> Iterator[Row]:
+    records = read_records(path)
+    columns = {column: source.columns.get(column, column) for column in (*_NEEDED, *_OPTIONAL)}
+    if not records:
+        raise UserError(f"{path} has no row")
+    missing = [columns[column] for column in _NEEDED if columns[column] not in records[0]]
+    if missing:
+        raise UserError(
+            f"{path}: missing column {', '.join(missing)}\nFound: {', '.join(records[0])}. Map names in the recipe: "
+            "columns = { rewrite_prompt = 'their name' }"
+        )
+    for number, record in enumerate(records[: source.limit or None], start=1):
+        cells = {column: record.get(theirs, "") for column, theirs in columns.items()}
+        row_id = cells.pop("id") or f"{number:06}"
+        if row_id in ids:
+            row_id = f"{name}/{row_id}"
+        while row_id in ids:
+            row_id += "'"
+        ids.add(row_id)
+        yield Row(row_id, source=name, **cells)
+
+
+def _screen(
+    recipe: Recipe, rows: Sequence[Row], made: Prepared, encoder: Encoder, say: Callable[[str], None]
+) -> list[Row]:
+    asked = recipe.screens
+    left = _drop(rows, [screens.by_text(row, asked) for row in rows], made)
+    say(f"{len(left)} rows left after screens by text; embedding them")
+    left = _drop(left, screens.by_embedding(left, asked, encoder), made)
+    if asked.needs_model and left:
+        backend = recipe.model.spec().load()
+        total = len(left) * (bool(asked.naturalness) + 2 * bool(asked.matters))
+        say(f"{len(left)} rows left; computing up to {total} likelihoods")
+        with show_progress(total, 0) as progress:
+            reasons = screens.by_likelihood(left, asked, backend, lambda: progress.advance(fell_back=False))
+        left = _drop(left, reasons, made)
+    return left
+
+
+def _drop(rows: Sequence[Row], reasons: Sequence[str], made: Prepared) -> list[Row]:
+    made.dropped += [(row, "screen", reason) for row, reason in zip(rows, reasons, strict=True) if reason]
+    return [row for row, reason in zip(rows, reasons, strict=True) if not reason]
+
+
+def _mix(recipe: Recipe, rows: Sequence[Row], made: Prepared) -> list[Row]:
+    """Rows in a seeded order in which every beginning has the sources in their shares, cut to size."""
+    by_source: dict[str, list[Row]] = {}
+    for row in rows:
+        by_source.setdefault(row.source, []).append(row)
+    for name, part in by_source.items():
+        random.Random(f"{recipe.mix.seed} {name}").shuffle(part)
+    given = {_name(source, path): source.share for source in recipe.sources if not source.ood
+             for path in resolve(source.path)}  # fmt: skip
+    empty = [name for name, share in given.items() if share > 0 and name not in by_source]
+    if empty:
+        raise UserError(f"source {empty[0]} is to have a share, and no row of it is left: {_reasons(made)}")
+    shares = {name: given[name] or len(part) for name, part in by_source.items()}
+    total = sum(shares.values())
+    most = min((len(part) * total / shares[name] for name, part in by_source.items()), default=0)
+    size = min(recipe.mix.size or len(rows), len(rows), int(most + 1e-6))
+    if recipe.mix.size > size:
+        raise UserError(f"[mix] size={recipe.mix.size}: the sources give {size} rows in these shares")
+    mixed: list[Row] = []
+    taken = dict.fromkeys(by_source, 0)
+    while len(mixed) < size:
+        behind = {name: (len(mixed) + 1) * shares[name] / total - taken[name] for name, part in by_source.items()
+                  if taken[name] < len(part)}  # fmt: skip
+        name = max(behind, key=lambda name: behind[name])
+        mixed.append(by_source[name][taken[name]])
+        taken[name] += 1
+    for name, part in by_source.items():
+        made.dropped += [(row, "mix", "beyond the share or size asked for") for row in part[taken[name] :]]
+    return mixed
+
+
+def _write(recipe: Recipe, output: Path, made: Prepared, mark: str, encoder: Encoder, groups: int) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    manifest_path(output / "data").unlink(missing_ok=True)  # what follows is not whole until it is there again
+    for old in output.glob("*.parquet"):
+        if old.stem not in made.splits:
+            old.unlink()
+    for name, rows in made.splits.items():
+        write_parquet(output / f"{name}.parquet", rows)
+    for size in recipe.mix.subsets:
+        if size > len(made.splits["train"]):
+            raise UserError(f"[mix] subsets: {size} rows were asked for, train has {len(made.splits['train'])}")
+        (output / "subsets").mkdir(exist_ok=True)
+        write_parquet(output / "subsets" / f"train-{size}.parquet", made.splits["train"][:size])
+    write_table(
+        output / "dropped.csv", ("id", "source", "stage", "reason", "rewrite_prompt"),
+        [(row.id, row.source, stage, reason, row.rewrite_prompt) for row, stage, reason in made.dropped],
+    )  # fmt: skip
+    hashes = {path.name: content_hash(path) for path in sorted(output.glob("*.parquet"))}
+    licences = {source.path: source.licence for source in recipe.sources}
+    card.write(output, made, hashes, licences, groups=groups, encoder=encoder.name)
+    write_manifest(
+        output / "data",
+        {
+            "fingerprint": mark,
+            "recipe": asdict(recipe),
+            "sources": made.files,
+            "encoder": encoder.name,
+            "files": hashes,
+            "rows": {name: len(rows) for name, rows in made.splits.items()},
+            "dropped": dict(Counter(reason for _, _, reason in made.dropped).most_common()),
+        },
+    )
+
+
+def write_parquet(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows through the datasets library; the file appears whole."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    columns = list(Row.__dataclass_fields__)
+    table = datasets.Dataset.from_dict(
+        {column: [getattr(row, column) for row in rows] for column in columns},
+        features=datasets.Features({column: datasets.Value("string") for column in columns}),
+    )
+    with atomic_path(path) as temporary:
+        table.to_parquet(str(temporary))
+
+
+def _fingerprint(recipe: Recipe, files: Mapping[str, str], encoder: Encoder) -> str:
+    plain = asdict(replace(recipe, sources=()))
+    sources = [{**asdict(source), "path": ""} for source in recipe.sources]
+    content = json.dumps([plain, sources, sorted(files.values()), encoder.fingerprint], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _finished(output: Path, mark: str) -> bool:
+    try:
+        found: Any = json.loads(manifest_path(output / "data").read_text(encoding="utf-8"))
+        files = found["files"]
+        return found["fingerprint"] == mark and all(
+            (output / name).is_file() and content_hash(output / name) == digest for name, digest in files.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _name(source: Source, path: Path) -> str:
+    return source.name or path.stem
+
+
+def _reasons(made: Prepared) -> str:
+    counts = Counter(reason for _, _, reason in made.dropped).most_common()
+    return some([f"{count} x {reason}" for reason, count in counts]) or "the sources are empty"

@@ -1,0 +1,145 @@
+"""Which triplets teach something: screens that look at what the target model made of a prompt.
+
+Each screen can be switched off. Those by likelihood need a model (`[model]` of the recipe), and are off by default.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from eval.encoders import Encoder
+from eval.grouping import plain_text
+from eval.metric import sharpened_cosine
+from submission.templates import render_rewrite
+from submission.types import Backend, Chat, Message, Part
+from train.cleaning import Row
+
+# How an assistant begins when it declines.
+_REFUSAL = re.compile(
+    r"^\W*(?:i(?:'m| am) (?:sorry|unable|not able)|sorry,|i can(?:'t|not) |as an? (?:ai|artificial|large)"
+    r"|i (?:do not|don't) have (?:the |any |enough )?(?:ability|information|access|context)"
+    r"|(?:the|this) (?:text|passage|prompt) (?:you (?:have )?provided )?does not (?:contain|provide|include|mention)"
+    r"|unfortunately, i|i apologi[sz]e|(?:please|could you) (?:please )?provide (?:me with )?(?:the|a|more))",
+    re.IGNORECASE,
+)
+_LEAK_CHARS = 12  # a prompt shorter than this may stand in a text by chance
+_SAYS_PROMPT = "Write one instruction that tells a writer how to rewrite a text."
+
+
+@dataclass(frozen=True, slots=True)
+class Screens:
+    """Thresholds; see each.
+
+    Attributes:
+        refusals: drop rewrites in which the model declines.
+        single_line: drop prompts of more than one line.
+        unchanged: drop rows whose texts score at least this against each other (the seed: 0.97); 0 is off.
+        unrelated: drop rows whose texts score less than this; 0 is off.
+        leaked: drop rewrites that hold the prompt itself.
+        naturalness: drop prompts whose tokens have a mean probability below this (the seed: 0.01); 0 is off.
+        matters: drop rows where log P(rewrite | prompt, text) is not so many nats above log P(rewrite | generic, text);
+            0 is off.
+        generic: the generic prompt.
+    """
+
+    refusals: bool = True
+    single_line: bool = True
+    unchanged: float = 0.97
+    unrelated: float = 0.001
+    leaked: bool = True
+    naturalness: float = 0.0
+    matters: float = 0.0
+    generic: str = "Rewrite the text"
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether a screen by likelihood is on."""
+        return self.naturalness > 0 or self.matters > 0
+
+
+def by_text(row: Row, screens: Screens) -> str:
+    """Why a row is dropped by looking at its words; "" if it stays."""
+    if screens.single_line and len(row.rewrite_prompt.strip().splitlines()) > 1:
+        return "prompt of more than one line"
+    if screens.refusals and is_refusal(row.rewritten_text):
+        return "the model declined"
+    if screens.leaked and leaks_prompt(row.rewrite_prompt, row.rewritten_text, row.original_text):
+        return "the rewrite holds the prompt"
+    return ""
+
+
+def is_refusal(text: str) -> bool:
+    """Whether a rewrite is an assistant's excuse."""
+    return bool(_REFUSAL.search(text.replace("’", "'")))
+
+
+def leaks_prompt(prompt: str, rewritten: str, original: str = "") -> bool:
+    """Whether a rewrite says its prompt, which the original text does not."""
+    wanted = plain_text(prompt)
+    return len(wanted) >= _LEAK_CHARS and wanted in plain_text(rewritten) and wanted not in plain_text(original)
+
+
+def by_embedding(rows: Sequence[Row], screens: Screens, encoder: Encoder) -> list[str]:
+    """Why each row is dropped by the likeness of its texts; "" if it stays."""
+    if not rows or not (screens.unchanged or screens.unrelated):
+        return [""] * len(rows)
+    vectors = encoder.embed([row.original_text for row in rows] + [row.rewritten_text for row in rows])
+    scores = sharpened_cosine(vectors[: len(rows)], vectors[len(rows) :])
+    reasons = []
+    for row, score in zip(rows, scores.tolist(), strict=True):
+        if screens.unchanged and (score >= screens.unchanged or row.original_text == row.rewritten_text):
+            reasons.append(f"text unchanged (score of at least {screens.unchanged:g})")
+        elif screens.unrelated and score < screens.unrelated:
+            reasons.append(f"rewrite unrelated to the text (score below {screens.unrelated:g})")
+        else:
+            reasons.append("")
+    return reasons
+
+
+def by_likelihood(
+    rows: Sequence[Row], screens: Screens, backend: Backend, done: Callable[[], None] = lambda: None
+) -> list[str]:
+    """Why each row is dropped by what a model finds likely; "" if it stays.
+
+    Args:
+        rows: to judge.
+        screens: which, and how strict.
+        backend: the target model.
+        done: is called for each likelihood.
+    """
+    reasons = [""] * len(rows)
+    if screens.naturalness:
+        chat = Chat((Message("user", (Part(_SAYS_PROMPT),)),))
+        likelihoods = _likelihoods(backend, ((chat, row.rewrite_prompt) for row in rows), done)
+        for number, (total, tokens) in likelihoods.items():
+            if tokens and math.exp(total / tokens) < screens.naturalness:
+                reasons[number] = f"unnatural prompt (mean probability below {screens.naturalness:g})"
+    if screens.matters:
+        left = [number for number, reason in enumerate(reasons) if not reason]
+
+        def asked() -> Iterator[tuple[Chat, str]]:
+            for number in left:
+                row = rows[number]
+                for prompt in (row.rewrite_prompt, screens.generic):
+                    yield render_rewrite(prompt, row.original_text), row.rewritten_text
+
+        likelihoods = _likelihoods(backend, asked(), done)
+        for place, number in enumerate(left):
+            gain = likelihoods[2 * place][0] - likelihoods[2 * place + 1][0]
+            if gain < screens.matters:
+                reasons[number] = f"the prompt does not matter (gain below {screens.matters:g} nats)"
+    return reasons
+
+
+def _likelihoods(
+    backend: Backend, asked: Iterable[tuple[Chat, str]], done: Callable[[], None]
+) -> dict[int, tuple[float, int]]:
+    items = ((str(number), chat, text) for number, (chat, text) in enumerate(asked))
+    found = {}
+    for key, likelihood in backend.loglikelihood(items):
+        found[int(key)] = (likelihood.sum, likelihood.tokens)
+        done()
+    return found

@@ -1,0 +1,105 @@
+"""Tables of any kind as records: CSV, Parquet, JSONL, and Kaggle datasets by `kaggle:owner/name`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from submission.backends import require
+from submission.errors import UserError
+from submission.models import cache_folder
+from submission.tables import header_of, read_table
+
+KAGGLE = "kaggle:"
+_TABLES = (".csv", ".parquet", ".jsonl", ".ndjson")
+
+Record = Mapping[str, str]
+
+
+def read_records(path: Path) -> list[dict[str, str]]:
+    """All rows of a table as text by column; nulls become blanks.
+
+    Raises:
+        UserError: it is missing, or not a table; names the line.
+    """
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        return _read_jsonl(path)
+    columns = list(dict.fromkeys(header_of(path)))
+    return [dict(zip(columns, row.cells, strict=True)) for row in read_table(path, columns)]
+
+
+def resolve(source: str) -> list[Path]:
+    """The files that a source names: a file, a folder of tables, or a Kaggle dataset, which is downloaded once.
+
+    Raises:
+        UserError: there is no such file or folder, or the download failed; says what to do.
+    """
+    path = _download(source.removeprefix(KAGGLE)) if source.startswith(KAGGLE) else Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _TABLES)
+        if not files:
+            raise UserError(f"{source} holds no CSV, Parquet or JSONL file")
+        return files
+    if not path.is_file():
+        raise UserError(f"source {source} does not exist")
+    return [path]
+
+
+def _read_jsonl(path: Path) -> list[dict[str, str]]:
+    rows = []
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{path}: line {number} is not JSON: {error}") from None
+                if not isinstance(record, dict):
+                    raise UserError(f"{path}: line {number} is not a JSON object")
+                rows.append({str(key): _text(value) for key, value in record.items()})
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return rows
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _download(name: str) -> Path:
+    """The folder of a Kaggle dataset; a download that fails leaves none."""
+    require("kaggle", "kaggle", f"source {KAGGLE}{name}")
+    if name.count("/") != 1:
+        raise UserError(f"source {KAGGLE}{name}: write it as {KAGGLE}owner/name")
+    folder = cache_folder("datasets") / name
+    if folder.is_dir():
+        return folder
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    part.mkdir(parents=True, exist_ok=True)
+    try:
+        # The client ends the process when credentials are missing, so it has one of its own.
+        done = subprocess.run(
+            [sys.executable, "-m", "kaggle", "datasets", "download", "-d", name, "-p", str(part), "--unzip", "-q"],
+            capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        if done.returncode != 0 or not any(part.iterdir()):
+            said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+            raise UserError(
+                f"source {KAGGLE}{name} cannot be downloaded: {said[0] if said else 'no answer'}\n"
+                "It needs the network and Kaggle credentials (KAGGLE_API_TOKEN, or ~/.kaggle)."
+            )
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder

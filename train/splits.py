@@ -1,0 +1,147 @@
+"""Splits that share nothing: no prompt, no style and no text, neither to the letter nor nearly.
+
+Rows that have one of these in common, directly or over other rows, form a group; whole groups go to a split.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from eval.encoders import Encoder
+from eval.grouping import NEAR, NEAR_TEXTS, near_duplicate_groups
+from submission.errors import UserError
+from train.cleaning import Row
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Splitting:
+    """How rows are divided.
+
+    Attributes:
+        train, validation, test: shares of the rows, which need not add up to 1.
+        by: "group" for disjoint splits; "row" reproduces the seed, and leaks.
+        near_prompts, near_texts: how near near-duplicates are; see `eval.grouping.NEAR`.
+        seed: of the order of groups.
+    """
+
+    train: float = 0.8
+    validation: float = 0.1
+    test: float = 0.1
+    by: str = "group"
+    near_prompts: float = NEAR
+    near_texts: float = NEAR_TEXTS
+    seed: int = 0
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """By split, adding up to 1."""
+        shares = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: share / sum(shares.values()) for name, share in shares.items()}
+
+
+def group_rows(rows: Sequence[Row], encoder: Encoder, splitting: Splitting) -> NDArray[np.int64]:
+    """A label for each row, shape (rows,): rows with the same label must stay together."""
+    import numpy as np
+
+    # Prompts that ask for the same style are one, whatever their words; without styles near-duplicates are.
+    styles = [row.style.casefold() for row in rows]
+    marks = [
+        near_duplicate_groups([row.rewrite_prompt for row in rows], encoder, splitting.near_prompts),
+        _labels(styles),
+        near_duplicate_groups([row.original_text for row in rows], encoder, splitting.near_texts),
+        near_duplicate_groups([row.rewritten_text for row in rows], encoder, splitting.near_texts),
+    ]
+    return connected(np.stack(marks, axis=1))
+
+
+def connected(marks: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Components of rows that share a mark in any column.
+
+    Args:
+        marks: shape (rows, columns); a negative mark is shared with nobody.
+
+    Returns:
+        labels, shape (rows,).
+    """
+    import numpy as np
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    rows, columns = marks.shape
+    ends, offset = [], rows
+    for column in range(columns):
+        known = marks[:, column] >= 0
+        values, inverse = np.unique(marks[known, column], return_inverse=True)
+        ends.append((np.arange(rows)[known], inverse + offset))
+        offset += len(values)
+    left, right = (np.concatenate(part) for part in zip(*ends, strict=True))
+    graph = coo_array((np.ones(len(left), np.bool_), (left, right)), shape=(offset, offset))
+    return np.asarray(connected_components(graph, directed=False)[1][:rows], np.int64)
+
+
+def split(groups: Sequence[int], splitting: Splitting) -> list[str]:
+    """The split of each row: whole groups, the largest first, each to the split that lacks most of its share.
+
+    Raises:
+        UserError: there are fewer groups than splits with a share, or shares that make no sense.
+    """
+    if splitting.by not in ("group", "row"):
+        raise UserError(f"option by={splitting.by!r} of [split] must be group or row")
+    if min(splitting.train, splitting.validation, splitting.test) < 0 or splitting.train <= 0:
+        raise UserError("the shares of [split] must not be negative, and train must have one")
+    if splitting.by == "row":
+        groups = range(len(groups))
+    sizes = Counter(groups)
+    wanted = {name: share for name, share in splitting.shares.items() if share > 0}
+    if len(sizes) < len(wanted):
+        largest = max(sizes.values(), default=0)
+        raise UserError(
+            f"{len(groups)} rows form {len(sizes)} groups that share no prompt, style or text, too few for "
+            f"{len(wanted)} splits ({', '.join(wanted)}): the largest group has {largest} rows\n"
+            "Add sources with other prompts and texts, or give fewer splits a share."
+        )
+    order = sorted(sizes)
+    random.Random(splitting.seed).shuffle(order)
+    order.sort(key=lambda group: -sizes[group])
+    filled = dict.fromkeys(wanted, 0)
+    place: dict[int, str] = {}
+    left = len(order)
+    for group in order:
+        empty = [name for name in wanted if not filled[name]]
+        # The last groups are kept for splits that would otherwise stay empty.
+        choice = empty if left <= len(empty) else list(wanted)
+        place[group] = max(choice, key=lambda name: wanted[name] * len(groups) - filled[name])
+        filled[place[group]] += sizes[group]
+        left -= 1
+    return [place[group] for group in groups]
+
+
+def shared(rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    """What two splits have in common to the letter, one sentence each; an empty list means nothing."""
+    found = []
+    names = list(rows)
+    for number, first in enumerate(names):
+        for second in names[number + 1 :]:
+            for what in ("rewrite_prompt", "style", "original_text", "rewritten_text"):
+                a, b = ({getattr(row, what) for row in rows[name]} - {""} for name in (first, second))
+                if a & b:
+                    found.append(f"{first} and {second} share {len(a & b)} values of {what}")
+    return found
+
+
+def _labels(texts: Sequence[str]) -> NDArray[np.int64]:
+    """A number for each distinct text; -1 for blanks."""
+    import numpy as np
+
+    first: dict[str, int] = {}
+    return np.array([first.setdefault(text, len(first)) if text else -1 for text in texts], np.int64)

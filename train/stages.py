@@ -1,0 +1,213 @@
+"""The stages that make a data set, each a function of a configuration that skips what is finished.
+
+    prompts.csv + texts.csv -> triplets.csv -> train.parquet, validation.parquet, test.parquet
+
+A stage is finished when its output is there, unchanged, and its manifest tells the same configuration and inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import submission
+from eval.encoders import Encoder
+from submission.backends import ModelSpec
+from submission.errors import UserError
+from submission.manifest import manifest_path
+from submission.models import content_hash
+from submission.tables import atomic_writer, check_writable, read_table, says_something, write_table
+from submission.types import Sampling
+from train import prompts, rewrites, texts
+from train.generation import answer
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """See `python -m train prompts --help`; `near` of 0 keeps near-duplicates, "" decides by size."""
+
+    size: int = 1000
+    grammar: str = ""
+    near: str = ""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """See `python -m train texts --help`."""
+
+    sources: tuple[str, ...] = ()
+    write: int = 0
+    topics: str = ""
+    min_words: int = 20
+    max_words: int = 300
+    temperature: float = 0.8
+    max_new_tokens: int = 220
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrites:
+    """See `python -m train rewrites --help`."""
+
+    size: int = 0
+    temperature: float = 0.7
+    top_p: float = 0.95
+    min_p: float = 0.0
+    length_factor: float = 2.0
+    max_new_tokens: int = 512
+    keep_cut: bool = False
+    seed: int = 0
+
+
+def make_prompts(config: Prompts, output: Path, find_encoder: Callable[[], Encoder], say: Say, *, fresh: bool) -> None:
+    """Write rewrite prompts."""
+    grammar = Path(config.grammar) if config.grammar else prompts.GRAMMAR
+    stage = _Stage("prompts", output, config, {"grammar": grammar}, {})
+    if stage.is_finished(say, fresh=fresh):
+        return
+    known = prompts.read_grammar(grammar)
+    try:
+        near = float(config.near) if config.near else None
+    except ValueError:
+        raise UserError(f"option near={config.near!r} of [prompts] must be a number from 0 to 1") from None
+    if near is None and config.size > prompts.MOST_COMPARED:
+        say(f"near-duplicates are kept: more than {prompts.MOST_COMPARED} prompts are compared only when near is given")
+        near = 0.0
+    if near == 0:
+        write_table(output, prompts.COLUMNS, prompts.rows(prompts.take(known, config.size, config.seed)))
+    else:
+        encoder = find_encoder()
+        found = prompts.take_distinct(known, config.size, encoder, prompts.NEAR if near is None else near, config.seed)
+        write_table(output, prompts.COLUMNS, prompts.rows(found))
+    stage.finish({"rows": config.size})
+    say(f"written to {output}: {config.size} prompts")
+
+
+def make_texts(config: Texts, output: Path, spec: ModelSpec | None, encoder: Encoder, say: Say, *, fresh: bool) -> None:
+    """Write original texts, read from files or written by a model."""
+    if bool(config.sources) == bool(config.write):
+        raise UserError("name files of texts, or say how many the model is to write (write)")
+    if config.min_words > config.max_words:
+        raise UserError(f"min_words={config.min_words} is more than max_words={config.max_words}")
+    topics = Path(config.topics) if config.topics else texts.TOPICS
+    inputs = {path: Path(path) for path in config.sources} or {"topics": topics}
+    stage = _Stage("texts", output, config, inputs, _model_marks(spec if config.write else None))
+    if stage.is_finished(say, fresh=fresh):
+        return
+    told: dict[str, Any] = {}
+    if config.write:
+        assert spec is not None
+        jobs = texts.writing_jobs(config.write, topics, seed=config.seed, new_tokens=config.max_new_tokens)
+        sampling = Sampling(temperature=config.temperature, top_p=0.95, seed=config.seed)
+        marks = {"jobs": _digest(f"{job.chat} {job.new_tokens}" for job in jobs)}
+        answers = answer(output, jobs, spec, sampling, marks, say, fresh=fresh)
+        found = [texts.tidy(answers.texts[job.id]) for job in jobs if job.id in answers.texts]
+        told = {"failed": answers.failed}
+    else:
+        found = list(texts.read_texts([Path(path) for path in config.sources]))
+    kept = texts.select(found, texts.Limits(config.min_words, config.max_words), encoder)
+    if not kept.texts:
+        raise UserError(f"no text is left of {len(found)}: {dict(kept.dropped)}")
+    write_table(output, texts.COLUMNS, ((f"t{number:06}", text) for number, text in enumerate(kept.texts, start=1)))
+    stage.finish({**told, "rows": len(kept.texts), "dropped": dict(kept.dropped)})
+    for reason, count in kept.dropped.most_common():
+        if count:
+            say(f"{count:>7} {reason}")
+    say(f"written to {output}: {len(kept.texts)} texts of {len(found)}")
+
+
+def make_rewrites(
+    config: Rewrites, prompts_file: Path, texts_file: Path, output: Path, spec: ModelSpec, say: Say, *, fresh: bool
+) -> None:
+    """Write triplets: texts as the target model rewrote them under prompts."""
+    stage = _Stage("rewrites", output, config, {"prompts": prompts_file, "texts": texts_file}, _model_marks(spec))
+    if stage.is_finished(say, fresh=fresh):
+        return
+    known = [row.cells[0] for row in read_table(texts_file, ("original_text",)) if says_something(row.cells[0])]
+    tasks = rewrites.pair_up(rewrites.read_prompts(prompts_file), known, size=config.size, seed=config.seed)
+    length = rewrites.Length(config.length_factor, at_most=config.max_new_tokens)
+    sampling = Sampling(
+        temperature=config.temperature, top_p=config.top_p, min_p=config.min_p, seed=config.seed
+    )  # fmt: skip
+    marks = {"tasks": _digest(f"{task.id} {task.prompt} {task.text}" for task in tasks), "length": str(length)}
+    answers = answer(output, rewrites.jobs(tasks, spec, length), spec, sampling, marks, say, fresh=fresh)
+    left_out = set() if config.keep_cut else answers.cut
+    done = [task for task in tasks if task.id in answers.texts and task.id not in left_out]
+    write_table(
+        output, rewrites.COLUMNS,
+        ((task.id, task.text, answers.texts[task.id], task.prompt.text, task.prompt.kind, task.prompt.style)
+         for task in done),
+    )  # fmt: skip
+    stage.finish(
+        {"template": "{prompt}:\\n{text}", "rows": len(done), "cut": len(answers.cut), "failed": answers.failed}
+    )
+    say(
+        f"written to {output}: {len(done)} triplets of {len(tasks)}; {len(answers.cut)} were cut at their length limit"
+        f"{' and kept' if config.keep_cut else ''}, {len(answers.failed)} failed"
+    )
+
+
+class _Stage:
+    """What makes an output, and whether it is there already."""
+
+    def __init__(
+        self, name: str, output: Path, config: Any, inputs: Mapping[str, Path], marks: Mapping[str, Any]
+    ) -> None:
+        check_writable(output)
+        self._name, self._output = name, output
+        self._told: dict[str, Any] = {
+            "stage": name,
+            "config": json.loads(json.dumps(asdict(config))),
+            "inputs": {key: _hash_of(path) for key, path in inputs.items()},
+            **marks,
+        }
+
+    def is_finished(self, say: Say, *, fresh: bool) -> bool:
+        """Whether there is nothing to do; says so."""
+        if fresh:
+            return False
+        try:
+            found = json.loads(manifest_path(self._output).read_text(encoding="utf-8"))
+            same = bool(found["made_from"] == self._told and found["hash"] == content_hash(self._output))
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        if same:
+            say(f"{self._output} is there, made of the same: nothing to do (--fresh makes it anew)")
+        return same
+
+    def finish(self, figures: Mapping[str, Any]) -> None:
+        """Write the manifest."""
+        write_manifest(self._output, {"made_from": self._told, "hash": content_hash(self._output), **figures})
+
+
+def write_manifest(output: Path, content: Mapping[str, Any]) -> None:
+    """Write the manifest of a file of this room: what made it, from what."""
+    stamp = {"written": datetime.now(UTC).isoformat(timespec="seconds"), "version": submission.__version__}
+    with atomic_writer(manifest_path(output)) as file:
+        json.dump({**stamp, **content}, file, indent=2, default=str)
+        file.write("\n")
+
+
+def _model_marks(spec: ModelSpec | None) -> dict[str, Any]:
+    return {"model": spec.fingerprint(), "model_as_asked": spec.describe()["model"]} if spec else {}
+
+
+def _hash_of(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    return content_hash(path)
+
+
+def _digest(parts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()

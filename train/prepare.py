@@ -61,6 +61,11 @@ def prepare(recipe: Recipe, output: Path, encoder: Encoder, say: Callable[[str],
     made = Prepared()
     files = [(source, path) for source in recipe.sources for path in resolve(source.path)]
     made.files = {str(path): content_hash(path) for _, path in files}
+    names = {(_name(source, path), number) for number, source in enumerate(recipe.sources)
+             for path in resolve(source.path)}  # fmt: skip
+    twice = [name for name, count in Counter(name for name, _ in names).items() if count > 1]
+    if twice:
+        raise UserError(f"two sources are called {twice[0]!r}: give each [[source]] a name in a recipe")
     mark = _fingerprint(recipe, made.files, encoder)
     if not fresh and _finished(output, mark):
         say(f"{output} is made of the same sources by the same recipe: nothing to do (--fresh makes it anew)")
@@ -88,6 +93,9 @@ def prepare(recipe: Recipe, output: Path, encoder: Encoder, say: Callable[[str],
     if recipe.split.by == "group":
         leaks = shared(made.splits)
         assert not leaks, leaks  # the splitter's promise
+    most = len(made.splits["train"])
+    if any(size > most for size in recipe.mix.subsets):
+        raise UserError(f"[mix] subsets: {max(recipe.mix.subsets)} rows were asked for, train has {most}")
     _write(recipe, output, made, mark, encoder, len(set(groups[: len(known)])))
     for name, part in made.splits.items():
         say(f"{name:<12} {len(part):>7} rows")
@@ -194,21 +202,20 @@ def _mix(recipe: Recipe, rows: Sequence[Row], made: Prepared) -> list[Row]:
 def _write(recipe: Recipe, output: Path, made: Prepared, mark: str, encoder: Encoder, groups: int) -> None:
     output.mkdir(parents=True, exist_ok=True)
     manifest_path(output / "data").unlink(missing_ok=True)  # what follows is not whole until it is there again
-    for old in output.glob("*.parquet"):
-        if old.stem not in made.splits:
-            old.unlink()
+    wanted = {output / f"{name}.parquet" for name in made.splits}
+    wanted |= {output / "subsets" / f"train-{size}.parquet" for size in recipe.mix.subsets}
+    for old in {*output.glob("*.parquet"), *output.glob("subsets/*.parquet")} - wanted:  # of another recipe
+        old.unlink()
     for name, rows in made.splits.items():
         write_parquet(output / f"{name}.parquet", rows)
     for size in recipe.mix.subsets:
-        if size > len(made.splits["train"]):
-            raise UserError(f"[mix] subsets: {size} rows were asked for, train has {len(made.splits['train'])}")
         (output / "subsets").mkdir(exist_ok=True)
         write_parquet(output / "subsets" / f"train-{size}.parquet", made.splits["train"][:size])
     write_table(
         output / "dropped.csv", ("id", "source", "stage", "reason", "rewrite_prompt"),
         [(row.id, row.source, stage, reason, row.rewrite_prompt) for row, stage, reason in made.dropped],
     )  # fmt: skip
-    hashes = {path.name: content_hash(path) for path in sorted(output.glob("*.parquet"))}
+    hashes = {str(path.relative_to(output)): content_hash(path) for path in sorted(wanted)}
     licences = {source.path: source.licence for source in recipe.sources}
     card.write(output, made, hashes, licences, groups=groups, encoder=encoder.name)
     write_manifest(
@@ -258,7 +265,9 @@ def _finished(output: Path, mark: str) -> bool:
 
 
 def _name(source: Source, path: Path) -> str:
-    return source.name or path.stem
+    """The name of a source; the files of a folder or a dataset are one source."""
+    asked = Path(source.path.rstrip("/"))
+    return source.name or (path.stem if path.stem == asked.stem else asked.name)
 
 
 def _reasons(made: Prepared) -> str:

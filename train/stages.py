@@ -70,10 +70,6 @@ class Rewrites:
 def make_prompts(config: Prompts, output: Path, find_encoder: Callable[[], Encoder], say: Say, *, fresh: bool) -> None:
     """Write rewrite prompts."""
     grammar = Path(config.grammar) if config.grammar else prompts.GRAMMAR
-    stage = _Stage("prompts", output, config, {"grammar": grammar}, {})
-    if stage.is_finished(say, fresh=fresh):
-        return
-    known = prompts.read_grammar(grammar)
     try:
         near = float(config.near) if config.near else None
     except ValueError:
@@ -81,10 +77,14 @@ def make_prompts(config: Prompts, output: Path, find_encoder: Callable[[], Encod
     if near is None and config.size > prompts.MOST_COMPARED:
         say(f"near-duplicates are kept: more than {prompts.MOST_COMPARED} prompts are compared only when near is given")
         near = 0.0
-    if near == 0:
+    encoder = None if near == 0 else find_encoder()
+    stage = _Stage("prompts", output, config, {"grammar": grammar}, {"encoder": encoder.name if encoder else "none"})
+    if stage.is_finished(say, fresh=fresh):
+        return
+    known = prompts.read_grammar(grammar)
+    if encoder is None:
         write_table(output, prompts.COLUMNS, prompts.rows(prompts.take(known, config.size, config.seed)))
     else:
-        encoder = find_encoder()
         found = prompts.take_distinct(known, config.size, encoder, prompts.NEAR if near is None else near, config.seed)
         write_table(output, prompts.COLUMNS, prompts.rows(found))
     stage.finish({"rows": config.size})
@@ -99,7 +99,8 @@ def make_texts(config: Texts, output: Path, spec: ModelSpec | None, encoder: Enc
         raise UserError(f"min_words={config.min_words} is more than max_words={config.max_words}")
     topics = Path(config.topics) if config.topics else texts.TOPICS
     inputs = {path: Path(path) for path in config.sources} or {"topics": topics}
-    stage = _Stage("texts", output, config, inputs, _model_marks(spec if config.write else None))
+    marks = {"encoder": encoder.name, **_model_marks(spec if config.write else None)}
+    stage = _Stage("texts", output, config, inputs, marks)
     if stage.is_finished(say, fresh=fresh):
         return
     told: dict[str, Any] = {}
@@ -107,8 +108,8 @@ def make_texts(config: Texts, output: Path, spec: ModelSpec | None, encoder: Enc
         assert spec is not None
         jobs = texts.writing_jobs(config.write, topics, seed=config.seed, new_tokens=config.max_new_tokens)
         sampling = Sampling(temperature=config.temperature, top_p=0.95, seed=config.seed)
-        marks = {"jobs": _digest(f"{job.chat} {job.new_tokens}" for job in jobs)}
-        answers = answer(output, jobs, spec, sampling, marks, say, fresh=fresh)
+        asked = {"jobs": _digest(f"{job.chat} {job.new_tokens}" for job in jobs)}
+        answers = answer(output, jobs, spec, sampling, asked, say, fresh=fresh)
         found = [texts.tidy(answers.texts[job.id]) for job in jobs if job.id in answers.texts]
         told = {"failed": answers.failed}
     else:

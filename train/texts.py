@@ -70,7 +70,7 @@ def read_texts(paths: Sequence[Path]) -> Iterator[str]:
         if name is None:
             found = ", ".join(records[0]) if records else "no row"
             raise UserError(f"{path}: no column of texts ({', '.join(_NAMES)})\nFound: {found}")
-        yield from (record[name] for record in records)
+        yield from (record.get(name, "") for record in records)
 
 
 def select(texts: Sequence[str], limits: Limits, encoder: Encoder | None, near: float = NEAR_TEXTS) -> Kept:

@@ -12,16 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from submission.errors import run_command
+from submission.commands import new_app, run_command
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    help="Measure predictions and the speed of predicting (eval).",
-)
+app = new_app("Measure predictions and the speed of predicting (eval).")
 
 EncoderOption = Annotated[
     str,
@@ -275,7 +268,7 @@ def _show(lines: Any, figures: Any, *, as_json: bool) -> None:
 
 
 def main() -> None:
-    """Run a command; see `submission.errors.run_command`."""
+    """Run a command; see `submission.commands.run_command`."""
     run_command(app)
 
 

@@ -11,16 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from submission.errors import run_command
+from submission.commands import new_app, run_command
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    help="Work out which prompt made a language model rewrite one text into another. Works offline.",
-)
+app = new_app("Work out which prompt made a language model rewrite one text into another. Works offline.")
 
 _BACKENDS = "llama_cpp (GGUF files), transformers (folders), scripted (no model: for rehearsals)"
 _TEMPLATES = "short, detailed or few_shot; default: short, or few_shot with --shots"
@@ -173,7 +166,7 @@ def _print_json(figures: dict[str, Any], *, as_json: bool) -> None:
 
 
 def main() -> None:
-    """Run a command; see `submission.errors.run_command`."""
+    """Run a command; see `submission.commands.run_command`."""
     run_command(app)
 
 

@@ -10,9 +10,6 @@ Anything else that escapes is a bug and shows its traceback.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-
 
 class PromptRecoveryError(Exception):
     """Base of all errors that this project raises on purpose."""
@@ -41,18 +38,6 @@ class MissingExtra(UserError):
 
 class BackendError(PromptRecoveryError):
     """A backend failed on a request; rows are retried in smaller batches, then take the fallback."""
-
-
-def run_command(command: Callable[[], object]) -> None:
-    """Run a room's command; errors that a user can put right are one or two lines and exit code 2."""
-    try:
-        command()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (PromptRecoveryError, OSError) as error:  # a full disk, say
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 def first_line(error: BaseException) -> str:

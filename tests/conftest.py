@@ -44,9 +44,9 @@ class Finished:
 Cli = Callable[..., Finished]
 
 
-def command(*arguments: object) -> list[str]:
-    """The command line of `python -m submission` with arguments."""
-    return [sys.executable, "-m", "submission", *map(str, arguments)]
+def command(*arguments: object, room: str = "submission") -> list[str]:
+    """The command line of `python -m ROOM` with arguments."""
+    return [sys.executable, "-m", room, *map(str, arguments)]
 
 
 def environment() -> dict[str, str]:
@@ -54,14 +54,13 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-@pytest.fixture
-def cli(tmp_path: Path) -> Cli:
-    """Run `python -m submission ...` in a process of its own, in the test's folder."""
+def runner(room: str, folder: Path) -> Cli:
+    """Runs `python -m ROOM ...` in a process of its own, in a folder."""
 
     def run(*arguments: object, timeout: float = 300) -> Finished:
         done = subprocess.run(
-            command(*arguments),
-            cwd=tmp_path,
+            command(*arguments, room=room),
+            cwd=folder,
             env=environment(),
             capture_output=True,
             text=True,
@@ -71,6 +70,12 @@ def cli(tmp_path: Path) -> Cli:
         return Finished(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    """Run `python -m submission ...` in the test's folder."""
+    return runner("submission", tmp_path)
 
 
 def write_csv(path: Path, rows: Sequence[Sequence[str]], header: Sequence[str] = PAIR_HEADER) -> Path:

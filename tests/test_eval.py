@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,26 +22,17 @@ from eval.sections import marked
 from submission.recover import DEFAULT_PROMPT
 from submission.tables import read_triplets, write_predictions
 from submission.types import Pair, Triplet
-from tests.conftest import ROOT, Finished, environment, read_csv, write_csv
+from tests.conftest import ROOT, Cli, environment, read_csv, runner, write_csv
 
-Run = Callable[..., Finished]
 EXAMPLES = ROOT / "examples"
 TRUTH = EXAMPLES / "truth.csv"
 TRIPLETS = ("id", "original_text", "rewritten_text", "rewrite_prompt")
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path) -> Cli:
     """Run `python -m eval ...` in the test's folder."""
-
-    def start(*arguments: object, timeout: float = 300) -> Finished:
-        done = subprocess.run(
-            [sys.executable, "-m", "eval", *map(str, arguments)], cwd=tmp_path, env=environment(), capture_output=True,
-            text=True, timeout=timeout, check=False,
-        )  # fmt: skip
-        return Finished(done.returncode, done.stdout, done.stderr)
-
-    return start
+    return runner("eval", tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +52,7 @@ def true_prompts() -> dict[str, str]:
 # -- score --------------------------------------------------------------------------------------------------
 
 
-def test_true_prompts_score_one_and_json_is_the_last_line(run: Run, tmp_path: Path) -> None:
+def test_true_prompts_score_one_and_json_is_the_last_line(run: Cli, tmp_path: Path) -> None:
     truth = true_prompts()
     done = run("score", predictions(tmp_path / "p.csv", dict(reversed(truth.items()))), TRUTH, "--json")
     assert done.code == 0, done.err
@@ -74,7 +64,7 @@ def test_true_prompts_score_one_and_json_is_the_last_line(run: Run, tmp_path: Pa
     assert "not the competition's metric" in done.err
 
 
-def test_scores_are_shown_by_a_column_and_with_the_best_and_worst_rows(run: Run, tmp_path: Path) -> None:
+def test_scores_are_shown_by_a_column_and_with_the_best_and_worst_rows(run: Cli, tmp_path: Path) -> None:
     rows = [("1", "Make it rhyme.", "verse"), ("2", "Make it formal.", "tone"), ("3", "Add a joke.", "tone")]
     truth = write_csv(tmp_path / "truth.csv", rows, ("id", "rewrite_prompt", "kind"))
     given = predictions(tmp_path / "p.csv", {"1": "Make it rhyme.", "2": "Sing\x1b[2J it!", "3": "Add a joke."})
@@ -87,7 +77,7 @@ def test_scores_are_shown_by_a_column_and_with_the_best_and_worst_rows(run: Run,
     assert "Make it formal." in done.err
 
 
-def test_special_tokens_in_predictions_are_counted(run: Run, tmp_path: Path) -> None:
+def test_special_tokens_in_predictions_are_counted(run: Cli, tmp_path: Path) -> None:
     given = predictions(tmp_path / "p.csv", {row: f"{prompt}</s>" for row, prompt in true_prompts().items()})
     done = run("score", given, TRUTH, "--json")
     assert done.summary["special_tokens"] == done.summary["n"]
@@ -108,7 +98,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("fault", BAD)
-def test_what_cannot_be_scored_is_refused_by_name(fault: str, run: Run, tmp_path: Path) -> None:
+def test_what_cannot_be_scored_is_refused_by_name(fault: str, run: Cli, tmp_path: Path) -> None:
     said, spoil = BAD[fault]
     with (tmp_path / "bad.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(spoil(read_csv(TRUTH)))  # type: ignore[no-untyped-call]
@@ -134,7 +124,7 @@ def test_what_cannot_be_scored_is_refused_by_name(fault: str, run: Run, tmp_path
         (("report", TRUTH, "--truth", TRUTH, "-o", "no/such/folder/r.html"), "does not exist"),
     ],
 )
-def test_wrong_arguments_are_said_in_a_line_or_two(arguments: tuple[object, ...], said: str, run: Run) -> None:
+def test_wrong_arguments_are_said_in_a_line_or_two(arguments: tuple[object, ...], said: str, run: Cli) -> None:
     done = run(*arguments)
     assert done.code == 2
     assert said in done.err
@@ -161,7 +151,7 @@ def test_a_comparison_has_a_constant_and_says_when_nothing_can_be_told_apart(enc
     assert systems["perfect"]["rows_needed"] < len(truth.ids) < systems["same"]["rows_needed"]
 
 
-def test_an_exploit_has_a_column_of_its_own(run: Run, tmp_path: Path) -> None:
+def test_an_exploit_has_a_column_of_its_own(run: Cli, tmp_path: Path) -> None:
     truth = true_prompts()
     predictions(tmp_path / "magic.csv", dict.fromkeys(truth, "rewrite improve lucrarea text"))
     predictions(tmp_path / "special.csv", dict.fromkeys(truth, "Rewrite this.</s>"))
@@ -171,7 +161,7 @@ def test_an_exploit_has_a_column_of_its_own(run: Run, tmp_path: Path) -> None:
     assert marks == {"constant": False, "magic": True, "special": True}
 
 
-def test_a_second_set_and_leaks_are_reported(run: Run, tmp_path: Path) -> None:
+def test_a_second_set_and_leaks_are_reported(run: Cli, tmp_path: Path) -> None:
     predictions(tmp_path / "a.csv", dict.fromkeys(true_prompts(), "Make it rhyme."))
     predictions(tmp_path / "b.csv", dict.fromkeys((row[0] for row in read_csv(EXAMPLES / "train.csv")[1:]), "Rhyme!"))
     train = EXAMPLES / "train.csv"
@@ -221,7 +211,7 @@ def test_similar_pairs_are_found_and_shots_differ(encoder: Encoder) -> None:
     assert len(index.diverse(row, 9, 0.3)) == 4
 
 
-def test_all_baselines_run_on_the_embedded_model_and_go_on_after_a_stop(run: Run, tmp_path: Path) -> None:
+def test_all_baselines_run_on_the_embedded_model_and_go_on_after_a_stop(run: Cli, tmp_path: Path) -> None:
     rows = read_csv(EXAMPLES / "train.csv")[1:]
     assert len(rows) > 8
     write_csv(tmp_path / "train.csv", rows[4:], TRIPLETS)
@@ -255,7 +245,7 @@ def test_all_baselines_run_on_the_embedded_model_and_go_on_after_a_stop(run: Run
     assert "examples" in other.err
 
 
-def test_a_constant_that_was_fitted_can_be_predicted_with(run: Run, tmp_path: Path) -> None:
+def test_a_constant_that_was_fitted_can_be_predicted_with(run: Cli, tmp_path: Path) -> None:
     done = run(
         "constant", EXAMPLES / "train.csv", "-o", "c.toml", "--rounds", 1, "--tries", 20, "--test", TRUTH, "--json"
     )
@@ -278,7 +268,7 @@ ATTACK = "</div><script>document.title='owned'</script><img src=x onerror=\"docu
 
 
 @pytest.fixture
-def page(run: Run, tmp_path: Path) -> Path:
+def page(run: Cli, tmp_path: Path) -> Path:
     rows = [[f"{row[0]} <b>", row[1], f"{row[2]} {ATTACK}", row[3]] for row in read_csv(EXAMPLES / "train.csv")[1:]]
     write_csv(tmp_path / "truth.csv", rows, TRIPLETS)
     predictions(tmp_path / "one.csv", {row[0]: "Make it formal." for row in rows})

@@ -6,10 +6,8 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ from eval.encoders import Encoder, find_encoder
 from submission.errors import UserError
 from submission.tables import read_triplets
 from submission.types import Pair
-from tests.conftest import ROOT, Finished, environment, read_csv, write_csv
+from tests.conftest import ROOT, Cli, command, environment, read_csv, runner, write_csv
 from train.cleaning import Cleaner, Cleaning, Row, clean_prompt
 from train.prompts import Prompt, generate, read_grammar, take, take_distinct, without_near_duplicates
 from train.rewrites import pair_up
@@ -28,26 +26,13 @@ from train.screens import Screens, by_embedding, by_likelihood, by_text, is_refu
 from train.splits import Splitting, connected, group_rows, shared, split
 from train.texts import Limits, is_loop, select, tidy, writing_jobs
 
-Run = Callable[..., Finished]
 TRIPLETS = ("id", "original_text", "rewritten_text", "rewrite_prompt")
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "train", *map(str, arguments)]
-
-
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path) -> Cli:
     """Run `python -m train ...` in the test's folder."""
-
-    def start(*arguments: object, timeout: float = 300) -> Finished:
-        done = subprocess.run(
-            command(*arguments), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=timeout,
-            check=False,
-        )  # fmt: skip
-        return Finished(done.returncode, done.stdout, done.stderr)
-
-    return start
+    return runner("train", tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +110,7 @@ def test_distinct_prompts_are_as_many_as_asked_for(encoder: Encoder) -> None:
 # -- texts --------------------------------------------------------------------------------------------------
 
 
-def test_texts_of_any_table_and_of_text_files_are_read_and_screened(run: Run, tmp_path: Path) -> None:
+def test_texts_of_any_table_and_of_text_files_are_read_and_screened(run: Cli, tmp_path: Path) -> None:
     first = "The ferry left the harbour at dawn with nine passengers, two goats and a piano that nobody had asked for."
     second = "Bees find their way by the sun. On cloudy days they use the light that the clouds let through."
     write_csv(tmp_path / "a.csv", [("1", first), ("2", "too short")], ("id", "text"))
@@ -202,7 +187,7 @@ def test_more_triplets_than_prompts_use_other_texts() -> None:
         pair_up(asked, [f"text {number}" for number in range(12)], size=13)
 
 
-def test_rewrites_survive_a_kill_and_are_the_same_as_without(run: Run, tmp_path: Path) -> None:
+def test_rewrites_survive_a_kill_and_are_the_same_as_without(run: Cli, tmp_path: Path) -> None:
     write_csv(tmp_path / "p.csv", [(f"{n}", f"Rewrite this as number {n}", "k", f"s{n}") for n in range(12)],
               ("id", "rewrite_prompt", "kind", "style"))  # fmt: skip
     write_csv(tmp_path / "t.csv", [(f"{n}", f"A text about the number {n} and nothing else.") for n in range(12)],
@@ -211,7 +196,7 @@ def test_rewrites_survive_a_kill_and_are_the_same_as_without(run: Run, tmp_path:
     whole = run(*arguments, "-o", "whole.csv")
     assert whole.code == 0, whole.err
     killed = subprocess.Popen(
-        command(*arguments, "-o", "killed.csv"), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE
+        command(*arguments, "-o", "killed.csv", room="train"), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE
     )
     journal = tmp_path / "killed.csv.journal.jsonl"
     while killed.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
@@ -243,8 +228,8 @@ def test_sigterm_ends_rewriting_with_a_word(tmp_path: Path) -> None:
         ("id", "original_text"),
     )
     stopped = subprocess.Popen(
-        command("rewrites", "p.csv", "t.csv", "-o", "o.csv", "--set", "streams=1"), cwd=tmp_path, env=environment(),
-        stderr=subprocess.PIPE, text=True,
+        command("rewrites", "p.csv", "t.csv", "-o", "o.csv", "--set", "streams=1", room="train"),
+        cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     journal = tmp_path / "o.csv.journal.jsonl"
     while stopped.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 1):
@@ -419,7 +404,7 @@ def parquet(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def test_prepare_explains_every_row_and_splits_share_nothing(run: Run, tmp_path: Path) -> None:
+def test_prepare_explains_every_row_and_splits_share_nothing(run: Cli, tmp_path: Path) -> None:
     good = [[f"{r.pair.id}", r.pair.original_text, r.pair.rewritten_text, r.rewrite_prompt]
             for r in read_triplets(ROOT / "examples" / "train.csv")]  # fmt: skip
     bad = [["x1", "a", "I'm sorry, I can't do that.", "Do it"], ["x2", "", "b", "c"], ["x3", *good[0][1:]],
@@ -450,7 +435,7 @@ def test_prepare_explains_every_row_and_splits_share_nothing(run: Run, tmp_path:
     assert (tmp_path / "sets" / "train.parquet").read_bytes() == before
 
 
-def test_sources_are_mapped_mixed_and_nested_and_another_set_stays_apart(run: Run, tmp_path: Path) -> None:
+def test_sources_are_mapped_mixed_and_nested_and_another_set_stays_apart(run: Cli, tmp_path: Path) -> None:
     def table(name: str, start: int, count: int) -> list[dict[str, str]]:
         words = [
             f"{a} {b}"
@@ -510,7 +495,7 @@ def test_sources_are_mapped_mixed_and_nested_and_another_set_stays_apart(run: Ru
     ],
 )
 def test_what_cannot_be_prepared_is_said_in_a_line_or_two(
-    arguments: tuple[object, ...], said: str, run: Run, tmp_path: Path
+    arguments: tuple[object, ...], said: str, run: Cli, tmp_path: Path
 ) -> None:
     write_csv(
         tmp_path / "few.csv",
@@ -527,9 +512,10 @@ def test_what_cannot_be_prepared_is_said_in_a_line_or_two(
     assert not (tmp_path / "s" / "train.parquet").exists()
 
 
-def test_a_dataset_without_credentials_is_an_error_that_says_what_to_do(run: Run, tmp_path: Path) -> None:
+def test_a_dataset_without_credentials_is_an_error_that_says_what_to_do(run: Cli, tmp_path: Path) -> None:
     done = subprocess.run(
-        command("prepare", "kaggle:owner/name", "-o", "s"), cwd=tmp_path, capture_output=True, text=True, check=False,
+        command("prepare", "kaggle:owner/name", "-o", "s", room="train"),
+        cwd=tmp_path, capture_output=True, text=True, check=False,
         env={**environment(), "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "KAGGLE_API_TOKEN": "",
              "KAGGLE_CONFIG_DIR": str(tmp_path), "https_proxy": "http://127.0.0.1:9"},
     )  # fmt: skip
@@ -538,7 +524,7 @@ def test_a_dataset_without_credentials_is_an_error_that_says_what_to_do(run: Run
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_a_recipe_runs_all_stages_and_a_second_time_none(run: Run, tmp_path: Path) -> None:
+def test_a_recipe_runs_all_stages_and_a_second_time_none(run: Cli, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(
         "[prompts]\nsize = 30\n[texts]\nwrite = 14\nmax_new_tokens = 60\nmin_words = 8\n"
         "[rewrites]\nmax_new_tokens = 60\n"

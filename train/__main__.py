@@ -11,16 +11,10 @@ from typing import Annotated
 
 import typer
 
-from submission.errors import UserError, run_command
+from submission.commands import new_app, run_command
+from submission.errors import UserError
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    help="Make training sets and, later, weights (train).",
-)
+app = new_app("Make training sets and, later, weights (train).")
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="File to write; it appears whole.")]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")]
@@ -178,7 +172,7 @@ def _run() -> None:
 
 
 def main() -> None:
-    """Run a command; see `submission.errors.run_command`."""
+    """Run a command; see `submission.commands.run_command`."""
     run_command(_run)
 
 

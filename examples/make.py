@@ -1,6 +1,7 @@
 """Makes examples/test.csv, examples/truth.csv and examples/train.csv from examples/texts.toml.
 
     python -m examples.make
+    python -m examples.make data/small/sets     # examples/triplets.csv, from the sets that `make data` makes
 
 The embedded model rewrites each text under its recorded prompt, greedily, as the target model of the
 competition did: `{prompt}:\\n{text}` in the chat template. It is small and often obeys only in part; that is
@@ -9,12 +10,13 @@ what its rewrites look like. `truth.csv` holds the prompts of `test.csv`, for sc
 
 from __future__ import annotations
 
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 from submission.backends import model_spec
-from submission.tables import PAIR_COLUMNS, PREDICTION_COLUMNS, TRIPLET_COLUMNS, write_table
+from submission.tables import PAIR_COLUMNS, PREDICTION_COLUMNS, TRIPLET_COLUMNS, read_table, write_table
 from submission.templates import render_rewrite
 from submission.types import Request, Sampling
 
@@ -23,7 +25,26 @@ MAX_NEW_TOKENS = 160
 
 
 def main() -> None:
-    """Write the three files."""
+    """Write the three files, or that of the sets in a folder."""
+    if len(sys.argv) > 1:
+        write_triplets(Path(sys.argv[1]))
+    else:
+        write_examples()
+
+
+def write_triplets(sets: Path) -> None:
+    """Write the rows of all splits as one table."""
+    columns = (*TRIPLET_COLUMNS, "kind", "style")
+    rows = [
+        (*row.cells, split)
+        for split in ("train", "validation", "test")
+        for row in read_table(sets / f"{split}.parquet", columns)
+    ]
+    write_table(HERE / "triplets.csv", (*columns, "split"), rows)
+
+
+def write_examples() -> None:
+    """Write test.csv, truth.csv and train.csv."""
     rows = tomllib.loads((HERE / "texts.toml").read_text(encoding="utf-8"))["row"]
     sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS)
 

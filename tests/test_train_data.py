@@ -331,7 +331,7 @@ def test_likelihood_screens_keep_what_the_prompt_explains() -> None:
     rows = [
         row(1, text, "Das Geschäft öffnet um neun. Es verkauft Brot, Käse und Äpfel.", "Translate this into German"),
         row(2, text, "The shop opens at nine. It sells bread and cheese.", "Translate this into German"),
-        row(3, text, "- opens at nine\n- bread\n- cheese", "xq zzv 88 plonk wug"),
+        row(3, text, "- opens at nine\n- bread\n- cheese", "text the poem as rewrite purple of"),
     ]
     reasons = by_likelihood(rows, Screens(naturalness=0.001, matters=1.0), model_spec("llama_cpp").load())
     assert reasons[0] == ""
@@ -376,7 +376,9 @@ def test_sizes_are_met_where_groups_allow() -> None:
 
 
 def test_adversarial_rows_share_nothing_across_splits(encoder: Encoder) -> None:
-    chain = [row(n, prompt="Rewrite the essay as a poem" + " for my friend" * n, style="") for n in range(4)]
+    # Each is near the next one (0.68 to 0.81), the first and the last are not (0.33).
+    links = ("poem", "long poem", "long sad poem", "long sad love poem", "long sad love song")
+    chain = [row(n, prompt=f"Rewrite the essay as a {link}") for n, link in enumerate(links)]
     styles = [row(10 + n, prompt=f"Say {n} like a pirate {'!' * n}", style="a pirate") for n in range(4)]
     texts = [
         row(20 + n, original="One text for all of these rows, word by word.", style=f"style {n}") for n in range(4)
@@ -385,13 +387,13 @@ def test_adversarial_rows_share_nothing_across_splits(encoder: Encoder) -> None:
     others = [row(40 + n, f"{word} are found in the north.", f"In the north there are {word}.", f"Make it about {word}")
               for n, word in enumerate(("whales", "volcanoes", "pianos", "engines", "mushrooms", "taxes"))]  # fmt: skip
     rows = [*chain, *styles, *texts, *bridge, *others]
-    groups = group_rows(rows, encoder, Splitting()).tolist()
-    assert len({groups[n] for n in range(4)}) == 1
-    assert len(set(groups[4:13])) == 1  # the bridge joins one style and one text
+    groups = group_rows(rows, encoder, Splitting(near_prompts=0.67)).tolist()
+    assert len(set(groups[:5])) == 1
+    assert len(set(groups[5:14])) == 1  # the bridge joins one style and one text
     places = split(groups, Splitting())
     by_split = {name: [r for r, place in zip(rows, places, strict=True) if place == name] for name in set(places)}
     assert shared(by_split) == []
-    assert shared({"a": rows[4:6], "b": rows[6:8]}) == ["a and b share 1 values of style"]
+    assert shared({"a": rows[5:7], "b": rows[7:9]}) == ["a and b share 1 values of style"]
 
 
 # -- prepare ------------------------------------------------------------------------------------------------

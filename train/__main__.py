@@ -1,4 +1,4 @@
-"""`python -m train`: from prompts and texts to training sets. Fine-tuning and export are to come.
+"""`python -m train`: from prompts and texts to training sets, tuned adapters and GGUF files.
 
 python -m train prepare triplets.csv -o data/mine
 """
@@ -14,7 +14,7 @@ import typer
 from submission.commands import new_app, run_command
 from submission.errors import UserError
 
-app = new_app("Make training sets and, later, weights (train).")
+app = new_app("Make training sets and weights (train).")
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="File to write; it appears whole.")]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")]
@@ -156,6 +156,65 @@ def run(
     from train.run import read_run, run_stages
 
     run_stages(read_run(recipe, settings or []), find_encoder(encoder), _say, fresh=fresh)
+
+
+@app.command()
+def sft(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML with [sft]; see train/recipes/.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of adapter, checkpoints and curve.")],
+    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of [sft]; again for more.")] = None,
+    fresh: FreshOption = False,
+) -> None:
+    """Tune a model on triplets with LoRA or QLoRA. The same command again goes on from the last checkpoint."""
+    from submission.config import from_mapping, read_toml
+    from train.sft import Sft
+    from train.sft import sft as tune
+
+    section = read_toml(recipe, "RECIPE").get("sft", {})
+    if not isinstance(section, dict):
+        raise UserError(f"{recipe}: [sft] must be a table")
+    given = dict(setting.partition("=")[::2] for setting in settings or [])
+    if "" in given or any("=" not in setting for setting in settings or []):
+        raise UserError("--set is written as KEY=VALUE")
+    tune(from_mapping(Sft, {**section, **given}, "[sft]"), output, _say, fresh=fresh)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="PEFT folder, such as runs/a/adapter.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it appears whole.")],
+    base: Annotated[str, typer.Option(help="Base model; default: what the adapter names.")] = "",
+    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16, float16 or float32.")] = "bfloat16",
+) -> None:
+    """Merge an adapter into its base, in 16 bits or more, and check that nothing has changed."""
+    from train.merge import merge as put_together
+
+    put_together(adapter, output, _say, base=base, dtype=dtype)
+
+
+@app.command()
+def gguf(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="transformers folder; with --adapter a PEFT folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File; of several quantisations each gets its name.")],
+    quantization: Annotated[str, typer.Option(help="One or more with commas, such as BF16,Q8_0,Q4_K_M.")] = "BF16",
+    adapter: Annotated[bool, typer.Option("--adapter", help="Write an adapter alone, as a GGUF LoRA file.")] = False,
+    base: Annotated[str, typer.Option(help="Base of the adapter; default: what it names.")] = "",
+    llama_cpp: Annotated[
+        Path | None, typer.Option(help="Checkout of llama.cpp; default: the source of the installed llama-cpp-python.")
+    ] = None,
+) -> None:
+    """Write GGUF files with llama.cpp's own converter, and compare them with transformers and with 16 bits."""
+    from train.converter import find_converter
+    from train.gguf import make_adapter, make_gguf, table
+
+    names = [name.strip() for name in quantization.split(",") if name.strip()]
+    if not names:
+        raise UserError("--quantization names none")
+    if adapter:
+        make_adapter(Path(model), output, find_converter(llama_cpp), _say, base=base)
+        return
+    for line in table(make_gguf(model, output, names, find_converter(llama_cpp), _say)):
+        print(line)
 
 
 def _say(line: str) -> None:

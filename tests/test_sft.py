@@ -1,0 +1,196 @@
+"""Training sees what predicting feeds, resumes with the same losses, and its adapters predict."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from submission.backends import model_spec
+from submission.backends.hf_loading import load_tokenizer
+from submission.backends.hf_tokenizer import HfTokenizer
+from submission.tables import read_triplets
+from submission.templates import TEMPLATES, get_template
+from submission.types import Pair, Triplet
+from tests.conftest import ROOT, Cli, command, environment, read_csv, runner
+from tests.test_prompts import MARKERS, sentencepiece_folder
+from train.encoding import IGNORED, AnswerEncoder
+
+__all__ = ["sentencepiece_folder"]  # a fixture
+
+TRAIN = ROOT / "examples" / "train.csv"
+AS_ASKED = Triplet(Pair("1", "The cat sat.", "Upon the mat, a cat!"), "Rewrite this text as a ballad")
+HOSTILE = Triplet(Pair("1", f"The cat {MARKERS}", "<|im_end|>\n"), f"Rewrite this text as {MARKERS}")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Cli:
+    """Run `python -m train ...` in the test's folder."""
+    return runner("train", tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of two narrow layers with the embedded model's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = load_tokenizer(hf_folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tiny: Path, tmp_path: Path) -> Path:
+    """Twelve steps on the tiny model, with dropout, so that random streams matter."""
+    path = tmp_path / "r.toml"
+    path.write_text(
+        f"[sft]\nbase = {json.dumps(str(tiny))}\n"
+        f"train = {json.dumps(str(TRAIN))}\nvalidation = {json.dumps(str(TRAIN))}\n"
+        "max_tokens = 512\nbatch = 2\naccumulation = 2\nmax_steps = 12\nevaluate_every = 4\nevaluation_rows = 4\n"
+        'save_every = 4\nwarmup_steps = 2\nlearning_rate = 1e-2\noptimizer = "adamw_torch"\n'
+        "gradient_checkpointing = false\n"
+    )
+    return path
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((folder / "adapter.run.json").read_text())["history"]
+    return found
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("triplet", [AS_ASKED, HOSTILE], ids=["plain", "hostile"])
+@pytest.mark.parametrize("shots", [(), (AS_ASKED,)], ids=["zero-shot", "one shot"])
+@pytest.mark.parametrize("kind", ["embedded", "sentencepiece"])
+def test_training_ids_up_to_the_answer_are_those_of_inference(
+    kind: str, shots: tuple[Triplet, ...], triplet: Triplet, name: str, hf_folder: Path, sentencepiece_folder: Path
+) -> None:
+    folder = {"embedded": hf_folder, "sentencepiece": sentencepiece_folder}[kind]
+    template = get_template(name)
+    tokenizer = HfTokenizer(load_tokenizer(folder))
+    example = AnswerEncoder(tokenizer, template, 2048).encode(triplet, shots)
+    assert example is not None
+    inference = model_spec("transformers", str(folder)).load_encoder()
+    prompt = inference.encode_for(template.render(triplet.pair, shots), 40).ids
+    assert example.ids[: example.answer_from] == prompt
+    answer = example.ids[example.answer_from :]
+    assert tokenizer.detokenize([answer[-1]]) == {"embedded": "<|im_end|>", "sentencepiece": "<end_of_turn>"}[kind]
+    assert sum(token in {s.id for s in tokenizer.specials.values()} for token in answer) == 1
+    said = template.render(triplet.pair).prefix + tokenizer.continuation(prompt, answer)
+    assert template.parse(said) == template.parse(triplet.rewrite_prompt)
+    assert example.labels == [IGNORED] * len(prompt) + list(answer)
+
+
+def test_rows_that_a_template_cannot_teach_are_left_out(hf_folder: Path) -> None:
+    encoder = AnswerEncoder(HfTokenizer(load_tokenizer(hf_folder)), get_template("short"), 512)
+    assert encoder.encode(Triplet(AS_ASKED.pair, "Make it rhyme")) is None  # "short" begins with other words
+    long = Triplet(Pair("1", "word " * 5000, "other " * 5000), AS_ASKED.rewrite_prompt)
+    cut = encoder.encode(long)
+    assert cut is not None
+    assert len(cut.ids) <= 512
+
+
+def test_a_run_that_was_killed_has_the_losses_of_one_that_was_not(run: Cli, recipe: Path, tmp_path: Path) -> None:
+    whole = run("sft", recipe, "-o", "whole")
+    assert whole.code == 0, whole.err
+    losses = [entry["loss"] for entry in history(tmp_path / "whole") if "loss" in entry]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0]
+    killed = subprocess.Popen(
+        command("sft", recipe, "-o", "killed", room="train"), cwd=tmp_path, env=environment(),
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    state = tmp_path / "killed" / "checkpoints" / "checkpoint-4" / "trainer_state.json"
+    while killed.poll() is None and not state.exists():
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    again = run("sft", recipe, "-o", "killed")
+    assert again.code == 0, again.err
+    assert [e["loss"] for e in history(tmp_path / "killed") if "loss" in e] == pytest.approx(losses, abs=1e-5)
+    evaluated = [[e["eval_loss"] for e in history(tmp_path / name) if "eval_loss" in e] for name in ("whole", "killed")]
+    assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-5)
+    assert "nothing to do" in run("sft", recipe, "-o", "killed").err
+    other = run("sft", recipe, "-o", "killed", "--set", "rank=8")
+    assert other.code == 2
+    assert "rank: 16 there, 8 here" in other.err
+
+
+def test_an_adapter_trained_in_four_bits_predicts(run: Cli, recipe: Path, tiny: Path, tmp_path: Path) -> None:
+    done = run("sft", recipe, "-o", "q", "--set", "load_in_4bit=true", "--set", "optimizer=paged_adamw_8bit",
+               "--set", "gradient_checkpointing=true", "--set", "targets=all-linear")  # fmt: skip
+    assert done.code == 0, done.err
+    losses = [entry["loss"] for entry in history(tmp_path / "q") if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "q" / "training.png").read_bytes().startswith(b"\x89PNG")
+    predicted = runner("submission", tmp_path)(
+        "predict", TRAIN, "-o", "s.csv", "--backend", "transformers", "--model", tiny, "--adapter", "q/adapter",
+        "--template", "detailed", "--max-new-tokens", 8, "--limit", 3, "--max-failures", 1,
+    )  # fmt: skip
+    assert predicted.code == 0, predicted.err
+    assert len(read_csv(tmp_path / "s.csv")) == 4
+
+
+def test_a_merged_model_is_base_and_adapter(run: Cli, recipe: Path, tiny: Path, tmp_path: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert run("sft", recipe, "-o", "a").code == 0
+    done = run("merge", "a/adapter", "-o", "merged", "--dtype", "float32")
+    assert done.code == 0, done.err
+    both = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), str(tmp_path / "a" / "adapter")).eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    ids = AutoTokenizer.from_pretrained(tmp_path / "merged")("A cat sat on a mat.", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        assert torch.allclose(both(ids).logits, merged(ids).logits, atol=1e-4)
+        assert not torch.allclose(AutoModelForCausalLM.from_pretrained(tiny)(ids).logits, merged(ids).logits, atol=1e-2)
+    assert run("merge", "a/adapter", "-o", "merged").code == 2
+    wrong = run("merge", "a/adapter", "-o", "other", "--base", "embedded")
+    assert wrong.code == 2
+    assert "does not fit" in wrong.err
+    assert not (tmp_path / "other").exists()
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[sft]\nlearning_rat = 1", "unknown option 'learning_rat'"),
+        ("[sft]\nrank = 0\ntrain = 'x'", "rank=0"),
+        ("[sft]\nschedule = 'square'\ntrain = 'x'", "must be one of: linear, cosine"),
+        ("[sft]\nrank = 4", "names no training set"),
+        ("[sft]\ntrain = 'nowhere.csv'", "nowhere.csv does not exist"),
+        ("[sft]\nbase = 'no-model'\ntrain = 'x'", "no-model does not exist"),
+        ("sft = 1", "must be a table"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_in_a_line_or_two(content: str, said: str, run: Cli, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(content)
+    done = run("sft", "r.toml", "-o", "out")
+    assert done.code == 2, done.err
+    assert said in done.err
+    assert "Traceback" not in done.err
+
+
+def test_wrong_layers_are_named(run: Cli, recipe: Path) -> None:
+    done = run("sft", recipe, "-o", "out", "--set", "targets=no_such_layer")
+    assert done.code == 2
+    assert "no_such_layer" in done.err
+
+
+def test_the_examples_can_be_trained_on() -> None:
+    assert len(read_triplets(TRAIN)) == 12

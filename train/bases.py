@@ -1,0 +1,56 @@
+"""Models to train on, as transformers folders; a GGUF file is dequantised to one, once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from submission.backends.hf_loading import load_tokenizer, stay_offline_and_quiet
+from submission.errors import UserError, first_line
+from submission.models import cache_folder, content_hash, resolve_folder
+from submission.progress import tell
+
+
+def base_folder(model: str) -> Path:
+    """The folder of a base model.
+
+    Args:
+        model: a transformers folder, a GGUF file or `embedded`.
+
+    Raises:
+        UserError: there is no such model, or it cannot be dequantised.
+    """
+    path = resolve_folder(model)
+    if path.is_dir():
+        return path
+    folder = cache_folder("bases") / f"{path.stem}-{content_hash(path)[:12]}"
+    if (folder / "config.json").is_file():
+        return folder
+    tell(f"{path.name} is dequantised for training, once: {folder}", sys.stderr)
+    stay_offline_and_quiet()
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    part.mkdir(parents=True, exist_ok=True)
+    try:
+        model_of_file = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False,
+            quantization_config=GgufConfig(dequantize=True), dtype=torch.float32,
+        )  # fmt: skip
+        if hasattr(model_of_file.config, "quantization_config"):
+            del model_of_file.config.quantization_config  # its weights are plain now
+        model_of_file.save_pretrained(part)
+        load_tokenizer(path).save_pretrained(part)
+        part.rename(folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        if not (folder / "config.json").is_file():  # another process may have been faster
+            raise UserError(f"{path} cannot be dequantised: {first_line(error)}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder

@@ -1,0 +1,236 @@
+"""GGUF files of a model, quantised and checked.
+
+    python -m train gguf merged -o files/merged.gguf --quantization BF16,Q8_0,Q4_0
+    python -m train gguf runs/a/adapter -o files/adapter.gguf --adapter
+
+The logits of an F16 file are compared with those of transformers, and every other file with the F16 file: mean
+Kullback-Leibler divergence of the next token and perplexity on probe texts. A file that fails is not written.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from submission.backends import require
+from submission.backends.common import thread_count
+from submission.backends.hf_loading import load_tokenizer, stay_offline_and_quiet
+from submission.backends.llama_library import encode_weights, library
+from submission.errors import UserError
+from submission.models import check_peft_adapter, content_hash, resolve_folder
+from submission.tables import atomic_path, check_writable
+from train.bases import base_folder
+from train.converter import Converter
+from train.merge import named_base
+from train.stages import write_manifest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_WHOLE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}  # what the converter writes itself
+_MOST_APART = 0.05  # of logits, transformers in 32 bits beside llama.cpp in 16
+_CONTEXT = 256
+_PROBES = (
+    "The night train stopped between two stations and the lights went out. For a while nobody spoke.",
+    "Dear neighbours, on Saturday we will celebrate that the scaffolding is finally gone.",
+    "Original text:\nIt rained for nine days.\n\nRewritten text:\nNine days of rain, o weary town!\n\nInstruction:",
+    "Bees find their way by the sun, and on cloudy days by the light that the clouds let through.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A file beside the F16 one.
+
+    Attributes:
+        file, quantization, megabytes: what it is.
+        divergence: mean KL(F16 || this) of the next token on the probe texts, nats.
+        perplexity: of the probe texts.
+        tokens_per_second: of prompts, on this machine.
+    """
+
+    file: str
+    quantization: str
+    megabytes: float
+    divergence: float
+    perplexity: float
+    tokens_per_second: float
+
+
+def make_gguf(
+    model: str, output: Path, quantizations: Sequence[str], converter: Converter, say: Callable[[str], None]
+) -> list[Checked]:
+    """Convert a model to GGUF files.
+
+    Args:
+        model: transformers folder.
+        output: of a single quantisation the file; of several, `-NAME` is put before its `.gguf`.
+        quantizations: such as BF16, Q8_0, Q4_K_M.
+        converter: of llama.cpp.
+        say: takes lines for people.
+
+    Raises:
+        UserError: something is missing or wrong, or a file is not what it should be; that one is not written.
+    """
+    require("llama_cpp", "", "train gguf")
+    kinds = {name: _file_type(name) for name in quantizations}
+    files = {name: output if len(kinds) == 1 else output.with_name(f"{output.stem}-{name}.gguf") for name in kinds}
+    for path in files.values():
+        check_writable(path)
+    folder = resolve_folder(model)
+    if not folder.is_dir():
+        raise UserError(f"model {model} is a GGUF file already: name a transformers folder")
+    stay_offline_and_quiet()
+    checked = []
+    whole = "F16"  # beside BF16 weights llama.cpp rounds activations too, and logits move by 0.3
+    with atomic_path(files.get(whole, output.with_name(f".{output.stem}-{whole}.gguf"))) as reference:
+        say(f"converting {folder} to {whole}")
+        converter.model(folder, reference, _WHOLE[whole])
+        apart, exact, ids = _compare_with_transformers(folder, reference)
+        say(f"logits within {apart:.3f} of transformers on {sum(map(len, ids))} tokens")
+        for name, kind in kinds.items():
+            if name == whole:
+                checked.append(_check(files[name], name, reference, exact, ids))
+                continue
+            with atomic_path(files[name]) as target:
+                say(f"quantising to {name}")
+                if name in _WHOLE:
+                    converter.model(folder, target, _WHOLE[name])
+                elif not encode_weights(reference, target, kind, thread_count(0)):
+                    raise UserError(f"llama.cpp cannot quantise {model} to {name}")
+                checked.append(_check(files[name], name, target, exact, ids))
+    if whole not in files:
+        output.with_name(f".{output.stem}-{whole}.gguf").unlink(missing_ok=True)
+    for one in checked:
+        write_manifest(Path(one.file), {
+            "model": str(folder), "model_hash": content_hash(folder), "converter": converter.fingerprint,
+            "logits_apart": apart, **asdict(one), "hash": content_hash(Path(one.file)),
+        })  # fmt: skip
+    return checked
+
+
+def make_adapter(
+    adapter: Path, output: Path, converter: Converter, say: Callable[[str], None], *, base: str = ""
+) -> None:
+    """Convert a PEFT folder to a GGUF LoRA file, and load it beside its base.
+
+    Raises:
+        UserError: something is missing or wrong; the file is not written.
+    """
+    check_writable(output)
+    check_peft_adapter(adapter)
+    folder = base_folder(base or named_base(adapter))
+    with atomic_path(output) as target:
+        converter.adapter(adapter, folder, target)
+        if target.stat().st_size == 0:
+            raise UserError(f"adapter {adapter} gave an empty file")
+    write_manifest(output, {"adapter": str(adapter), "adapter_hash": content_hash(adapter), "base": str(folder),
+                            "converter": converter.fingerprint, "hash": content_hash(output)})  # fmt: skip
+    say(f"written to {output}")
+
+
+def table(checked: Sequence[Checked]) -> Iterator[str]:
+    """For people."""
+    yield f"{'quantisation':<14}{'MB':>9}{'KL to F16':>15}{'perplexity':>13}{'tokens/s':>10}"
+    for one in checked:
+        yield (
+            f"{one.quantization:<14}{one.megabytes:>9.1f}{one.divergence:>15.4f}{one.perplexity:>13.2f}"
+            f"{one.tokens_per_second:>10.0f}"
+        )
+
+
+def _file_type(name: str) -> int:
+    lib = library()
+    known = {key.removeprefix("LLAMA_FTYPE_").removeprefix("MOSTLY_").removeprefix("ALL_"): getattr(lib, key)
+             for key in dir(lib) if key.startswith("LLAMA_FTYPE_") and key != "LLAMA_FTYPE_GUESSED"}  # fmt: skip
+    if name not in known:
+        raise UserError(f"unknown quantisation {name!r}; there are: {', '.join(sorted(known))}")
+    return int(known[name])
+
+
+def _compare_with_transformers(folder: Path, file: Path) -> tuple[float, list[NDArray[np.float32]], list[list[int]]]:
+    """Largest difference of logits, the file's logits by probe, and the probes' ids.
+
+    Raises:
+        UserError: they differ too much, or the tokenizers do.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    ).eval()
+    ids = [tokenizer(text, add_special_tokens=True).input_ids[:_CONTEXT] for text in _PROBES]
+    with torch.inference_mode():
+        expected = [model(torch.tensor([row])).logits[0].numpy() for row in ids]
+    del model
+    lib, llama = library(), _open(file)
+    template = lib.llama_model_chat_template(llama.model, None)
+    theirs = template.decode("utf-8", "replace") if template else ""
+    if theirs != (tokenizer.chat_template or ""):
+        raise UserError(f"the chat template of the file is not that of {folder}")
+    ends = {lib.llama_vocab_eos(llama._model.vocab), lib.llama_vocab_eot(llama._model.vocab)}
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        raise UserError(f"the end-of-text token of the file is not that of {folder}")
+    for text, row in zip(_PROBES, ids, strict=True):
+        bos = tokenizer.bos_token_id is not None and row[:1] == [tokenizer.bos_token_id]
+        if llama.tokenize(text.encode(), add_bos=bos, special=False) != row:
+            raise UserError(f"the file tokenises {text[:40]!r} otherwise than {folder}")
+    found = [_logits(llama, row)[0] for row in ids]
+    apart = max(float(abs(a[:, : b.shape[1]] - b).max()) for a, b in zip(found, expected, strict=True))
+    if not apart <= _MOST_APART:
+        raise UserError(f"the file's logits are {apart:.3f} apart from those of transformers: not written")
+    return apart, found, ids
+
+
+def _check(
+    path: Path, name: str, file: Path, exact: Sequence[NDArray[np.float32]], ids: Sequence[Sequence[int]]
+) -> Checked:
+    import numpy as np
+
+    llama = _open(file)
+    divergences, losses, seconds = [], [], 0.0
+    for row, reference in zip(ids, exact, strict=True):
+        logits, spent = _logits(llama, row)
+        seconds += spent
+        ours, theirs = _log_softmax(logits), _log_softmax(reference)
+        divergences += (np.exp(theirs) * (theirs - ours)).sum(axis=1).tolist()
+        losses += [-float(ours[place, token]) for place, token in enumerate(row[1:])]
+    if not np.isfinite(losses).all():
+        raise UserError(f"the file of {name} gives numbers that are not finite: not written")
+    tokens = sum(map(len, ids))
+    return Checked(
+        str(path), name, file.stat().st_size / 1e6, float(np.mean(divergences)), math.exp(float(np.mean(losses))),
+        tokens / seconds,
+    )  # fmt: skip
+
+
+def _open(file: Path) -> Any:
+    library()
+    from llama_cpp import Llama
+
+    try:
+        return Llama(str(file), n_ctx=_CONTEXT, logits_all=True, verbose=False, n_threads=thread_count(0))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(f"llama.cpp cannot load what was written: {error}") from error
+
+
+def _logits(llama: Any, ids: Sequence[int]) -> tuple[NDArray[np.float32], float]:
+    llama.reset()
+    began = time.perf_counter()
+    llama.eval(list(ids))
+    return llama.scores[: len(ids)].copy(), time.perf_counter() - began
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    import numpy as np
+
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    found: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return found

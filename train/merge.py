@@ -1,0 +1,119 @@
+"""An adapter merged into its base: weights that load in stock transformers, and convert to GGUF.
+
+    python -m train merge runs/a/adapter -o merged
+
+The base is loaded in 16 or 32 bits, never in 4: what is merged into 4-bit weights is rounded away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from submission.backends import require
+from submission.backends.hf_loading import load_tokenizer, stay_offline_and_quiet
+from submission.errors import UserError, first_line
+from submission.models import check_peft_adapter, content_hash
+from train.bases import base_folder
+from train.stages import write_manifest
+
+_PROBES = (
+    "The quick brown fox",
+    "Rewrite this text as a sea shanty:",
+    "Original text:\nIt rained.\n\nRewritten text:\n",
+)
+_MOST_APART = 1e-3  # of logits, in 32 bits
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def merge(adapter: Path, output: Path, say: Callable[[str], None], *, base: str = "", dtype: str = "bfloat16") -> None:
+    """Merge an adapter and write the model, whole or not at all.
+
+    Args:
+        adapter: a PEFT folder.
+        output: the folder to write; it must not exist or be empty.
+        say: takes lines for people.
+        base: of the adapter; "" takes what the adapter names.
+        dtype: of the written weights.
+
+    Raises:
+        UserError: something is missing or wrong, the adapter is of another base, or the merged model's logits are not
+            those of base and adapter.
+    """
+    for package in ("torch", "transformers", "peft"):
+        require(package, "train", "train merge")
+    check_peft_adapter(adapter)
+    if dtype not in _DTYPES:
+        raise UserError(f"--dtype {dtype!r} must be one of: {', '.join(_DTYPES)}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output {output} is there already: name a new folder")
+    folder = base_folder(base or named_base(adapter))
+    stay_offline_and_quiet()
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    say(f"base {folder}, adapter {adapter}")
+    plain = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
+    try:
+        model = PeftModel.from_pretrained(plain, str(adapter), local_files_only=True).eval()
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"adapter {adapter} does not fit the base {folder}: {first_line(error)}") from error
+    tokenizer = load_tokenizer(folder)
+    before = _logits(model, tokenizer)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # not a number
+        raise UserError(f"adapter {adapter} cannot be merged: {first_line(error)}") from error
+    apart = max(float((a - b).abs().max()) for a, b in zip(before, _logits(merged, tokenizer), strict=True))
+    if not apart <= _MOST_APART:
+        raise UserError(f"the merged model's logits are {apart:.2g} apart from those of base and adapter: not written")
+    part = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    part.mkdir(parents=True)
+    try:
+        merged.to(getattr(torch, dtype)).save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        merged.generation_config.save_pretrained(part)
+        (part / "README.md").write_text(_card(folder, adapter, dtype), encoding="utf-8")
+        if output.exists():
+            output.rmdir()
+        part.rename(output)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    write_manifest(output, {"base": str(folder), "base_hash": content_hash(folder), "adapter": str(adapter),
+                            "adapter_hash": content_hash(adapter), "dtype": dtype, "logits_apart": apart})  # fmt: skip
+    say(f"written to {output}: logits within {apart:.1e} of base and adapter (32 bits), weights in {dtype}")
+
+
+def named_base(adapter: Path) -> str:
+    """The base that an adapter names: as the recipe did, or as PEFT noted it."""
+    for file, key in (("prompt-recovery.json", "base"), ("adapter_config.json", "base_model_name_or_path")):
+        try:
+            name = json.loads((adapter / file).read_text(encoding="utf-8")).get(key)
+        except (OSError, ValueError, AttributeError):
+            continue
+        if isinstance(name, str) and name:
+            return name
+    raise UserError(f"adapter {adapter} names no base: give it with --base")
+
+
+def _logits(model: Any, tokenizer: Any) -> list[Any]:
+    import torch
+
+    with torch.inference_mode():
+        return [model(**tokenizer(text, return_tensors="pt")).logits.clone() for text in _PROBES]
+
+
+def _card(base: Path, adapter: Path, dtype: str) -> str:
+    return (
+        f"# {adapter.parent.name}\n\nA LoRA adapter merged into `{base.name}` by prompt-recovery ({dtype} weights). It "
+        "predicts the instruction that made a language model rewrite one text into another:\n\n"
+        "    python -m submission predict test.csv -o submission.csv --backend transformers --model THIS_FOLDER\n\n"
+        "The licence is that of the base model.\n"
+    )

@@ -194,3 +194,37 @@ def test_wrong_layers_are_named(run: Cli, recipe: Path) -> None:
 
 def test_the_examples_can_be_trained_on() -> None:
     assert len(read_triplets(TRAIN)) == 12
+
+
+def test_gguf_files_are_what_they_were_made_from(run: Cli, hf_folder: Path, tmp_path: Path) -> None:
+    done = run("gguf", hf_folder, "-o", "m.gguf", "--quantization", "F16,Q8_0")
+    if "cannot be downloaded" in done.err:
+        pytest.skip("the converter comes from the package registry, which is not reached")
+    assert done.code == 0, done.err
+    files = {path.name for path in tmp_path.glob("*.gguf")}
+    assert files == {"m-F16.gguf", "m-Q8_0.gguf"}
+    told = json.loads((tmp_path / "m-F16.gguf.run.json").read_text())
+    assert told["logits_apart"] < 0.05
+    assert told["divergence"] < 1e-6
+    assert json.loads((tmp_path / "m-Q8_0.gguf.run.json").read_text())["divergence"] < 0.05
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("gguf", "MODEL", "-o", "m.gguf", "--quantization", "Q9_9"), "unknown quantisation 'Q9_9'"),
+        (("gguf", "nowhere", "-o", "m.gguf"), "nowhere does not exist"),
+        (("gguf", "MODEL", "-o", "m.gguf", "--llama-cpp", "."), "is no checkout of llama.cpp"),
+        (("gguf", "MODEL", "-o", "no/folder/m.gguf"), "does not exist"),
+        (("gguf", "nowhere", "--adapter", "-o", "a.gguf"), "nowhere does not exist"),
+        (("merge", "nowhere", "-o", "m"), "nowhere does not exist"),
+    ],
+)
+def test_what_cannot_be_exported_is_said(
+    arguments: tuple[str, ...], said: str, run: Cli, hf_folder: Path, tmp_path: Path
+) -> None:
+    done = run(*(str(hf_folder) if argument == "MODEL" else argument for argument in arguments))
+    assert done.code == 2, done.err
+    assert said in done.err
+    assert not list(tmp_path.glob("*.gguf"))

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 
 from eval.encoders import Encoder, find_encoder
 from submission.errors import UserError
+from submission.journal import Journal
 from submission.tables import read_triplets
-from submission.types import Pair
+from submission.types import Backend, Pair
 from tests.conftest import ROOT, Cli, command, environment, read_csv, runner, write_csv
 from train.cleaning import Cleaner, Cleaning, Row, clean_prompt
+from train.likelihoods import Likelihoods
 from train.prompts import Prompt, generate, read_grammar, take, take_distinct, without_near_duplicates
 from train.rewrites import pair_up
 from train.screens import Screens, by_embedding, by_likelihood, by_text, is_refusal, leaks_prompt
@@ -324,7 +326,11 @@ def test_unchanged_and_unrelated_texts_go(encoder: Encoder) -> None:
     assert by_embedding(rows, Screens(unchanged=0, unrelated=0), encoder) == [""] * 3
 
 
-def test_likelihood_screens_keep_what_the_prompt_explains() -> None:
+def never() -> Backend:
+    raise AssertionError("every likelihood is known")
+
+
+def test_likelihood_screens_keep_what_the_prompt_explains(tmp_path: Path) -> None:
     from submission.backends import model_spec
 
     text = "The shop opens at nine. It sells bread, cheese and apples."
@@ -333,10 +339,16 @@ def test_likelihood_screens_keep_what_the_prompt_explains() -> None:
         row(2, text, "The shop opens at nine. It sells bread and cheese.", "Translate this into German"),
         row(3, text, "- opens at nine\n- bread\n- cheese", "text the poem as rewrite purple of"),
     ]
-    reasons = by_likelihood(rows, Screens(naturalness=0.001, matters=1.0), model_spec("llama_cpp").load())
+    screens, fingerprint = Screens(naturalness=0.001, matters=1.0), {"model": "the embedded one"}
+    journal = Journal(tmp_path / "l.jsonl", fingerprint)
+    journal.begin()
+    reasons = by_likelihood(rows, screens, Likelihoods(model_spec("llama_cpp").load, journal))
+    journal.close()
     assert reasons[0] == ""
     assert reasons[1].startswith("the prompt does not matter")
     assert reasons[2].startswith("unnatural prompt")
+    again = Likelihoods(never, Journal(tmp_path / "l.jsonl", fingerprint))  # as after a kill
+    assert by_likelihood(rows, screens, again) == reasons
 
 
 # -- splits -------------------------------------------------------------------------------------------------

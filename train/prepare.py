@@ -19,12 +19,14 @@ from typing import Any
 
 from eval.encoders import Encoder
 from submission.errors import UserError
+from submission.journal import Journal, journal_path
 from submission.manifest import manifest_path
 from submission.models import content_hash
 from submission.progress import show_progress
 from submission.tables import atomic_path, some, write_table
 from train import card, screens
 from train.cleaning import Cleaner, Row
+from train.likelihoods import Likelihoods
 from train.recipe import Recipe, Source
 from train.sources import read_records, resolve
 from train.splits import SPLITS, group_rows, shared, split
@@ -71,7 +73,7 @@ def prepare(recipe: Recipe, output: Path, encoder: Encoder, say: Callable[[str],
         say(f"{output} is made of the same sources by the same recipe: nothing to do (--fresh makes it anew)")
         return False
     rows = _clean(recipe, files, made, say)
-    rows = _screen(recipe, rows, made, encoder, say)
+    rows = _screen(recipe, rows, made, encoder, say, output, fresh=fresh)
     ood_names = {_name(source, path) for source, path in files if source.ood}
     known = _mix(recipe, [row for row in rows if row.source not in ood_names], made)
     others = [row for row in rows if row.source in ood_names]
@@ -147,18 +149,32 @@ def _rows(source: Source, path: Path, name: str, ids: set[str]) -> Iterator[Row]
 
 
 def _screen(
-    recipe: Recipe, rows: Sequence[Row], made: Prepared, encoder: Encoder, say: Callable[[str], None]
+    recipe: Recipe,
+    rows: Sequence[Row],
+    made: Prepared,
+    encoder: Encoder,
+    say: Callable[[str], None],
+    output: Path,
+    *,
+    fresh: bool,
 ) -> list[Row]:
     asked = recipe.screens
     left = _drop(rows, [screens.by_text(row, asked) for row in rows], made)
     say(f"{len(left)} rows left after screens by text; embedding them")
     left = _drop(left, screens.by_embedding(left, asked, encoder), made)
     if asked.needs_model and left:
-        backend = recipe.model.spec().load()
+        spec = recipe.model.spec()
+        output.mkdir(parents=True, exist_ok=True)
+        journal = Journal(journal_path(output / "likelihoods"), spec.fingerprint(), fresh=fresh)
         total = len(left) * (bool(asked.naturalness) + 2 * bool(asked.matters))
         say(f"{len(left)} rows left; computing up to {total} likelihoods")
-        with show_progress(total, 0) as progress:
-            reasons = screens.by_likelihood(left, asked, backend, lambda: progress.advance(fell_back=False))
+        try:
+            journal.begin()
+            with show_progress(total, 0) as progress:
+                known = Likelihoods(spec.load, journal)
+                reasons = screens.by_likelihood(left, asked, known, lambda: progress.advance(fell_back=False))
+        finally:
+            journal.close()
         left = _drop(left, reasons, made)
     return left
 

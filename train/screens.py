@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from eval.encoders import Encoder
 from eval.grouping import plain_text
 from eval.metric import sharpened_cosine
 from submission.templates import render_rewrite
-from submission.types import Backend, Chat, Message, Part
+from submission.types import Chat, Message, Part
 from train.cleaning import Row
+from train.likelihoods import Likelihoods
 
 # How an assistant begins when it declines.
 _REFUSAL = re.compile(
@@ -100,46 +101,31 @@ def by_embedding(rows: Sequence[Row], screens: Screens, encoder: Encoder) -> lis
 
 
 def by_likelihood(
-    rows: Sequence[Row], screens: Screens, backend: Backend, done: Callable[[], None] = lambda: None
+    rows: Sequence[Row], screens: Screens, likelihoods: Likelihoods, done: Callable[[], None] = lambda: None
 ) -> list[str]:
     """Why each row is dropped by what a model finds likely; "" if it stays.
 
     Args:
         rows: to judge.
         screens: which, and how strict.
-        backend: the target model.
+        likelihoods: of the target model.
         done: is called for each likelihood.
     """
     reasons = [""] * len(rows)
     if screens.naturalness:
         chat = Chat((Message("user", (Part(_SAYS_PROMPT),)),))
-        likelihoods = _likelihoods(backend, ((chat, row.rewrite_prompt) for row in rows), done)
-        for number, (total, tokens) in likelihoods.items():
+        for number, (total, tokens) in enumerate(likelihoods.of([(chat, row.rewrite_prompt) for row in rows], done)):
             if tokens and math.exp(total / tokens) < screens.naturalness:
                 reasons[number] = f"unnatural prompt (mean probability below {screens.naturalness:g})"
     if screens.matters:
         left = [number for number, reason in enumerate(reasons) if not reason]
-
-        def asked() -> Iterator[tuple[Chat, str]]:
-            for number in left:
-                row = rows[number]
-                for prompt in (row.rewrite_prompt, screens.generic):
-                    yield render_rewrite(prompt, row.original_text), row.rewritten_text
-
-        likelihoods = _likelihoods(backend, asked(), done)
-        for place, number in enumerate(left):
-            gain = likelihoods[2 * place][0] - likelihoods[2 * place + 1][0]
-            if gain < screens.matters:
+        asked = [
+            (render_rewrite(prompt, rows[number].original_text), rows[number].rewritten_text)
+            for number in left
+            for prompt in (rows[number].rewrite_prompt, screens.generic)
+        ]
+        found = likelihoods.of(asked, done)
+        for number, (total, _), (generic, _) in zip(left, found[::2], found[1::2], strict=True):
+            if total - generic < screens.matters:
                 reasons[number] = f"the prompt does not matter (gain below {screens.matters:g} nats)"
     return reasons
-
-
-def _likelihoods(
-    backend: Backend, asked: Iterable[tuple[Chat, str]], done: Callable[[], None]
-) -> dict[int, tuple[float, int]]:
-    items = ((str(number), chat, text) for number, (chat, text) in enumerate(asked))
-    found = {}
-    for key, likelihood in backend.loglikelihood(items):
-        found[int(key)] = (likelihood.sum, likelihood.tokens)
-        done()
-    return found

@@ -559,11 +559,16 @@ def test_the_triplets_in_the_repository_are_whole() -> None:
 
 
 def test_every_recipe_in_the_repository_can_be_read() -> None:
+    from submission.config import from_mapping, read_toml
     from train.recipe import read_recipe
     from train.run import read_run
+    from train.sft import Sft
 
     for path in sorted((ROOT / "train" / "recipes").glob("*.toml")):
-        if "[prompts]" in path.read_text():
+        content = read_toml(path, "RECIPE")
+        if "sft" in content:
+            from_mapping(Sft, content["sft"], path.name).check()
+        elif "prompts" in content:
             assert read_run(path).output
         else:
             assert read_recipe([], path).sources

@@ -1,4 +1,5 @@
-"""What is done to every triplet before anything is judged: the seed's rules, each of which can be switched off.
+"""What is done to every triplet before anything is judged: the rules of the notebooks that
+this project grew from ("the seed"), each of which can be switched off.
 
 >>> clean_prompt("Rewrite  this ,as a poem .", Cleaning())
 'Rewrite this,as a poem'

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from submission.backends.hf_loading import load_tokenizer, stay_offline_and_quiet
+from submission.backends.hf_loading import load_model, load_tokenizer, stay_offline_and_quiet
 from submission.errors import UserError, first_line
 from submission.models import cache_folder, content_hash, resolve_folder
 from submission.progress import tell
@@ -30,19 +30,10 @@ def base_folder(model: str) -> Path:
         return folder
     tell(f"{path.name} is dequantised for training, once: {folder}", sys.stderr)
     stay_offline_and_quiet()
-    import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     part.mkdir(parents=True, exist_ok=True)
     try:
-        model_of_file = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False,
-            quantization_config=GgufConfig(dequantize=True), dtype=torch.float32,
-        )  # fmt: skip
+        model_of_file = load_model(path, None, device="cpu", dtype="float32", load_in_4bit=False)
         if hasattr(model_of_file.config, "quantization_config"):
             del model_of_file.config.quantization_config  # its weights are plain now
         model_of_file.save_pretrained(part)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from submission.backends import require
 from submission.backends.common import thread_count
-from submission.backends.hf_loading import load_tokenizer, stay_offline_and_quiet
+from submission.backends.hf_loading import load_model, load_tokenizer, stay_offline_and_quiet
 from submission.backends.llama_library import encode_weights, library
 from submission.errors import UserError
 from submission.models import check_peft_adapter, content_hash, resolve_folder
@@ -161,12 +161,9 @@ def _compare_with_transformers(folder: Path, file: Path) -> tuple[float, list[ND
         UserError: they differ too much, or the tokenizers do.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
-    ).eval()
+    model = load_model(folder, None, device="cpu", dtype="float32", load_in_4bit=False)
     ids = [tokenizer(text, add_special_tokens=True).input_ids[:_CONTEXT] for text in _PROBES]
     with torch.inference_mode():
         expected = [model(torch.tensor([row])).logits[0].numpy() for row in ids]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from submission.backends import require
-from submission.backends.hf_loading import load_tokenizer, stay_offline_and_quiet
+from submission.backends.hf_loading import load_model, load_tokenizer, stay_offline_and_quiet
 from submission.errors import UserError, first_line
 from submission.models import check_peft_adapter, content_hash
 from train.bases import base_folder
@@ -55,12 +55,9 @@ def merge(adapter: Path, output: Path, say: Callable[[str], None], *, base: str 
     stay_offline_and_quiet()
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     say(f"base {folder}, adapter {adapter}")
-    plain = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
+    plain = load_model(folder, None, device="cpu", dtype="float32", load_in_4bit=False)
     try:
         model = PeftModel.from_pretrained(plain, str(adapter), local_files_only=True).eval()
     except (ValueError, RuntimeError, KeyError) as error:

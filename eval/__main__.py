@@ -101,6 +101,8 @@ def baselines(
     backend: Annotated[str, typer.Option(help="See `python -m submission predict --help`.")] = "llama_cpp",
     model: Annotated[str, typer.Option(help="GGUF file, transformers folder, or 'embedded'.")] = "embedded",
     adapter: Annotated[Path | None, typer.Option(help="LoRA adapter.")] = None,
+    tuned_model: Annotated[str, typer.Option(help="A tuned model, to be compared with the others.")] = "",
+    tuned_adapter: Annotated[Path | None, typer.Option(help="A tuned adapter of MODEL, likewise.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Backend option, key=value.")] = None,
     shots: Annotated[int, typer.Option(min=1, help="Examples of the few-shot baselines.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 40,
@@ -109,7 +111,7 @@ def baselines(
     encoder: EncoderOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Run constants, retrieval, zero-shot and few-shot on TEST, and compare them.
+    """Run constants, retrieval, zero-shot, few-shot and, if given, a tuned model on TEST, and compare them.
 
     Finished rows are kept; the same command again goes on.
     """
@@ -119,8 +121,8 @@ def baselines(
 
     config = Config(
         train=train, test=test, output=output, ood=ood, only=only or BASELINES, reference=reference, backend=backend,
-        model=model, adapter=adapter, settings=settings or [], shots=shots, max_new_tokens=max_new_tokens, limit=limit,
-        fresh=fresh,
+        model=model, adapter=adapter, tuned_model=tuned_model, tuned_adapter=tuned_adapter, settings=settings or [],
+        shots=shots, max_new_tokens=max_new_tokens, limit=limit, fresh=fresh,
     )  # fmt: skip
     try:
         result = run_baselines(config, find_encoder(encoder), _say)

@@ -29,13 +29,13 @@ from submission.types import Sampling
 
 EXPLOIT = "constant_exploit"
 BASELINES = (
-    "constant", "constant_fitted", EXPLOIT, "nearest", "zero_shot", "few_shot", "few_shot_nearest",
+    "constant", "constant_fitted", EXPLOIT, "nearest", "zero_shot", "few_shot", "few_shot_nearest", "tuned",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What is run; see `baselines --help`."""
+    """What is run; see `baselines --help`. `tuned` takes part if `tuned_model` or `tuned_adapter` is given."""
 
     train: Path
     test: Path
@@ -46,6 +46,8 @@ class Config:
     backend: str = "llama_cpp"
     model: str = EMBEDDED
     adapter: Path | None = None
+    tuned_model: str = ""
+    tuned_adapter: Path | None = None
     settings: list[str] = field(default_factory=list)
     shots: int = 3
     max_new_tokens: int = 40
@@ -143,6 +145,10 @@ def _systems(config: Config, constants: Sequence[FittedConstant], encoder: Encod
         "few_shot": replace(asked, recover="few_shot", shots=config.train, n_shots=config.shots),
         "few_shot_nearest": replace(asked, recover="eval.retrieval:NearestShots", recover_config=nearest),
     }
+    if config.tuned_model or config.tuned_adapter:
+        systems["tuned"] = replace(
+            asked, recover="zero_shot", model=config.tuned_model or config.model, adapter=config.tuned_adapter
+        )
     return {name: run for name, run in systems.items() if name in config.only}
 
 

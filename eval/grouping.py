@@ -74,18 +74,22 @@ def _near_blocks(
     a: Sequence[str], b: Sequence[str], encoder: Encoder, near: float
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """The pairs of `near_pairs`, some of `a` at a time."""
-    import numpy as np
 
     if not a or not b:
         return
     left = unit_vectors(encoder.embed(a))
     right = left if a is b else unit_vectors(encoder.embed(b))
-    unlike = _unlike(encoder)
-    least = np.cbrt(unlike + near * (1 - unlike))  # of the cosine
+    least = least_cosine(encoder, near)
     step = max(1, _BLOCK // len(right))
     for start in range(0, len(left), step):
         rows, columns = (left[start : start + step] @ right.T >= least).nonzero()
         yield rows + start, columns
+
+
+def least_cosine(encoder: Encoder, near: float = NEAR) -> float:
+    """The cosine from which texts are so near; see `NEAR`."""
+    unlike = _unlike(encoder)
+    return float((unlike + near * (1 - unlike)) ** (1 / 3))
 
 
 def unit_vectors(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from submission.errors import MissingExtra, UserError
+from submission.manifest import manifest_path
 
 EMBEDDED = "embedded"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct (Q4_1)"
 SENTENCE_T5 = "sentence-t5-base"  # the competition's encoder
+NOTE = "prompt-recovery.json"  # in a folder that training wrote: the template it was trained on, its base
 _KAGGLE_INPUT = Path("/kaggle/input")
 _SAMPLES = 64  # stretches of a large file that its fingerprint covers
 _STRETCH = 1 << 20
@@ -133,6 +136,24 @@ def check_peft_adapter(adapter: Path | None) -> None:
         raise UserError(f"adapter {adapter} is not a PEFT folder: it has no adapter_config.json")
     if not (adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"adapter {adapter} has no adapter_model.safetensors (pickled *.bin is not loaded)")
+
+
+def noted_template(*paths: Path | None) -> str:
+    """The template that the first of these adapters or models was trained on; "" if none says so.
+
+    Training notes it in its folders, and in the manifests of the GGUF files made from them.
+    """
+    for path in paths:
+        if path is None:
+            continue
+        try:
+            note = path / NOTE if path.is_dir() else manifest_path(path)
+            name = json.loads(note.read_text(encoding="utf-8")).get("template")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if isinstance(name, str) and name:
+            return name
+    return ""
 
 
 def is_gguf(path: Path) -> bool:

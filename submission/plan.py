@@ -9,7 +9,7 @@ from submission.answers import is_blank, storable
 from submission.backends import ModelSpec, model_spec
 from submission.config import read_toml
 from submission.errors import UserError
-from submission.models import EMBEDDED
+from submission.models import EMBEDDED, noted_template
 from submission.recover import DEFAULT_PROMPT, RecoverSource, Setup, find_recover
 from submission.tables import check_writable, digest_pairs, read_pairs, read_triplets
 from submission.templates import Template, get_template
@@ -88,7 +88,8 @@ def plan(config: RunConfig) -> Plan:
         raise UserError(
             "recover few_shot needs examples: --shots FILE with id, original_text, rewritten_text, rewrite_prompt"
         )
-    template = get_template(config.template or ("few_shot" if config.shots else "short"))
+    noted = "few_shot" if config.shots else noted_template(config.adapter, Path(config.model))
+    template = get_template(config.template or noted or "short")
     recover_config = read_toml(config.recover_config, "--recover-config") if config.recover_config else {}
     pairs = read_pairs(config.input, config.encoding)
     shots = read_triplets(config.shots, config.encoding)[: config.n_shots] if config.shots else []

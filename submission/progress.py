@@ -27,25 +27,28 @@ class Progress(Protocol):
 
 
 @contextmanager
-def show_progress(total: int, done: int) -> Iterator[Progress]:
+def show_progress(total: int, done: int, *, doing: str = "predicting", unit: str = "rows") -> Iterator[Progress]:
     """Show progress while the block runs.
 
     Args:
         total: rows of the run.
         done: rows that are finished already.
+        doing: what the bar is called.
+        unit: what is counted.
     """
+    pace = _Pace(total, done, unit)
     if sys.stderr is not None and sys.stderr.isatty():
-        with _Bar(total, done) as bar:
+        with _Bar(pace, doing) as bar:
             yield bar
     else:
-        yield _Lines(total, done)
+        yield _Lines(pace)
 
 
 class _Pace:
     """Rows per second and time left, from the rows computed now."""
 
-    def __init__(self, total: int, done: int) -> None:
-        self.total, self.done, self.fell_back = total, done, 0
+    def __init__(self, total: int, done: int, unit: str) -> None:
+        self.total, self.done, self.unit, self.fell_back = total, done, unit, 0
         self._resumed = done
         self._start = time.monotonic()
 
@@ -60,12 +63,13 @@ class _Pace:
         minutes, seconds = divmod(round(left), 60)
         hours, minutes = divmod(minutes, 60)
         clock = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-        return f"{rate:.2f} rows/s, {clock} left, {self.fell_back} fell back"
+        fell_back = f", {self.fell_back} fell back" if self.unit == "rows" else ""
+        return f"{rate:.2f} {self.unit}/s, {clock} left{fell_back}"
 
 
 class _Lines:
-    def __init__(self, total: int, done: int) -> None:
-        self._pace = _Pace(total, done)
+    def __init__(self, pace: _Pace) -> None:
+        self._pace = pace
         self._printed_at = time.monotonic()
 
     def advance(self, *, fell_back: bool) -> None:
@@ -73,21 +77,21 @@ class _Lines:
         now = time.monotonic()
         if now - self._printed_at >= _LINE_SECONDS or self._pace.done == self._pace.total:
             self._printed_at = now
-            tell(f"{self._pace.done}/{self._pace.total} rows, {self._pace.text()}", sys.stderr)
+            tell(f"{self._pace.done}/{self._pace.total} {self._pace.unit}, {self._pace.text()}", sys.stderr)
 
 
 class _Bar:
-    def __init__(self, total: int, done: int) -> None:
+    def __init__(self, pace: _Pace, doing: str) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as RichProgress
 
-        self._pace = _Pace(total, done)
+        self._pace = pace
         self._bar = RichProgress(
-            TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"),
+            TextColumn(doing), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"),
             console=Console(stderr=True),
         )  # fmt: skip
-        self._task = self._bar.add_task("rows", total=total, completed=done, pace="")
+        self._task = self._bar.add_task(pace.unit, total=pace.total, completed=pace.done, pace="")
 
     def __enter__(self) -> _Bar:
         self._bar.start()

@@ -113,6 +113,12 @@ TEMPLATES: dict[str, Template] = {
             prefix="Rewrite this text as",
         ),
         Template(
+            name="brief",
+            about="the two texts and one question, for tuned models",
+            instruction="",
+            question="Which instruction turned the original text into the rewritten text?",
+        ),
+        Template(
             name="few_shot",
             about="a short task and, with --shots, solved examples as turns of a chat",
             instruction=(
@@ -140,3 +146,23 @@ def get_template(name: str) -> Template:
 def render_rewrite(prompt: str, text: str) -> Chat:
     """What the target model was given: `{prompt}:\\n{text}` as one user turn (the competition's layout)."""
     return Chat((Message("user", (Part(prompt, trusted=False), Part(":\n"), Part(text, trusted=False))),))
+
+
+YES, NO = "Yes", "No"
+
+
+def render_yes_no(pair: Pair, candidate: str) -> Chat:
+    """The question that a judge is trained on and asked: was this rewrite made by this candidate prompt?
+
+    The answer is the probability of `YES` beside that of `NO`, each a single token.
+    """
+    parts = (
+        Part("Original text:\n"),
+        Part(pair.original_text, trusted=False),
+        Part("\n\nRewritten text:\n"),
+        Part(pair.rewritten_text, trusted=False),
+        Part("\n\nInstruction: "),
+        Part(" ".join(candidate.split()), trusted=False),
+        Part("\n\nWas the rewritten text made from the original text by this instruction? Answer Yes or No."),
+    )
+    return Chat((Message("user", parts),))

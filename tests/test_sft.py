@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,14 @@ import pytest
 from submission.backends import model_spec
 from submission.backends.hf_loading import load_tokenizer
 from submission.backends.hf_tokenizer import HfTokenizer
+from submission.errors import UserError
 from submission.tables import read_triplets
 from submission.templates import TEMPLATES, get_template
 from submission.types import Pair, Triplet
 from tests.conftest import ROOT, Cli, command, environment, read_csv, runner
 from tests.test_prompts import MARKERS, sentencepiece_folder
 from train.encoding import IGNORED, AnswerEncoder
+from train.judging import Question
 
 __all__ = ["sentencepiece_folder"]  # a fixture
 
@@ -129,6 +134,132 @@ def test_a_run_that_was_killed_has_the_losses_of_one_that_was_not(run: Cli, reci
     assert "rank: 16 there, 8 here" in other.err
 
 
+def test_two_processes_have_the_losses_of_one_with_the_doubled_batch(run: Cli, recipe: Path, tmp_path: Path) -> None:
+    same = ("--set", "dropout=0", "--set", "save_every=12", "--set", "max_steps=6")
+    one = run("sft", recipe, "-o", "one", "--set", "batch=4", "--set", "accumulation=1", *same)
+    assert one.code == 0, one.err
+    config = ROOT / "train" / "recipes" / "accelerate" / "cpu.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "train"]
+    two = subprocess.run(
+        [*launch, "sft", str(recipe), "-o", "two", "--set", "batch=2", "--set", "accumulation=1", *same],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr
+    losses = [[entry["loss"] for entry in history(tmp_path / name) if "loss" in entry] for name in ("one", "two")]
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert two.stderr.count("written to two") == 1
+
+
+@pytest.mark.parametrize("name", ["zero2.yaml", "fsdp.yaml", "cpu.yaml"])
+def test_accelerate_reads_the_configurations(name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    read = load_config_from_file(str(ROOT / "train" / "recipes" / "accelerate" / name))
+    assert read.num_processes == 2
+
+
+def test_a_disk_that_is_full_is_said_and_training_goes_on(run: Cli, recipe: Path, tmp_path: Path) -> None:
+    import resource
+
+    most = 250_000  # the adapter of the tiny model takes less, its optimizer more
+    full = subprocess.run(
+        command("sft", recipe, "-o", "a", room="train"), cwd=tmp_path, env=environment(), capture_output=True,
+        text=True, check=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
+    )  # fmt: skip
+    assert full.returncode == 2, full.stderr
+    assert "cannot be written" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert not (tmp_path / "a" / "adapter").exists()
+    again = run("sft", recipe, "-o", "a")
+    assert again.code == 0, again.err
+
+
+def test_a_dry_run_shows_what_would_be_trained(run: Cli, recipe: Path, tmp_path: Path) -> None:
+    done = run("sft", recipe, "--dry-run", "--set", "max_tokens=200")
+    assert done.code == 0, done.err
+    assert not [path for path in tmp_path.iterdir() if path != recipe]
+    count = re.search(r"training +(\d+) examples, (\d+) dropped", done.out)
+    assert count is not None
+    assert int(count[1]) + int(count[2]) == 12
+    assert "12, " in done.out  # steps
+    first = read_triplets(TRAIN)[0].rewrite_prompt
+    assert f"⟦{first}<|im_end|>⟧" in done.out
+    # Two layers of 64: q, k, v and o take 64 x 16 weights on either side.
+    assert f"{2 * 4 * 2 * 64 * 16 / 1e6:.2f} M of them trainable" in done.out
+
+
+def test_a_judge_is_asked_about_true_and_wrong_prompts_alike(hf_folder: Path) -> None:
+    from eval.encoders import find_encoder
+    from train.judging import QuestionEncoder, questions
+
+    triplets = read_triplets(ROOT / "examples" / "triplets.csv")[:60]
+    asked = questions(triplets, find_encoder(), hard=1.0, seed=1)
+    assert sum(question.yes for question in asked) == len(triplets) == len(asked) / 2
+    own = {triplet.pair.id: triplet.rewrite_prompt for triplet in triplets}
+    assert all((own[question.pair.id] == question.candidate) == question.yes for question in asked)
+    assert asked == questions(triplets, find_encoder(), hard=1.0, seed=1)
+    by_chance = questions(triplets, find_encoder(), hard=0.0, seed=1)
+    vectors = {text: find_encoder().embed([text])[0] for text in {question.candidate for question in asked}}
+
+    def nearness(found: Sequence[Question]) -> float:
+        wrong = [question for question in found if not question.yes]
+        return sum(float(vectors[own[q.pair.id]] @ vectors[q.candidate]) for q in wrong if q.candidate in vectors)
+
+    assert nearness(asked) > nearness(by_chance)
+    encoder = QuestionEncoder(HfTokenizer(load_tokenizer(hf_folder)), 512)
+    example = encoder.encode(asked[0])
+    assert example is not None
+    assert example.labels[:-1] == [IGNORED] * (len(example.ids) - 1)
+    assert example.ids[-1] == encoder.yes != encoder.no
+
+
+def test_a_judge_of_alike_prompts_is_refused() -> None:
+    from eval.encoders import find_encoder
+    from train.judging import questions
+
+    with pytest.raises(UserError, match="no prompt is unlike"):
+        questions([AS_ASKED, AS_ASKED], find_encoder(), hard=0.5, seed=0)
+
+
+def test_a_judge_is_trained_and_measured(run: Cli, recipe: Path, tmp_path: Path) -> None:
+    done = run("sft", recipe, "-o", "j", "--set", "task=judge", "--set", "max_steps=8")
+    assert done.code == 0, done.err
+    assert "questions answered rightly" in done.err
+    measured = [entry for entry in history(tmp_path / "j") if "eval_auc" in entry]
+    assert len(measured) == 2
+    losses = [entry["loss"] for entry in history(tmp_path / "j") if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_a_sweep_puts_runs_side_by_side(run: Cli, recipe: Path, tmp_path: Path) -> None:
+    arguments = ("sweep", recipe, "-o", "s", "--grid", "learning_rate=1e-4,1e-2", "--grid", "rank=4",
+                 "--set", "max_steps=4")  # fmt: skip
+    done = run(*arguments)
+    assert done.code == 0, done.err
+    table = read_csv(tmp_path / "s" / "sweep.csv")
+    assert [row[0] for row in table[1:]] == ["learning_rate=1e-2,rank=4", "learning_rate=1e-4,rank=4"]
+    assert (tmp_path / "s" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert run(*arguments).err.count("nothing to do") == 2
+    assert "unknown option 'rnk'" in run("sweep", recipe, "-o", "s", "--grid", "rnk=4").err
+    assert "KEY=VALUE,VALUE" in run("sweep", recipe, "-o", "s", "--grid", "rank").err
+
+
+def test_an_adapter_is_asked_as_it_was_trained(run: Cli, recipe: Path, tiny: Path, tmp_path: Path) -> None:
+    assert run("sft", recipe, "-o", "a", "--set", "template=brief", "--set", "max_steps=2").code == 0
+    assert run("merge", "a/adapter", "-o", "merged").code == 0
+    predict = runner("submission", tmp_path)
+    for name, options in {
+        "adapter": ("--model", tiny, "--adapter", "a/adapter"),
+        "merged": ("--model", "merged"),
+    }.items():
+        done = predict("predict", TRAIN, "-o", f"{name}.csv", "--backend", "transformers", *options,
+                       "--max-new-tokens", 4, "--limit", 1, "--max-failures", 1)  # fmt: skip
+        assert done.code == 0, done.err
+        told = json.loads((tmp_path / f"{name}.csv.run.json").read_text())
+        assert "brief" in json.dumps(told)
+
+
 def test_an_adapter_trained_in_four_bits_predicts(run: Cli, recipe: Path, tiny: Path, tmp_path: Path) -> None:
     done = run("sft", recipe, "-o", "q", "--set", "load_in_4bit=true", "--set", "optimizer=paged_adamw_8bit",
                "--set", "gradient_checkpointing=true", "--set", "targets=all-linear")  # fmt: skip
@@ -175,6 +306,10 @@ def test_a_merged_model_is_base_and_adapter(run: Cli, recipe: Path, tiny: Path, 
         ("[sft]\nrank = 4", "names no training set"),
         ("[sft]\ntrain = 'nowhere.csv'", "nowhere.csv does not exist"),
         ("[sft]\nbase = 'no-model'\ntrain = 'x'", "no-model does not exist"),
+        ("[sft]\ntask = 'guess'\ntrain = 'x'", "must be one of: recover, judge"),
+        ("[sft]\nlearning_rate = nan\ntrain = 'x'", "must be above 0"),
+        ("[sft]\ndropout = 2\ntrain = 'x'", "dropout=2"),
+        ("[sft]\ntracker = 'wandb'\ntrain = 'x'", "prompt-recovery[trackers]"),
         ("sft = 1", "must be a table"),
     ],
 )

@@ -562,7 +562,7 @@ def test_every_recipe_in_the_repository_can_be_read() -> None:
     from submission.config import from_mapping, read_toml
     from train.recipe import read_recipe
     from train.run import read_run
-    from train.sft import Sft
+    from train.sft_config import Sft
 
     for path in sorted((ROOT / "train" / "recipes").glob("*.toml")):
         content = read_toml(path, "RECIPE")

@@ -151,7 +151,10 @@ def run(
     fresh: FreshOption = False,
     encoder: EncoderOption = "",
 ) -> None:
-    """Run all stages of a recipe: prompts, texts, rewrites, prepare. What is finished is not done again."""
+    """Run all stages of a recipe: prompts, texts, rewrites, prepare, and what it has of sft, merge, gguf, score.
+
+    What is finished is not done again.
+    """
     from eval.encoders import find_encoder
     from train.run import read_run, run_stages
 
@@ -161,22 +164,41 @@ def run(
 @app.command()
 def sft(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML with [sft]; see train/recipes/.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of adapter, checkpoints and curve.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder of adapter, checkpoints and curve.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and what it takes.")] = False,
     settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of [sft]; again for more.")] = None,
     fresh: FreshOption = False,
 ) -> None:
     """Tune a model on triplets with LoRA or QLoRA. The same command again goes on from the last checkpoint."""
-    from submission.config import from_mapping, read_toml
-    from train.sft import Sft
     from train.sft import sft as tune
+    from train.sft_config import read_sft
 
-    section = read_toml(recipe, "RECIPE").get("sft", {})
-    if not isinstance(section, dict):
-        raise UserError(f"{recipe}: [sft] must be a table")
-    given = dict(setting.partition("=")[::2] for setting in settings or [])
-    if "" in given or any("=" not in setting for setting in settings or []):
-        raise UserError("--set is written as KEY=VALUE")
-    tune(from_mapping(Sft, {**section, **given}, "[sft]"), output, _say, fresh=fresh)
+    config = read_sft(recipe, settings or [])
+    if dry_run:
+        from train.dry_run import look
+
+        look(config, _say)
+    elif output is None:
+        raise UserError("name a folder to write to: -o FOLDER")
+    else:
+        tune(config, output, _say, fresh=fresh)
+
+
+@app.command()
+def sweep(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML with [sft]; see train/recipes/.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the runs, the table and the plot.")],
+    grid: Annotated[list[str], typer.Option(help="KEY=VALUE,VALUE of [sft]; again for more: all combinations run.")],
+    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of [sft] for all runs.")] = None,
+) -> None:
+    """Train with several values of a recipe's options, and put the runs side by side. What is finished is kept."""
+    from train.sweep import lines
+    from train.sweep import sweep as run_all
+
+    for line in lines(run_all(recipe, output, grid, settings or [], _say)):
+        print(line)
 
 
 @app.command()
@@ -199,6 +221,7 @@ def gguf(
     quantization: Annotated[str, typer.Option(help="One or more with commas, such as BF16,Q8_0,Q4_K_M.")] = "BF16",
     adapter: Annotated[bool, typer.Option("--adapter", help="Write an adapter alone, as a GGUF LoRA file.")] = False,
     base: Annotated[str, typer.Option(help="Base of the adapter; default: what it names.")] = "",
+    base_gguf: Annotated[Path | None, typer.Option(help="F16 file of the base, to check the adapter beside.")] = None,
     llama_cpp: Annotated[
         Path | None, typer.Option(help="Checkout of llama.cpp; default: the source of the installed llama-cpp-python.")
     ] = None,
@@ -211,9 +234,10 @@ def gguf(
     if not names:
         raise UserError("--quantization names none")
     if adapter:
-        make_adapter(Path(model), output, find_converter(llama_cpp), _say, base=base)
+        make_adapter(Path(model), output, find_converter(llama_cpp), _say, base=base, base_gguf=base_gguf)
         return
-    for line in table(make_gguf(model, output, names, find_converter(llama_cpp), _say)):
+    files = {name: output if len(names) == 1 else output.with_name(f"{output.stem}-{name}.gguf") for name in names}
+    for line in table(make_gguf(model, files, find_converter(llama_cpp), _say)):
         print(line)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from submission.backends.hf_loading import load_model, load_tokenizer, stay_offl
 from submission.errors import UserError, first_line
 from submission.models import cache_folder, content_hash, resolve_folder
 from submission.progress import tell
+from submission.tables import atomic_folder
 
 
 def base_folder(model: str) -> Path:
@@ -30,18 +29,15 @@ def base_folder(model: str) -> Path:
         return folder
     tell(f"{path.name} is dequantised for training, once: {folder}", sys.stderr)
     stay_offline_and_quiet()
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    part.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         model_of_file = load_model(path, None, device="cpu", dtype="float32", load_in_4bit=False)
         if hasattr(model_of_file.config, "quantization_config"):
             del model_of_file.config.quantization_config  # its weights are plain now
-        model_of_file.save_pretrained(part)
-        load_tokenizer(path).save_pretrained(part)
-        part.rename(folder)
+        with atomic_folder(folder) as part:
+            model_of_file.save_pretrained(part)
+            load_tokenizer(path).save_pretrained(part)
     except (OSError, ValueError, RuntimeError) as error:
         if not (folder / "config.json").is_file():  # another process may have been faster
             raise UserError(f"{path} cannot be dequantised: {first_line(error)}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder

@@ -7,7 +7,6 @@ without a package registry, `--llama-cpp DIR` names a checkout of llama.cpp.
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -19,6 +18,7 @@ from submission.errors import UserError
 from submission.manifest import installed_version
 from submission.models import cache_folder, content_hash
 from submission.progress import tell
+from submission.tables import atomic_folder
 
 _MODEL, _LORA = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 _NEEDED = (_MODEL, _LORA, "conversion", "gguf-py", "LICENSE")
@@ -90,9 +90,7 @@ def _download(version: str, folder: Path) -> None:
                 f"the source of llama-cpp-python {version} cannot be downloaded: {said}\n"
                 "Name a checkout of llama.cpp with --llama-cpp DIR."
             )
-        part = temporary / "part"
-        part.mkdir()
-        with tarfile.open(archives[0]) as archive:
+        with atomic_folder(folder) as part, tarfile.open(archives[0]) as archive:
             for member in archive:
                 inside = member.name.partition("/vendor/llama.cpp/")[2]
                 if inside.split("/")[0] in _NEEDED and member.isfile() and ".." not in inside.split("/"):
@@ -100,7 +98,5 @@ def _download(version: str, folder: Path) -> None:
                     assert content is not None
                     (part / inside).parent.mkdir(parents=True, exist_ok=True)
                     (part / inside).write_bytes(content.read())
-        if not (part / _MODEL).is_file():
-            raise UserError(f"the source of llama-cpp-python {version} holds no {_MODEL}: use --llama-cpp DIR")
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+            if not (part / _MODEL).is_file():
+                raise UserError(f"the source of llama-cpp-python {version} holds no {_MODEL}: use --llama-cpp DIR")

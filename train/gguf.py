@@ -9,11 +9,13 @@ Kullback-Leibler divergence of the next token and perplexity on probe texts. A f
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from submission.backends import require
@@ -21,10 +23,11 @@ from submission.backends.common import thread_count
 from submission.backends.hf_loading import load_model, load_tokenizer, stay_offline_and_quiet
 from submission.backends.llama_library import encode_weights, library
 from submission.errors import UserError
-from submission.models import check_peft_adapter, content_hash, resolve_folder
+from submission.manifest import manifest_path
+from submission.models import check_peft_adapter, content_hash, noted_template, resolve_folder
 from submission.tables import atomic_path, check_writable
 from train.bases import base_folder
-from train.converter import Converter
+from train.converter import Converter, find_converter
 from train.merge import named_base
 from train.stages import write_manifest
 
@@ -32,10 +35,45 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+
+@dataclass(frozen=True, slots=True)
+class Gguf:
+    """The section [gguf] of a recipe.
+
+    Attributes:
+        quantizations: files to write of the merged model, such as F16 or Q4_K_M.
+        adapter: whether the adapter is written too, as a GGUF LoRA file.
+        llama_cpp: a checkout of llama.cpp; "" takes the source of the installed llama-cpp-python.
+    """
+
+    quantizations: tuple[str, ...] = ("F16",)
+    adapter: bool = True
+    llama_cpp: str = ""
+
+    def check(self) -> None:
+        """Refuse unknown names.
+
+        Raises:
+            UserError: lists those that exist.
+        """
+        require("llama_cpp", "", "train gguf")
+        if not self.quantizations:
+            raise UserError("[gguf] names no quantisation")
+        for name in self.quantizations:
+            _file_type(name)
+
+    @staticmethod
+    def file(quantization: str) -> str:
+        """The name of a file of the merged model."""
+        return f"merged-{quantization.lower()}.gguf"
+
+
 _WHOLE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}  # what the converter writes itself
 _MOST_APART = 0.05  # of logits, transformers in 32 bits beside llama.cpp in 16
 _LIKELY = 20  # tokens by place whose logits are compared
+_SMALL = 2e9  # bytes of a base that is converted just to check an adapter
 _CONTEXT = 256
+ADAPTER = "adapter.gguf"  # as `train run` calls it
 _PROBES = (
     "The night train stopped between two stations and the lights went out. For a while nobody spoke.",
     "Dear neighbours, on Saturday we will celebrate that the scaffolding is finally gone.",
@@ -63,15 +101,37 @@ class Checked:
     tokens_per_second: float
 
 
-def make_gguf(
-    model: str, output: Path, quantizations: Sequence[str], converter: Converter, say: Callable[[str], None]
-) -> list[Checked]:
+def export(config: Gguf, merged: Path, adapter: Path, output: Path, say: Callable[[str], None], *, fresh: bool) -> None:
+    """Write what a recipe asks for to a folder; files made of the same are left as they are.
+
+    Raises:
+        UserError: see `make_gguf` and `make_adapter`.
+    """
+    config.check()
+    converter = find_converter(Path(config.llama_cpp) if config.llama_cpp else None)
+    files = {name: output / config.file(name) for name in config.quantizations}
+    missing = [name for name, path in files.items() if fresh or not _is_made_of(path, "model_hash", merged)]
+    if missing:
+        for line in table(make_gguf(str(merged), {name: files[name] for name in missing}, converter, say)):
+            say(line)
+    if config.adapter and (fresh or not _is_made_of(output / ADAPTER, "adapter_hash", adapter)):
+        make_adapter(adapter, output / ADAPTER, converter, say)
+
+
+def _is_made_of(path: Path, key: str, source: Path) -> bool:
+    try:
+        told = json.loads(manifest_path(path).read_text(encoding="utf-8"))
+        return bool(told[key] == content_hash(source) and told["hash"] == content_hash(path))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def make_gguf(model: str, files: Mapping[str, Path], converter: Converter, say: Callable[[str], None]) -> list[Checked]:
     """Convert a model to GGUF files.
 
     Args:
         model: transformers folder.
-        output: of a single quantisation the file; of several, `-NAME` is put before its `.gguf`.
-        quantizations: such as BF16, Q8_0, Q4_K_M.
+        files: what to write, by quantisation, such as BF16, Q8_0, Q4_K_M.
         converter: of llama.cpp.
         say: takes lines for people.
 
@@ -79,8 +139,7 @@ def make_gguf(
         UserError: something is missing or wrong, or a file is not what it should be; that one is not written.
     """
     require("llama_cpp", "", "train gguf")
-    kinds = {name: _file_type(name) for name in quantizations}
-    files = {name: output if len(kinds) == 1 else output.with_name(f"{output.stem}-{name}.gguf") for name in kinds}
+    kinds = {name: _file_type(name) for name in files}
     for path in files.values():
         check_writable(path)
     folder = resolve_folder(model)
@@ -89,7 +148,9 @@ def make_gguf(
     stay_offline_and_quiet()
     checked = []
     whole = "F16"  # beside BF16 weights llama.cpp rounds activations too, and logits move by 0.3
-    with atomic_path(files.get(whole, output.with_name(f".{output.stem}-{whole}.gguf"))) as reference:
+    first = next(iter(files.values()))
+    unasked = first.with_name(f".{first.stem}-{whole}.gguf")
+    with atomic_path(files.get(whole, unasked)) as reference:
         say(f"converting {folder} to {whole}")
         converter.model(folder, reference, _WHOLE[whole])
         apart, exact, ids = _compare_with_transformers(folder, reference)
@@ -106,19 +167,35 @@ def make_gguf(
                     raise UserError(f"llama.cpp cannot quantise {model} to {name}")
                 checked.append(_check(files[name], name, target, exact, ids))
     if whole not in files:
-        output.with_name(f".{output.stem}-{whole}.gguf").unlink(missing_ok=True)
+        unasked.unlink(missing_ok=True)
     for one in checked:
         write_manifest(Path(one.file), {
             "model": str(folder), "model_hash": content_hash(folder), "converter": converter.fingerprint,
-            "logits_apart": apart, **asdict(one), "hash": content_hash(Path(one.file)),
+            "template": noted_template(folder), "logits_apart": apart, **asdict(one),
+            "hash": content_hash(Path(one.file)),
         })  # fmt: skip
     return checked
 
 
 def make_adapter(
-    adapter: Path, output: Path, converter: Converter, say: Callable[[str], None], *, base: str = ""
+    adapter: Path,
+    output: Path,
+    converter: Converter,
+    say: Callable[[str], None],
+    *,
+    base: str = "",
+    base_gguf: Path | None = None,
 ) -> None:
-    """Convert a PEFT folder to a GGUF LoRA file, and load it beside its base.
+    """Convert a PEFT folder to a GGUF LoRA file, and compare base and adapter with transformers.
+
+    Args:
+        adapter: PEFT folder.
+        output: file to write.
+        converter: of llama.cpp.
+        say: takes lines for people.
+        base: of the adapter; "" takes what the adapter names.
+        base_gguf: F16 file of the base to check the adapter beside; without one, a base of up to 2 GB is converted for
+            the check, and an adapter of a larger one is not checked.
 
     Raises:
         UserError: something is missing or wrong; the file is not written.
@@ -126,13 +203,22 @@ def make_adapter(
     check_writable(output)
     check_peft_adapter(adapter)
     folder = base_folder(base or named_base(adapter))
-    with atomic_path(output) as target:
+    stay_offline_and_quiet()
+    apart: float | None = None
+    with atomic_path(output) as target, TemporaryDirectory(dir=output.parent, prefix=".base-", suffix=".tmp") as name:
         converter.adapter(adapter, folder, target)
-        if target.stat().st_size == 0:
-            raise UserError(f"adapter {adapter} gave an empty file")
+        if base_gguf is None and sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= _SMALL:
+            base_gguf = Path(name) / "base.gguf"
+            converter.model(folder, base_gguf, "f16")
+        if base_gguf is not None:
+            apart, _, ids = _compare_with_transformers(folder, base_gguf, adapter, target)
+            say(f"logits within {apart:.3f} of transformers on {sum(map(len, ids))} tokens, base and adapter")
+        else:
+            say("not loaded beside its base, which is large: name an F16 file of it with --base-gguf to check")
     write_manifest(output, {"adapter": str(adapter), "adapter_hash": content_hash(adapter), "base": str(folder),
-                            "converter": converter.fingerprint, "hash": content_hash(output)})  # fmt: skip
-    say(f"written to {output}")
+                            "template": noted_template(adapter), "converter": converter.fingerprint,
+                            "logits_apart": apart, "hash": content_hash(output)})  # fmt: skip
+    say(f"written to {output}: {output.stat().st_size / 1e6:.1f} MB")
 
 
 def table(checked: Sequence[Checked]) -> Iterator[str]:
@@ -154,7 +240,9 @@ def _file_type(name: str) -> int:
     return int(known[name])
 
 
-def _compare_with_transformers(folder: Path, file: Path) -> tuple[float, list[NDArray[np.float32]], list[list[int]]]:
+def _compare_with_transformers(
+    folder: Path, file: Path, adapter: Path | None = None, lora: Path | None = None
+) -> tuple[float, list[NDArray[np.float32]], list[list[int]]]:
     """Largest difference of logits, the file's logits by probe, and the probes' ids.
 
     Raises:
@@ -163,12 +251,12 @@ def _compare_with_transformers(folder: Path, file: Path) -> tuple[float, list[ND
     import torch
 
     tokenizer = load_tokenizer(folder)
-    model = load_model(folder, None, device="cpu", dtype="float32", load_in_4bit=False)
+    model = load_model(folder, adapter, device="cpu", dtype="float32", load_in_4bit=False)
     ids = [tokenizer(text, add_special_tokens=True).input_ids[:_CONTEXT] for text in _PROBES]
     with torch.inference_mode():
         expected = [model(torch.tensor([row])).logits[0].numpy() for row in ids]
     del model
-    lib, llama = library(), _open(file)
+    lib, llama = library(), _open(file, lora)
     template = lib.llama_model_chat_template(llama.model, None)
     theirs = template.decode("utf-8", "replace") if template else ""
     if theirs != (tokenizer.chat_template or ""):
@@ -217,14 +305,14 @@ def _check(
     )  # fmt: skip
 
 
-def _open(file: Path) -> Any:
+def _open(file: Path, lora: Path | None = None) -> Any:
     library()
     from llama_cpp import Llama
 
     try:
         return Llama(
-            str(file), n_ctx=_CONTEXT, logits_all=True, verbose=False, n_threads=thread_count(0),
-            type_k=0, type_v=0,  # 32-bit floats: the weights are compared, not the cache
+            str(file), lora_path=str(lora) if lora else None, n_ctx=_CONTEXT, logits_all=True, verbose=False,
+            n_threads=thread_count(0), type_k=0, type_v=0,  # 32-bit floats: weights are compared, not the cache
         )  # fmt: skip
     except (ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"llama.cpp cannot load what was written: {error}") from error

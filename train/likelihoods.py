@@ -31,9 +31,7 @@ class Likelihoods:
             asked: in any order; what is there twice is computed once.
             done: is called for each one, known or computed.
         """
-        keys = [
-            hashlib.sha256(f"{chat!r}\0{text!r}".encode("utf-8", "surrogatepass")).hexdigest() for chat, text in asked
-        ]
+        keys = [_digest(chat, text) for chat, text in asked]
         missing = {key: item for key, item in zip(keys, asked, strict=True) if key not in self._known}
         for _ in range(len(asked) - len(missing)):
             done()

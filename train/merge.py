@@ -8,8 +8,6 @@ The base is loaded in 16 or 32 bits, never in 4: what is merged into 4-bit weigh
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,8 @@ from typing import Any
 from submission.backends import require
 from submission.backends.hf_loading import load_model, load_tokenizer, stay_offline_and_quiet
 from submission.errors import UserError, first_line
-from submission.models import check_peft_adapter, content_hash
+from submission.models import NOTE, check_peft_adapter, content_hash, noted_template
+from submission.tables import atomic_folder
 from train.bases import base_folder
 from train.stages import write_manifest
 
@@ -71,18 +70,14 @@ def merge(adapter: Path, output: Path, say: Callable[[str], None], *, base: str 
     apart = max(float((a - b).abs().max()) for a, b in zip(before, _logits(merged, tokenizer), strict=True))
     if not apart <= _MOST_APART:
         raise UserError(f"the merged model's logits are {apart:.2g} apart from those of base and adapter: not written")
-    part = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    part.mkdir(parents=True)
-    try:
+    with atomic_folder(output) as part:
         merged.to(getattr(torch, dtype)).save_pretrained(part)
         tokenizer.save_pretrained(part)
         merged.generation_config.save_pretrained(part)
         (part / "README.md").write_text(_card(folder, adapter, dtype), encoding="utf-8")
-        if output.exists():
-            output.rmdir()
-        part.rename(output)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        template = noted_template(adapter)
+        if template:
+            (part / NOTE).write_text(json.dumps({"template": template, "base": str(folder)}))
     write_manifest(output, {"base": str(folder), "base_hash": content_hash(folder), "adapter": str(adapter),
                             "adapter_hash": content_hash(adapter), "dtype": dtype, "logits_apart": apart})  # fmt: skip
     say(f"written to {output}: logits within {apart:.1e} of base and adapter (32 bits), weights in {dtype}")
@@ -90,7 +85,7 @@ def merge(adapter: Path, output: Path, say: Callable[[str], None], *, base: str 
 
 def named_base(adapter: Path) -> str:
     """The base that an adapter names: as the recipe did, or as PEFT noted it."""
-    for file, key in (("prompt-recovery.json", "base"), ("adapter_config.json", "base_model_name_or_path")):
+    for file, key in ((NOTE, "base"), ("adapter_config.json", "base_model_name_or_path")):
         try:
             name = json.loads((adapter / file).read_text(encoding="utf-8")).get(key)
         except (OSError, ValueError, AttributeError):

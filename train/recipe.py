@@ -122,6 +122,15 @@ def with_settings(content: Mapping[str, Any], settings: Sequence[str]) -> dict[s
     return changed
 
 
+def section(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """Take a table out of a recipe's content.
+
+    Raises:
+        UserError: it is something else.
+    """
+    return _table(content.pop(name, {}), name)
+
+
 def parse_recipe(content: Mapping[str, Any], paths: Sequence[str], where: str) -> Recipe:
     """A recipe from a file's content and further sources; see `read_recipe`."""
     entries = content.get("source", [])

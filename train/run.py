@@ -1,25 +1,59 @@
 """All stages of a recipe, one after the other.
 
-    python -m train run train/recipes/small.toml --set output=data/small
+    python -m train run train/recipes/embedded.toml --set output=runs/embedded
 
-A recipe is one TOML file: `output`, and a section for each stage; those of `prepare` are as in `train.recipe`.
+A recipe is one TOML file: `output`, and a section for each stage; those of `prepare` are as in `train.recipe`. The
+stages from `sft` on are run if the recipe has them.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from eval.baselines import Config, run_baselines
 from eval.encoders import Encoder, find_encoder
 from submission.config import from_mapping, read_toml
 from submission.errors import UserError
+from submission.manifest import manifest_path
+from submission.models import content_hash
+from submission.tables import atomic_writer
+from train.gguf import Gguf, export
+from train.merge import merge
 from train.prepare import prepare
-from train.recipe import Recipe, parse_recipe, with_settings
+from train.recipe import Recipe, parse_recipe, section, with_settings
+from train.sft import sft
+from train.sft_config import Sft, with_sets
 from train.stages import Prompts, Rewrites, Texts, make_prompts, make_rewrites, make_texts
 
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What the tuned model is compared with on the test set.
+
+    Attributes:
+        baselines: as `python -m eval baselines` names them.
+        quantization: of the GGUF file that predicts; "" for the first one made.
+        backend: llama_cpp predicts with the GGUF file, transformers with the merged folder.
+        max_new_tokens: of an answer.
+        limit: first rows of the test set only; 0 for all.
+    """
+
+    baselines: tuple[str, ...] = ("constant", "constant_fitted", "zero_shot")
+    quantization: str = ""
+    backend: str = "llama_cpp"
+    max_new_tokens: int = 40
+    limit: int = 0
+
+
 _STAGES: dict[str, type[Any]] = {"prompts": Prompts, "texts": Texts, "rewrites": Rewrites}
+_LATER: dict[str, type[Any]] = {"sft": Sft, "gguf": Gguf, "score": Score}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +64,7 @@ class Run:
         output: folder of everything that is made.
         prompts, texts, rewrites: their stages.
         recipe: of `prepare`; the triplets of the stage before are a source of it.
+        sft, gguf, score: None if the recipe has none.
     """
 
     output: Path
@@ -37,6 +72,14 @@ class Run:
     texts: Texts
     rewrites: Rewrites
     recipe: Recipe
+    sft: Sft | None
+    gguf: Gguf | None
+    score: Score | None
+
+    @property
+    def sets(self) -> Path:
+        """The folder of training, validation and test sets."""
+        return self.output / "sets"
 
 
 def read_run(path: Path, settings: Sequence[str] = ()) -> Run:
@@ -54,11 +97,19 @@ def read_run(path: Path, settings: Sequence[str] = ()) -> Run:
     if not isinstance(output, str) or not output:
         raise UserError(f"{path} has no output: add output = 'FOLDER', or --set output=FOLDER")
     folder = Path(output).expanduser()
-    stages = {name: from_mapping(kind, _section(content, name), f"[{name}]") for name, kind in _STAGES.items()}
-    return Run(folder, **stages, recipe=parse_recipe(content, [str(folder / "triplets.csv")], str(path)))
+    stages = {name: from_mapping(kind, section(content, name), f"[{name}]") for name, kind in _STAGES.items()}
+    later: dict[str, Any] = {name: from_mapping(kind, section(content, name), f"[{name}]") if name in content else None
+             for name, kind in _LATER.items()}  # fmt: skip
+    for name in ("gguf", "score"):
+        if later[name] and not later["sft"]:
+            raise UserError(f"{path} has [{name}] and no [sft]: there would be nothing to do it with")
+    if later["score"] and later["score"].backend == "llama_cpp" and not later["gguf"]:
+        raise UserError(f"{path} has no [gguf] for [score] to predict with: add it, or backend = 'transformers'")
+    run = Run(folder, **stages, **later, recipe=parse_recipe(content, [str(folder / "triplets.csv")], str(path)))
+    return replace(run, sft=with_sets(run.sft, output)) if run.sft else run
 
 
-def run_stages(run: Run, encoder: Encoder, say: Callable[[str], None], *, fresh: bool = False) -> None:
+def run_stages(run: Run, encoder: Encoder, say: Say, *, fresh: bool = False) -> None:
     """Run what is not finished.
 
     Raises:
@@ -66,6 +117,8 @@ def run_stages(run: Run, encoder: Encoder, say: Callable[[str], None], *, fresh:
     """
     run.output.mkdir(parents=True, exist_ok=True)
     spec = run.recipe.model.spec()
+    if run.gguf:
+        run.gguf.check()  # before hours of work
     prompts, texts, triplets = (run.output / name for name in ("prompts.csv", "texts.csv", "triplets.csv"))
     say("prompts")
     make_prompts(
@@ -76,11 +129,51 @@ def run_stages(run: Run, encoder: Encoder, say: Callable[[str], None], *, fresh:
     say("rewrites")
     make_rewrites(run.rewrites, prompts, texts, triplets, spec, say, fresh=fresh)
     say("prepare")
-    prepare(run.recipe, run.output / "sets", encoder, say, fresh=fresh)
+    prepare(run.recipe, run.sets, encoder, say, fresh=fresh)
+    if run.sft is None:
+        return
+    say("sft")
+    adapter = sft(run.sft, run.output / "sft", say, fresh=fresh)
+    say("merge")
+    merged = run.output / "merged"
+    _merge(adapter, merged, say, fresh=fresh)
+    if run.gguf:
+        say("gguf")
+        export(run.gguf, merged, adapter, run.output, say, fresh=fresh)
+    if run.score:
+        say("predict and score")
+        _score(run, run.score, merged, encoder, say, fresh=fresh)
 
 
-def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
-    section = content.pop(name, {})
-    if not isinstance(section, dict):
-        raise UserError(f"[{name}] must be a table")
-    return section
+def _merge(adapter: Path, merged: Path, say: Say, *, fresh: bool) -> None:
+    try:
+        made_of = json.loads(manifest_path(merged).read_text(encoding="utf-8"))["adapter_hash"]
+    except (OSError, ValueError, KeyError, TypeError):
+        made_of = ""
+    if made_of == content_hash(adapter) and (merged / "config.json").is_file() and not fresh:
+        say(f"{merged} is merged from the same adapter: nothing to do (--fresh makes it anew)")
+        return
+    if made_of or fresh:
+        shutil.rmtree(merged, ignore_errors=True)
+    merge(adapter, merged, say)
+
+
+def _score(run: Run, score: Score, merged: Path, encoder: Encoder, say: Say, *, fresh: bool) -> None:
+    assert run.sft is not None
+    model = str(merged)
+    if score.backend == "llama_cpp":
+        assert run.gguf is not None
+        model = str(run.output / run.gguf.file(score.quantization or run.gguf.quantizations[0]))
+    result = run_baselines(
+        Config(
+            train=run.sets / "train.parquet", test=run.sets / "test.parquet", output=run.output / "score",
+            only=(*score.baselines, "tuned"), reference="tuned", backend=score.backend, model=run.sft.base,
+            tuned_model=model, max_new_tokens=score.max_new_tokens, limit=score.limit, fresh=fresh,
+        ),
+        encoder, say,
+    )  # fmt: skip
+    for line in result.lines():
+        say(line)
+    with atomic_writer(run.output / "score.json") as file:
+        json.dump(result.figures(), file, indent=2)
+        file.write("\n")

@@ -1,6 +1,6 @@
 """LoRA and QLoRA fine-tuning on triplets, with TRL's SFTTrainer and PEFT.
 
-    python -m train sft train/recipes/smoke.toml
+    python -m train sft train/recipes/smoke.toml -o runs/smoke
 
 The model is trained on the very ids that predicting feeds (see `train.encoding`). A run that was killed goes on from
 its last checkpoint with the same losses as one that was not.
@@ -9,98 +9,44 @@ its last checkpoint with the same losses as one that was not.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from submission.backends import require
 from submission.backends.hf_loading import load_tokenizer, stay_offline_and_quiet
-from submission.backends.hf_tokenizer import HfTokenizer
 from submission.errors import UserError, first_line
-from submission.models import content_hash
-from submission.tables import atomic_path, read_triplets
+from submission.models import NOTE, content_hash
+from submission.progress import show_progress
+from submission.tables import atomic_folder, atomic_path, read_triplets
 from submission.templates import get_template
 from submission.types import Triplet
 from train.bases import base_folder
-from train.encoding import AnswerEncoder, Example
+from train.encoding import Example
+from train.sft_config import Sft
 from train.stages import write_manifest
+from train.tasks import Task, make_task
+from train.trainer import FSDP, device_count, make_trainer, training_dtype
+from train.watch import watcher
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Sft:
-    """What is trained, on what and how; the defaults are the seed's.
+class Prepared:
+    """Everything that is known before a model is loaded."""
 
-    Attributes:
-        base: transformers folder, GGUF file or `embedded`.
-        train, validation: tables of triplets; "" for no validation.
-        template: the one that predicting will use.
-        max_tokens: of a prompt and its answer.
-        rank, alpha, dropout, targets: of LoRA; targets are names of layers with commas, or all-linear.
-        learning_rate, schedule, warmup_steps, weight_decay: of the optimizer; schedule is linear or cosine.
-        optimizer: as transformers calls it, such as adamw_torch or paged_adamw_8bit.
-        batch, accumulation: sequences of a step are batch x accumulation (x devices).
-        epochs, max_steps: how long; max_steps of 0 leaves it to epochs.
-        evaluate_every, evaluation_rows: steps between losses on the first rows of validation.
-        patience: evaluations without a better loss before it stops; 0 never stops.
-        save_every: steps between checkpoints.
-        load_in_4bit: nf4 with double quantisation (QLoRA).
-        dtype: auto, float32, bfloat16 or float16.
-        gradient_checkpointing: less memory for a third more time.
-        tracker: none, wandb or tensorboard.
-        seed: of everything that is drawn.
-    """
-
-    base: str = "embedded"
-    train: str = ""
-    validation: str = ""
-    template: str = "detailed"
-    max_tokens: int = 2048
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.1
-    targets: str = "q_proj,k_proj,v_proj,o_proj"
-    learning_rate: float = 2e-5
-    schedule: str = "linear"
-    warmup_steps: int = 10
-    weight_decay: float = 0.0
-    optimizer: str = "paged_adamw_8bit"
-    batch: int = 1
-    accumulation: int = 4
-    epochs: float = 4.0
-    max_steps: int = 0
-    evaluate_every: int = 20
-    evaluation_rows: int = 100
-    patience: int = 0
-    save_every: int = 100
-    load_in_4bit: bool = False
-    dtype: str = "auto"
-    gradient_checkpointing: bool = True
-    tracker: str = "none"
-    seed: int = 3407
-
-    def check(self) -> None:
-        """Refuse what cannot be meant.
-
-        Raises:
-            UserError: names the key, its value and what is allowed.
-        """
-        for key, allowed in {
-            "schedule": ("linear", "cosine"), "dtype": ("auto", "float32", "bfloat16", "float16"),
-            "tracker": ("none", "wandb", "tensorboard"),
-        }.items():  # fmt: skip
-            if getattr(self, key) not in allowed:
-                raise UserError(f"option {key}={getattr(self, key)!r} of [sft] must be one of: {', '.join(allowed)}")
-        for key in ("rank", "alpha", "batch", "accumulation", "max_tokens", "save_every", "evaluate_every"):
-            if getattr(self, key) < 1:
-                raise UserError(f"option {key}={getattr(self, key)!r} of [sft] must be at least 1")
-        if not self.train:
-            raise UserError("[sft] names no training set: train = 'sets/train.parquet'")
+    base: Path
+    tokenizer: Any
+    task: Task
+    train: list[Example]
+    validation: list[Example]
+    watched: list[Triplet]
+    dropped: dict[str, int]
 
 
 def sft(config: Sft, output: Path, say: Say, *, fresh: bool = False) -> Path:
@@ -112,228 +58,195 @@ def sft(config: Sft, output: Path, say: Say, *, fresh: bool = False) -> Path:
     Raises:
         UserError: something is missing or wrong, or `output` holds another run.
     """
-    config.check()
-    for package in ("torch", "transformers", "peft", "trl", "datasets"):
-        require(package, "train", "train sft")
-    marks = _marks(config)
+    check_installed(config)
+    main = int(os.environ.get("RANK", "0")) == 0
+    if not main:
+        say = _say_nothing
     adapter, checkpoints = output / "adapter", output / "checkpoints"
-    if fresh:
-        shutil.rmtree(adapter, ignore_errors=True)
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    _check_same_run(output, marks)
+    with _one_by_one():
+        base = base_folder(config.base)
+        marks = _marks(config, base)
+        if main:
+            if fresh:
+                shutil.rmtree(adapter, ignore_errors=True)
+                shutil.rmtree(checkpoints, ignore_errors=True)
+                (output / "sft.json").unlink(missing_ok=True)
+            check_same_run(output, marks)
+            if not (adapter / "adapter_model.safetensors").is_file():
+                get_template(config.template)
+                output.mkdir(parents=True, exist_ok=True)
+                with atomic_path(output / "sft.json") as temporary:
+                    temporary.write_text(json.dumps(marks, indent=2))
     if (adapter / "adapter_model.safetensors").is_file():
         say(f"{adapter} is trained by the same recipe: nothing to do (--fresh trains anew)")
         return adapter
     stay_offline_and_quiet()
-    output.mkdir(parents=True, exist_ok=True)
-    with atomic_path(output / "sft.json") as temporary:
-        temporary.write_text(json.dumps(marks, indent=2))
-    base = base_folder(config.base)
-    tokenizer = load_tokenizer(base)
-    encoder = AnswerEncoder(HfTokenizer(tokenizer), get_template(config.template), config.max_tokens)
-    train = _encoded(config.train, encoder, 0, say)
-    validation = _encoded(config.validation, encoder, config.evaluation_rows, say) if config.validation else []
-    trainer = _trainer(config, base, tokenizer, train, validation, checkpoints, say)
+    ready = prepare(config, base, say)
+    epoch, steps = config.steps(len(ready.train), device_count())
+    say(f"{len(ready.train)} rows, {sum(len(e.ids) for e in ready.train)} tokens, {epoch} steps an epoch, "
+        f"{training_dtype(config)}{', 4 bits' if config.load_in_4bit else ''}")  # fmt: skip
     last = _last_checkpoint(checkpoints)
+    done = int(last.name.rpartition("-")[2]) if last else 0
     if last:
         say(f"resuming from {last}")
-    result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with show_progress(steps, done, doing="training", unit="steps") as progress:
+        callback = watcher(say, progress, ready.task, ready.watched)
+        trainer = make_trainer(
+            config, base, ready.tokenizer, ready.train, ready.validation, checkpoints, [callback]
+        )  # fmt: skip
+        try:
+            result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+            _save_adapter(trainer, adapter, config)
+        except Exception as error:
+            raise _explained(error, output) from error
     if trainer.accelerator.is_main_process:
-        _save_adapter(trainer, adapter, config)
-        history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+        history = [entry for entry in trainer.state.log_history if {"loss", "eval_loss", *_MEASURED} & set(entry)]
         plot_curve(output / "training.png", history)
-        write_manifest(output / "adapter", {
-            "made_from": marks, "base": str(base), "steps": trainer.state.global_step,
-            "loss": result.training_loss, "history": history, "rows": len(train),
+        write_manifest(adapter, {
+            "made_from": marks, "base": str(base), "template": config.template, "steps": trainer.state.global_step,
+            "loss": result.training_loss, "seconds": result.metrics.get("train_runtime"),
+            "best": {"loss": trainer.state.best_metric, "step": trainer.state.best_global_step},
+            "history": history, "rows": len(ready.train), "dropped": ready.dropped,
         })  # fmt: skip
         say(f"written to {adapter}: {trainer.state.global_step} steps, mean loss {result.training_loss:.4f}")
     return adapter
 
 
+def check_installed(config: Sft) -> None:
+    """Refuse a recipe that cannot be meant, or that needs packages that are not there.
+
+    Raises:
+        UserError: see `Sft.check`; `MissingExtra` with the pip command.
+    """
+    config.check()
+    for package in ("torch", "transformers", "peft", "trl", "datasets"):
+        require(package, "train", "train sft")
+    if config.tracker != "none":
+        require(config.tracker, "trackers", f"tracker {config.tracker}")
+    if config.load_in_4bit or config.optimizer.endswith("8bit"):
+        require("bitsandbytes", "train", "train sft in 4 or 8 bits")
+
+
+def prepare(config: Sft, base: Path, say: Say) -> Prepared:
+    """Read and encode the sets.
+
+    Raises:
+        UserError: a table is missing or wrong, or none of its rows fits.
+    """
+    tokenizer = load_tokenizer(base)
+    task = make_task(config, tokenizer)
+    dropped: dict[str, int] = {}
+
+    def encoded(path: str, limit: int) -> tuple[list[Triplet], list[Example]]:
+        triplets = read_triplets(Path(path))[: limit or None]
+        found = task.examples(triplets)
+        kept = [example for example in found if example is not None]
+        dropped[path] = len(found) - len(kept)
+        if dropped[path]:
+            say(f"{path}: {dropped[path]} of {len(found)} rows do not fit the template or the length")
+        if not kept:
+            raise UserError(f"{path}: no row is left to train on")
+        return triplets, kept
+
+    _, train = encoded(config.train, config.rows)
+    watched, validation = encoded(config.validation, config.evaluation_rows) if config.validation else ([], [])
+    return Prepared(base, tokenizer, task, train, validation, watched, dropped)
+
+
+_MEASURED = {"eval_score": "score of greedy answers", "eval_accuracy": "accuracy", "eval_auc": "area under the curve"}
+
+
 def plot_curve(path: Path, history: Sequence[dict[str, Any]]) -> None:
-    """Losses by step, of training and validation."""
+    """Losses by step, of training and validation, and below them what was measured."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    panels: list[tuple[str, dict[str, str]]] = [
+        ("loss of the answer's tokens, nats", {"loss": "training", "eval_loss": "validation"})
+    ]
+    if any(key in entry for entry in history for key in _MEASURED):
+        panels.append(("validation", _MEASURED))
+    figure = Figure(figsize=(6, 2.8 * len(panels) + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for key, label in (("loss", "training"), ("eval_loss", "validation")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker=".", label=label)
+    for axes, (title, series) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        for key, label in series.items():
+            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="." if len(points) < 100 else "", label=label)
+        axes.set_ylabel(title)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
     axes.set_xlabel("step")
-    axes.set_ylabel("loss of the answer's tokens, nats")
-    axes.grid(alpha=0.3)
-    if history:
-        axes.legend()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def _marks(config: Sft) -> dict[str, Any]:
+def _marks(config: Sft, base: Path) -> dict[str, Any]:
     files = {key: content_hash(Path(path)) for key in ("train", "validation")
              if (path := getattr(config, key)) and Path(path).is_file()}  # fmt: skip
-    return {"config": asdict(config), "files": files}
+    marks = {"config": asdict(config), "files": files, "base": content_hash(base), "devices": device_count()}
+    plain: dict[str, Any] = json.loads(json.dumps(marks))
+    return plain
 
 
-def _check_same_run(output: Path, marks: dict[str, Any]) -> None:
+def check_same_run(output: Path, marks: dict[str, Any]) -> None:
+    """Refuse a folder that holds another run.
+
+    Raises:
+        UserError: says what is different.
+    """
     try:
         theirs = json.loads((output / "sft.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return
     except (OSError, ValueError):
         theirs = {}
-    if theirs != json.loads(json.dumps(marks)):
+    if theirs != marks:
         ours, before = marks["config"], theirs.get("config", {})
         different = [
             f"{key}: {before.get(key)!r} there, {ours[key]!r} here" for key in ours if before.get(key) != ours[key]
         ]
+        different += [f"the content of {key} has changed" for key in ("files", "base", "devices")
+                      if theirs.get(key) != marks[key]]  # fmt: skip
         raise UserError(
-            f"{output} holds another run: {'; '.join(different) or 'the files of triplets have changed'}\n"
-            "Name another output, or begin anew with --fresh."
+            f"{output} holds another run: {'; '.join(different)}\nName another output, or begin anew with --fresh."
         )
 
 
-def _encoded(path: str, encoder: AnswerEncoder, limit: int, say: Say) -> list[Example]:
-    triplets: list[Triplet] = read_triplets(Path(path))
-    found = [encoder.encode(triplet) for triplet in triplets[: limit or None]]
-    kept = [example for example in found if example is not None]
-    if len(kept) < len(found):
-        say(f"{path}: {len(found) - len(kept)} of {len(found)} rows do not fit the template or the length")
-    if not kept:
-        raise UserError(f"{path}: no row is left to train on")
-    return kept
-
-
-def _trainer(
-    config: Sft,
-    base: Path,
-    tokenizer: Any,
-    train: Sequence[Example],
-    validation: Sequence[Example],
-    folder: Path,
-    say: Say,
-) -> Any:
+def _explained(error: Exception, output: Path) -> Exception:
+    """What the user can do about it, if it is theirs: too little memory, or no room on the disk."""
     import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import EarlyStoppingCallback
-    from trl.trainer.sft_config import SFTConfig
 
-    cuda = torch.cuda.is_available()
-    if config.dtype == "auto":
-        dtype = ("bfloat16" if torch.cuda.is_bf16_supported() else "float16") if cuda else "float32"
-    else:
-        dtype = config.dtype
-    steps = max(1, math.ceil(len(train) / (config.batch * config.accumulation)))
-    say(f"{len(train)} rows, {sum(len(e.ids) for e in train)} tokens, {steps} steps an epoch, {dtype}"
-        f"{', 4 bits' if config.load_in_4bit else ''}")  # fmt: skip
-    arguments = SFTConfig(
-        output_dir=str(folder), seed=config.seed, data_seed=config.seed,
-        per_device_train_batch_size=config.batch, per_device_eval_batch_size=config.batch,
-        gradient_accumulation_steps=config.accumulation, num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1, learning_rate=config.learning_rate, lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup_steps, weight_decay=config.weight_decay, optim=config.optimizer,
-        bf16=dtype == "bfloat16" and cuda, fp16=dtype == "float16",
-        use_cpu=not cuda, gradient_checkpointing=config.gradient_checkpointing, logging_steps=1,
-        eval_strategy="steps" if validation else "no", eval_steps=config.evaluate_every,
-        save_strategy="steps", save_steps=config.save_every, save_total_limit=2,
-        load_best_model_at_end=bool(validation) and config.save_every % config.evaluate_every == 0,
-        metric_for_best_model="eval_loss" if validation else None, report_to=config.tracker, disable_tqdm=True,
-        max_length=None, packing=False, shuffle_dataset=False, dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False,
-    )  # fmt: skip
-
-    def table(examples: Sequence[Example]) -> Any:
-        return Dataset.from_dict({"input_ids": [list(e.ids) for e in examples], "labels": [e.labels for e in examples]})
-
-    callbacks: list[Any] = [_teller(say)]
-    if config.patience and validation:
-        callbacks.append(EarlyStoppingCallback(config.patience))
-    targets: str | list[str] = [name.strip() for name in config.targets.split(",") if name.strip()]
-    try:
-        trainer = _trainer_class(config, [len(example.ids) for example in train])(
-            model=_load(base, dtype, load_in_4bit=config.load_in_4bit, cuda=cuda),
-            args=arguments, train_dataset=table(train), eval_dataset=table(validation) if validation else None,
-            processing_class=tokenizer, callbacks=callbacks,
-            peft_config=LoraConfig(
-                r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, task_type="CAUSAL_LM",
-                target_modules="all-linear" if targets == ["all-linear"] else targets,
-            ),
-        )  # fmt: skip
-    except ValueError as error:
-        raise UserError(f"[sft] cannot be set up: {first_line(error)}") from error
-    for callback in list(trainer.callback_handler.callbacks):
-        if type(callback).__name__ == "PrinterCallback":  # raw dictionaries: `_teller` says it
-            trainer.remove_callback(callback)
-    return trainer
+    said = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in said:
+        return UserError(
+            f"too little memory for training: {first_line(error)[:200]}\nLower batch (and raise accumulation) or "
+            "max_tokens, or set gradient_checkpointing=true, load_in_4bit=true."
+        )
+    # Libraries that write weights have errors of their own for a failed write.
+    if isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in said:
+        return UserError(
+            f"{output} cannot be written: {first_line(error)[:200]}\n"
+            "Make room and run the same command again: it goes on from the last whole checkpoint."
+        )
+    return error
 
 
-def _load(base: Path, dtype: str, *, load_in_4bit: bool, cuda: bool) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+@contextmanager
+def _one_by_one() -> Iterator[None]:
+    """With several processes the first one goes first, and the others find what it has made."""
+    if device_count() == 1:
+        yield
+        return
+    from accelerate import PartialState
 
-    more: dict[str, Any] = {}
-    if load_in_4bit:
-        more["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, dtype),
-        )  # fmt: skip
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        more["device_map"] = {"": f"cuda:{local}" if cuda else "cpu"}
-    # Without 4 bits the weights stay 32-bit on a GPU with mixed precision, or LoRA's small steps are lost.
-    return AutoModelForCausalLM.from_pretrained(
-        base, dtype=getattr(torch, dtype if load_in_4bit or not cuda else "float32"), local_files_only=True,
-        trust_remote_code=False, use_safetensors=True, **more,
-    )  # fmt: skip
+    with PartialState().main_process_first():
+        yield
 
 
-def _trainer_class(config: Sft, lengths: Sequence[int]) -> Any:
-    """SFTTrainer with an order of rows that depends on seed and epoch only.
-
-    The library's sampler draws from the global random stream, whose state at the beginning of an epoch is gone when a
-    run is resumed in its middle: the rest of that epoch would see other rows.
-    """
-    import torch
-    from torch.utils.data import Sampler
-    from transformers.trainer_pt_utils import get_length_grouped_indices
-    from trl.trainer.sft_trainer import SFTTrainer
-
-    class ByLength(Sampler[int]):
-        epoch = 0
-
-        def set_epoch(self, epoch: int) -> None:
-            self.epoch = epoch
-
-        def __len__(self) -> int:
-            return len(lengths)
-
-        def __iter__(self) -> Any:
-            order = torch.Generator().manual_seed(config.seed + self.epoch)
-            together = config.batch * config.accumulation
-            return iter(get_length_grouped_indices(list(lengths), together, generator=order))
-
-    class Trainer(SFTTrainer):
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            return ByLength()
-
-    return Trainer
-
-
-def _teller(say: Say) -> Any:
-    from transformers import TrainerCallback
-
-    class Teller(TrainerCallback):  # type: ignore[misc]
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if not state.is_world_process_zero or not logs:
-                return
-            if "eval_loss" in logs:
-                say(f"step {state.global_step} of {state.max_steps}: validation loss {logs['eval_loss']:.4f}")
-            elif "loss" in logs and (state.global_step % 10 == 0 or state.global_step == state.max_steps):
-                say(f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f}")
-
-    return Teller()
+def _say_nothing(_: str) -> None:
+    """For all processes but the first."""
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
@@ -343,9 +256,10 @@ def _last_checkpoint(folder: Path) -> Path | None:
 
 
 def _save_adapter(trainer: Any, adapter: Path, config: Sft) -> None:
-    part = adapter.with_name(f".adapter.{os.getpid()}.tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    trainer.model.save_pretrained(part)
-    (part / "prompt-recovery.json").write_text(json.dumps({"template": config.template, "base": config.base}))
-    shutil.rmtree(adapter, ignore_errors=True)
-    part.rename(adapter)
+    sharded = os.environ.get(FSDP) == "true"
+    state = trainer.accelerator.get_state_dict(trainer.model) if sharded else None  # all processes take part
+    if not trainer.accelerator.is_main_process:
+        return
+    with atomic_folder(adapter) as part:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(part, state_dict=state)
+        (part / NOTE).write_text(json.dumps({"template": config.template, "base": config.base}))

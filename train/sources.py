@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from pathlib import Path
 from submission.backends import require
 from submission.errors import UserError
 from submission.models import cache_folder
-from submission.tables import header_of, read_table
+from submission.tables import atomic_folder, header_of, read_table
 
 KAGGLE = "kaggle:"
 _TABLES = (".csv", ".parquet", ".jsonl", ".ndjson")
@@ -85,9 +84,8 @@ def _download(name: str) -> Path:
     folder = cache_folder("datasets") / name
     if folder.is_dir():
         return folder
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    part.mkdir(parents=True, exist_ok=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(folder) as part:
         # The client ends the process when credentials are missing, so it has one of its own.
         done = subprocess.run(
             [sys.executable, "-m", "kaggle", "datasets", "download", "-d", name, "-p", str(part), "--unzip", "-q"],
@@ -99,7 +97,4 @@ def _download(name: str) -> Path:
                 f"source {KAGGLE}{name} cannot be downloaded: {said[0] if said else 'no answer'}\n"
                 "It needs the network and Kaggle credentials (KAGGLE_API_TOKEN, or ~/.kaggle)."
             )
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder

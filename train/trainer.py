@@ -1,0 +1,205 @@
+"""TRL's SFTTrainer, set up for examples that are encoded already."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from submission.errors import UserError, first_line
+from train.encoding import IGNORED, Example
+from train.sft_config import Sft
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+FSDP = "ACCELERATE_USE_FSDP"  # set by `accelerate launch`
+
+
+def device_count() -> int:
+    """Processes of this run, one for each device."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def training_dtype(config: Sft) -> str:
+    """`auto` is bfloat16 where the GPU has it, float16 on other GPUs, float32 on a CPU."""
+    import torch
+
+    if config.dtype != "auto":
+        return config.dtype
+    if not torch.cuda.is_available():
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def lora_config(config: Sft) -> Any:
+    """As PEFT takes it."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, task_type="CAUSAL_LM",
+        target_modules=config.target_modules,
+    )  # fmt: skip
+
+
+def make_trainer(
+    config: Sft,
+    base: Path,
+    tokenizer: Any,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    folder: Path,
+    callbacks: Sequence[Any],
+) -> Any:
+    """A trainer that writes its checkpoints to `folder`.
+
+    Raises:
+        UserError: the model cannot be loaded, or has no such layers.
+    """
+    import torch
+    from datasets import Dataset
+    from transformers import EarlyStoppingCallback
+    from trl.trainer.sft_config import SFTConfig
+
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        keep_memory()
+    dtype = training_dtype(config)
+    if config.tracker == "wandb":
+        os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
+    arguments = SFTConfig(
+        output_dir=str(folder), seed=config.seed, data_seed=config.seed,
+        per_device_train_batch_size=config.batch, per_device_eval_batch_size=config.batch,
+        gradient_accumulation_steps=config.accumulation, num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1, learning_rate=config.learning_rate, lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup_steps, weight_decay=config.weight_decay, optim=config.optimizer,
+        bf16=dtype == "bfloat16", fp16=dtype == "float16" and cuda,
+        use_cpu=not cuda, gradient_checkpointing=config.gradient_checkpointing, logging_steps=1,
+        eval_strategy="steps" if validation else "no", eval_steps=config.evaluate_every,
+        save_strategy="steps", save_steps=config.save_every, save_total_limit=2,
+        load_best_model_at_end=bool(validation) and config.save_every % config.evaluate_every == 0,
+        metric_for_best_model="eval_loss" if validation else None, report_to=config.tracker, disable_tqdm=True,
+        max_length=None, packing=False, shuffle_dataset=False, dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False, ddp_find_unused_parameters=False if device_count() > 1 else None,
+    )  # fmt: skip
+
+    def table(examples: Sequence[Example]) -> Any:
+        return Dataset.from_dict({"input_ids": [list(e.ids) for e in examples], "labels": [e.labels for e in examples]})
+
+    more = [EarlyStoppingCallback(config.patience)] if config.patience and validation else []
+    try:
+        trainer = _trainer_class(config, [len(example.ids) for example in train])(
+            model=load_base(base, dtype, load_in_4bit=config.load_in_4bit, cuda=cuda),
+            args=arguments, train_dataset=table(train), eval_dataset=table(validation) if validation else None,
+            processing_class=tokenizer, callbacks=[*callbacks, *more], peft_config=lora_config(config),
+            data_collator=collator(tokenizer),
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"[sft] cannot be set up: {first_line(error)}") from error
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ == "PrinterCallback":  # raw dictionaries: the watcher says it
+            trainer.remove_callback(callback)
+    return trainer
+
+
+def keep_memory() -> None:
+    """Have the C library keep what is freed: on a CPU the memory of a step would be given back and be fetched again.
+
+    Fetching it page by page took two thirds of a step's time.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # not glibc
+        return
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_M_MMAP_MAX, 0)
+
+
+def batch_order(lengths: Sequence[int], together: int, seed: int) -> list[int]:
+    """Rows in the order of an epoch: random, but rows of one step are of like length, so that little is padded.
+
+    Args:
+        lengths: of all rows, in tokens.
+        together: rows of a step.
+        seed: of the epoch.
+    """
+    import torch
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    order = torch.Generator().manual_seed(seed)
+    found: list[int] = get_length_grouped_indices(list(lengths), together, generator=order)
+    return found
+
+
+def load_base(base: Path, dtype: str, *, load_in_4bit: bool, cuda: bool) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    more: dict[str, Any] = {}
+    if load_in_4bit:
+        more["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+            # Sharding needs one dtype for all that is stored.
+            bnb_4bit_quant_storage=getattr(torch, dtype) if os.environ.get(FSDP) == "true" else torch.uint8,
+        )  # fmt: skip
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        more["device_map"] = {"": f"cuda:{local}" if cuda else "cpu"}
+    # Frozen weights may be of 16 bits, for LoRA's own stay 32-bit (PEFT casts them up). Those of 16-bit floats would
+    # overflow in training, so they are 32-bit under mixed precision.
+    weights = "float32" if dtype == "float16" and not load_in_4bit else dtype
+    return AutoModelForCausalLM.from_pretrained(
+        base, dtype=getattr(torch, weights), local_files_only=True, trust_remote_code=False, use_safetensors=True,
+        **more,
+    )  # fmt: skip
+
+
+def collator(tokenizer: Any) -> Any:
+    """Pads a batch on the right to its longest row."""
+    import torch
+
+    blank = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+        width = max(len(row["input_ids"]) for row in rows)
+        ids = torch.full((len(rows), width), blank)
+        labels = torch.full((len(rows), width), IGNORED)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for place, row in enumerate(rows):
+            length = len(row["input_ids"])
+            ids[place, :length] = torch.tensor(row["input_ids"])
+            labels[place, :length] = torch.tensor(row["labels"])
+            mask[place, :length] = 1
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    return collate
+
+
+def _trainer_class(config: Sft, lengths: Sequence[int]) -> Any:
+    """SFTTrainer with an order of rows that depends on seed and epoch only.
+
+    The library's sampler draws from the global random stream, whose state at the beginning of an epoch is gone when a
+    run is resumed in its middle: the rest of that epoch would see other rows.
+    """
+    from torch.utils.data import Sampler
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    together = config.batch * config.accumulation * device_count()
+
+    class ByLength(Sampler[int]):
+        epoch = 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __len__(self) -> int:
+            return len(lengths)
+
+        def __iter__(self) -> Any:
+            return iter(batch_order(lengths, together, config.seed + self.epoch))
+
+    class Trainer(SFTTrainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return ByLength()
+
+    return Trainer

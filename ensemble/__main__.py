@@ -1,27 +1,217 @@
-"""`python -m ensemble`: this room is still empty; says what it will hold."""
+"""`python -m ensemble`: many candidates, judges, selectors, and the experiment that tells whether they help."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Annotated
 
-PLAN = """\
-ensemble tries to beat one answer: many candidates, judges, selectors.
-Nothing of it is built yet. It will hold these commands:
+import typer
 
-    sample      candidates from several models, prompts and temperatures
-    select      choose, score and explain the choice
-    experiment  the study of when a judge helps
-    trial       one row, looked at closely
+from submission.commands import new_app, run_command
+from submission.errors import UserError
+from submission.recover import DEFAULT_PROMPT
 
-What works today: python -m submission --help
-"""
+app = new_app("Try to beat one answer: sample many, let selectors choose, measure whether and why it helps.")
+
+OutputOption = Annotated[Path, typer.Option("-o", "--output", help="File to write.")]
+FolderOption = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Forget what the journals hold.")]
+EncoderOption = Annotated[str, typer.Option(help="sentence-transformers folder; default: as eval chooses.")]
+NearOption = Annotated[
+    float, typer.Option(min=0, max=1, help="Candidates at least so near are one; 1: only equal ones.")
+]
+ModelsOption = Annotated[
+    Path | None,
+    typer.Option("--models", help="TOML with [target], [judge], [gate]: model, backend, adapter, settings."),
+]
+TargetOption = Annotated[str, typer.Option(help="Model that made the rewrites, for likelihood. Default: embedded.")]
+JudgeOption = Annotated[str, typer.Option(help="Model that judges. Default: embedded.")]
+GateOption = Annotated[str, typer.Option(help="Model trained to say Yes or No, for judge_yes_no. Default: the judge.")]
+WeightsOption = Annotated[
+    list[Path] | None, typer.Option("--weights", help="A file of `fit`; again for more. Its name is a selector.")
+]
+RotationsOption = Annotated[int, typer.Option(min=0, help="Orders that judge_pick sees; 0: as many as candidates.")]
+CandidatesArgument = Annotated[Path, typer.Argument(metavar="CANDIDATES", help="What `sample` wrote.")]
 
 
-def main() -> int:
-    """Print the plan; exit 2 when a command was asked for, since there is none yet."""
-    print(PLAN, end="")
-    return 2 if any(not argument.startswith("-") for argument in sys.argv[1:]) else 0
+@app.command()
+def sample(
+    pairs: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="CSV or Parquet with id, original_text, rewritten_text.")
+    ],
+    output: OutputOption,
+    sources: Annotated[
+        Path | None, typer.Option(help="TOML with a [[source]] for each. Default: the embedded model.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE of every source, such as n=4; again for more.")
+    ] = None,
+    near: NearOption = 0.95,
+    limit: Annotated[int, typer.Option(min=0, help="First rows only; 0 for all.")] = 0,
+    encoder: EncoderOption = "",
+    fresh: FreshOption = False,
+) -> None:
+    """Draw candidates for every pair. The same command again resumes.
+
+    Keys of a source: name, backend, model, adapter, settings, template, shots, n_shots, n, greedy, temperature, top_p,
+    min_p, max_new_tokens, seed.
+    """
+    from ensemble.sample import sample as draw
+    from ensemble.sources import read_sources
+    from eval.encoders import find_encoder
+    from submission.tables import read_pairs
+
+    listed = read_sources(sources, settings or [])
+    rows = read_pairs(pairs)
+    if not rows:
+        raise UserError(f"{pairs} has a header and no row")
+    draw(rows[: limit or None], listed, output, None if near == 1 else find_encoder(encoder), near, _say, fresh=fresh)
+
+
+@app.command()
+def select(
+    candidates: CandidatesArgument,
+    selector: Annotated[str, typer.Option(help="Name; a+b sums ranks. `python -m ensemble selectors` lists them.")],
+    output: OutputOption,
+    models: ModelsOption = None,
+    target: TargetOption = "",
+    judge: JudgeOption = "",
+    gate: GateOption = "",
+    weights: WeightsOption = None,
+    rotations: RotationsOption = 0,
+    concat: Annotated[int, typer.Option(min=1, help="Join so many of the best candidates into one answer.")] = 1,
+    constant: Annotated[str, typer.Option(help="A prompt to put behind the answer.")] = "",
+    encoder: EncoderOption = "",
+    fresh: FreshOption = False,
+) -> None:
+    """Let a selector choose one candidate of every row, and write a submission."""
+    from ensemble.models import read_models
+    from ensemble.select import select as choose
+    from eval.encoders import find_encoder
+
+    known = read_models(models, {"target": target, "judge": judge, "gate": gate})
+    counts = choose(
+        candidates, output, selector, known, find_encoder(encoder), _say, weights=weights or [], rotations=rotations,
+        concat=concat, constant=constant, fresh=fresh,
+    )  # fmt: skip
+    _say(
+        f"written to {output}: {counts['rows']} rows, {counts['without']} without a candidate (default prompt), "
+        f"{counts['undecided']} of which {selector} said nothing (first candidate)"
+    )
+
+
+@app.command()
+def experiment(
+    candidates: CandidatesArgument,
+    truth: Annotated[Path, typer.Option(help="CSV or Parquet with id and rewrite_prompt.")],
+    output: FolderOption,
+    selectors: Annotated[str, typer.Option(help="Names with commas; default: all.")] = "",
+    models: ModelsOption = None,
+    target: TargetOption = "",
+    judge: JudgeOption = "",
+    gate: GateOption = "",
+    weights: WeightsOption = None,
+    rotations: RotationsOption = 0,
+    constant: Annotated[str, typer.Option(help="The constant prompt to compare with.")] = DEFAULT_PROMPT,
+    concat_by: Annotated[str, typer.Option(help="Selector whose best candidates are joined.")] = "consensus",
+    by: Annotated[str, typer.Option(help="Column of the truth that tells kinds of prompt.")] = "",
+    encoder: EncoderOption = "",
+    fresh: FreshOption = False,
+) -> None:
+    """Compare all selectors on the same candidates, and find out why they help or don't.
+
+    Writes report.html, experiment.json and figures. Models' answers are journalled in the folder.
+    """
+    from ensemble.experiment import ALL, Config, lines_of, run_experiment
+    from ensemble.models import read_models
+    from eval.encoders import find_encoder
+
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} is a file: name a folder")
+    names = [name.strip() for name in selectors.split(",") if name.strip()] or list(ALL)
+    known = read_models(models, {"target": target, "judge": judge, "gate": gate})
+    config = Config(
+        candidates, truth, output, names, known, constant, concat_by=concat_by, weights=weights or [],
+        rotations=rotations, by=by, fresh=fresh,
+    )  # fmt: skip
+    for line in lines_of(run_experiment(config, find_encoder(encoder), _say)):
+        print(line)
+    _say(f"written to {output / 'report.html'}")
+
+
+@app.command()
+def fit(
+    candidates: CandidatesArgument,
+    truth: Annotated[Path, typer.Option(help="CSV or Parquet with id and rewrite_prompt, of a validation set.")],
+    output: OutputOption,
+    selectors: Annotated[str, typer.Option(help="Names with commas.")],
+    name: Annotated[str, typer.Option(help="What the weighted sum is called.")] = "weighted",
+    models: ModelsOption = None,
+    target: TargetOption = "",
+    judge: JudgeOption = "",
+    gate: GateOption = "",
+    rotations: RotationsOption = 0,
+    encoder: EncoderOption = "",
+    fresh: FreshOption = False,
+) -> None:
+    """Fit the weights of a sum of selectors on a validation set; `experiment` refuses them for its rows."""
+    from ensemble.experiment import fit_weights
+    from ensemble.models import read_models
+    from eval.encoders import find_encoder
+
+    names = [part.strip() for part in selectors.split(",") if part.strip()]
+    known = read_models(models, {"target": target, "judge": judge, "gate": gate})
+    weights = fit_weights(
+        candidates, truth, output, name, names, known, find_encoder(encoder), _say, rotations=rotations, fresh=fresh
+    )  # fmt: skip
+    for part, weight in weights.items():
+        print(f"{part:<20} {weight:.3f}")
+
+
+@app.command()
+def selectors() -> None:
+    """List the selectors."""
+    from ensemble.selectors import SELECTORS
+
+    for name, known in SELECTORS.items():
+        print(f"{name:<16} {known.about}{f'; asks the {known.needs}' if known.needs else ''}")
+
+
+@app.command()
+def trial(
+    output: FolderOption = Path("trial"),
+    encoder: EncoderOption = "",
+    fresh: FreshOption = False,
+) -> None:
+    """Sample, select and experiment with the embedded model on the examples, in a few minutes."""
+    from ensemble.candidates import NEAR
+    from ensemble.experiment import lines_of
+    from ensemble.trial import trial as run
+    from eval.encoders import find_encoder
+
+    for line in lines_of(run(output, find_encoder(encoder), NEAR, _say, fresh=fresh)):
+        print(line)
+    _say(f"written to {output / 'report.html'}")
+
+
+def _say(line: str) -> None:
+    from submission.progress import tell
+
+    tell(line, sys.stderr)
+
+
+def _run() -> None:
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def main() -> None:
+    """Run a command; see `submission.commands.run_command`."""
+    run_command(_run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Okabe and Ito's colours: told apart by the colour-blind too.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8B6F00")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8B6F00")
 _STYLES = ("-", "--", ":", "-.")
 _WIDTH, _DPI = 5.2, 150  # inches: small enough for its letters to be read on a phone
 _BINS = 5
@@ -28,23 +28,23 @@ def score_distribution(comparison: Comparison) -> bytes:
     """For each system the share of rows that score at least so much."""
     import numpy as np
 
-    with _canvas(4.2) as (axes, png):
+    with canvas(4.2) as (axes, png):
         for number, line in enumerate(comparison.lines):
             scores = np.sort(line.system.scored.scores)
             share = 1 - np.arange(len(scores)) / len(scores)
-            axes.step(scores, share, where="pre", label=one_line(line.system.name, _MOST_LETTERS), **_style(number))
+            axes.step(scores, share, where="pre", label=one_line(line.system.name, _MOST_LETTERS), **style(number))
         axes.set_xlabel("score")
         axes.set_ylabel("share of rows that score at least so much")
         axes.set_ylim(0, 1.02)
-        _legend(axes)
+        legend(axes)
     return png.getvalue()
 
 
 def differences(comparison: Comparison) -> bytes:
     """Paired differences to the reference with their intervals."""
     lines = [line for line in comparison.lines if line.difference is not None]
-    with _canvas(1.2 + 0.42 * len(lines)) as (axes, png):
-        _dots(axes, [one_line(line.system.name, _MOST_LETTERS) for line in lines],
+    with canvas(1.2 + 0.42 * len(lines)) as (axes, png):
+        dots(axes, [one_line(line.system.name, _MOST_LETTERS) for line in lines],
               [line.difference for line in lines if line.difference is not None], 0.0, 0)  # fmt: skip
         axes.axvline(0, color="#444444", linewidth=1)
         axes.set_xlabel(f"mean score minus that of {one_line(comparison.reference, 30)}, 95 % interval")
@@ -63,7 +63,7 @@ def by_kind(comparison: Comparison, kinds: Sequence[str], names: Sequence[str]) 
 
     labels = np.array(kinds)
     lines = comparison.lines
-    with _canvas(1.4 + (0.2 + 0.12 * len(lines)) * len(names)) as (axes, png):
+    with canvas(1.4 + (0.2 + 0.12 * len(lines)) * len(names)) as (axes, png):
         for number, line in enumerate(lines):
             means = []
             for name in names:
@@ -71,9 +71,9 @@ def by_kind(comparison: Comparison, kinds: Sequence[str], names: Sequence[str]) 
                 means.append(bootstrap(line.system.scored.scores[rows][:, None], comparison.truth.clusters[rows])[0])
             offset = (number - (len(lines) - 1) / 2) * 0.8 / len(lines)
             shown = [f"{one_line(name, _MOST_LETTERS)} ({kinds.count(name)})" for name in names]
-            _dots(axes, shown, means, offset, number, line.system.name)
+            dots(axes, shown, means, offset, number, line.system.name)
         axes.set_xlabel("mean score, 95 % interval")
-        _legend(axes)
+        legend(axes)
     return png.getvalue()
 
 
@@ -88,24 +88,24 @@ def by_length(comparison: Comparison, lengths: NDArray[np.int64]) -> bytes:
 
     edges = np.unique(np.quantile(lengths, np.linspace(0, 1, _BINS + 1)))
     bins = np.clip(np.searchsorted(edges, lengths, side="right") - 1, 0, max(0, len(edges) - 2))
-    with _canvas(4.2) as (axes, png):
+    with canvas(4.2) as (axes, png):
         used = [number for number in range(max(1, len(edges) - 1)) if (bins == number).any()]
         places = [float(np.median(lengths[bins == number])) for number in used]
         for index, line in enumerate(comparison.lines):
             means = [float(line.system.scored.scores[bins == number].mean()) for number in used]
             axes.plot(places, means, marker="o", markersize=4, label=one_line(line.system.name, _MOST_LETTERS),
-                      **_style(index))  # fmt: skip
+                      **style(index))  # fmt: skip
         axes.set_xlabel("words of the rewritten text (median of each fifth of the rows)")
         axes.set_ylabel("mean score")
-        _legend(axes)
+        legend(axes)
     return png.getvalue()
 
 
 def speed(rows_per_second: Mapping[str, float]) -> bytes:
     """Rows per second of each run."""
-    with _canvas(1.2 + 0.42 * len(rows_per_second)) as (axes, png):
+    with canvas(1.2 + 0.42 * len(rows_per_second)) as (axes, png):
         places = range(len(rows_per_second))
-        axes.barh(list(places), list(rows_per_second.values()), color=_COLOURS[0], height=0.6)
+        axes.barh(list(places), list(rows_per_second.values()), color=COLOURS[0], height=0.6)
         axes.set_yticks(list(places), [one_line(name, _MOST_LETTERS) for name in rows_per_second])
         axes.invert_yaxis()
         for place, value in zip(places, rows_per_second.values(), strict=True):
@@ -118,7 +118,7 @@ def speed(rows_per_second: Mapping[str, float]) -> bytes:
     return png.getvalue()
 
 
-def _dots(
+def dots(
     axes: Axes, names: Sequence[str], means: Sequence[Interval], offset: float, number: int, label: str = ""
 ) -> None:
     """A dot with a line for each mean, the first on top."""
@@ -129,23 +129,23 @@ def _dots(
     reach = np.nan_to_num(np.array([[m.mean - m.low, m.high - m.mean] for m in means]).T)
     axes.errorbar(
         centre, places, xerr=np.maximum(reach, 0).reshape(2, -1), fmt="o", markersize=4, capsize=2,
-        color=_COLOURS[number % len(_COLOURS)], label=one_line(label, _MOST_LETTERS) if label else None,
+        color=COLOURS[number % len(COLOURS)], label=one_line(label, _MOST_LETTERS) if label else None,
     )  # fmt: skip
     axes.set_yticks(np.arange(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes) -> None:
     """Above the axes, where it hides nothing."""
     axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2)
 
 
-def _style(number: int) -> dict[str, Any]:
-    return {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _STYLES[number // len(_COLOURS) % len(_STYLES)]}
+def style(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": _STYLES[number // len(COLOURS) % len(_STYLES)]}
 
 
 @contextmanager
-def _canvas(height: float) -> Iterator[tuple[Axes, io.BytesIO]]:
+def canvas(height: float) -> Iterator[tuple[Axes, io.BytesIO]]:
     """Axes to draw on; the PNG is there when the block has ended."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -59,6 +59,16 @@ def near_duplicate_groups(texts: Sequence[str], encoder: Encoder, near: float = 
     return np.asarray(np.unique(labels, return_inverse=True)[1], np.int64)[place]
 
 
+def first_of_each(texts: Sequence[str], encoder: Encoder, near: float = NEAR) -> list[int]:
+    """Places of the first text of each component of near-duplicates, in order; see `near_duplicate_groups`."""
+    import numpy as np
+
+    if not texts:
+        return []
+    places: list[int] = np.sort(np.unique(near_duplicate_groups(texts, encoder, near), return_index=True)[1]).tolist()
+    return places
+
+
 def near_pairs(
     a: Sequence[str], b: Sequence[str], encoder: Encoder, near: float = NEAR
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -9,7 +9,7 @@ number of clusters or, when they differ in size, the number of equal ones that w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,20 +76,44 @@ def bootstrap(
         raise ValueError(f"values of shape {values.shape}: (rows, columns) with at least one row is wanted")
     if not np.isfinite(values).all():
         raise ValueError(f"row {int((~np.isfinite(values)).any(axis=1).argmax())}: a value is not finite")
+    ones = np.ones((len(values), 1))
+    return bootstrap_of(
+        lambda sums: sums[:, :-1] / sums[:, -1:], np.hstack([values, ones]), clusters, resamples=resamples, seed=seed
+    )
+
+
+def bootstrap_of(
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    values: NDArray[np.floating],
+    clusters: NDArray[np.integer] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Interval]:
+    """95 % intervals of statistics that are functions of sums over rows, such as ratios, variances and correlations.
+
+    Args:
+        statistic: from sums over rows, shape (draws, columns), to statistics, shape (draws, statistics).
+        values: what is summed, shape (rows, columns); finite.
+        clusters, resamples, seed: as in `bootstrap`.
+
+    Returns:
+        one interval for each statistic; its `mean` is the statistic of all rows.
+    """
+    import numpy as np
+
     labels = np.arange(len(values)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
     sizes = np.bincount(labels)
-    sums = np.stack([np.bincount(labels, weights=column) for column in values.T], axis=1)
-    means = values.mean(axis=0)
+    found = statistic(values.sum(axis=0, keepdims=True))[0]
     if len(sizes) == 1:
-        return [Interval(float(mean), np.nan, np.nan, np.nan) for mean in means]
-    totals = np.column_stack([sums, sizes])
-    drawn = np.concatenate([counts @ totals for counts in _draws(len(sizes), resamples, seed)])
-    resampled = drawn[:, :-1] / drawn[:, -1:]
+        return [Interval(float(value), np.nan, np.nan, np.nan) for value in found]
+    totals = np.stack([np.bincount(labels, weights=column) for column in values.T], axis=1)
+    resampled = statistic(np.concatenate([counts @ totals for counts in _draws(len(sizes), resamples, seed)]))
     effective = max(2.0, float(sizes.sum() ** 2 / (sizes**2).sum()))
     tail = _tail(effective)
     low, high = np.quantile(resampled, [tail, 1 - tail], axis=0)
     errors = resampled.std(axis=0) * np.sqrt(effective / (effective - 1))
-    return [Interval(*map(float, column)) for column in zip(means, low, high, errors, strict=True)]
+    return [Interval(*map(float, column)) for column in zip(found, low, high, errors, strict=True)]
 
 
 def rows_needed(difference: Interval, rows: int) -> int | None:

@@ -89,7 +89,7 @@ def _convert(key: str, value: Any, default: Any, what: str) -> Any:
             raise ValueError
         if kind in (int, float) and not isinstance(value, bool):
             number = kind(value)
-            if number < 0 or (kind is float and number != number):
+            if number < 0 or number != (value if isinstance(value, float) else number):  # neither 2.5 steps nor nan
                 raise ValueError
             return number
         if kind is str and isinstance(value, str):
@@ -103,7 +103,7 @@ def _convert(key: str, value: Any, default: Any, what: str) -> Any:
         ):
             return tuple(value)
         raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         allowed = {bool: "true or false", int: "a whole number from 0", float: "a number from 0", tuple: "a list"}.get(
             kind, "a text"
         )

@@ -88,8 +88,7 @@ def plan(config: RunConfig) -> Plan:
         raise UserError(
             "recover few_shot needs examples: --shots FILE with id, original_text, rewritten_text, rewrite_prompt"
         )
-    noted = "few_shot" if config.shots else noted_template(config.adapter, Path(config.model))
-    template = get_template(config.template or noted or "short")
+    template = choose_template(config.template, config.model, config.adapter, shots=config.shots is not None)
     recover_config = read_toml(config.recover_config, "--recover-config") if config.recover_config else {}
     pairs = read_pairs(config.input, config.encoding)
     shots = read_triplets(config.shots, config.encoding)[: config.n_shots] if config.shots else []
@@ -111,6 +110,16 @@ def plan(config: RunConfig) -> Plan:
     if not recover.uses_model:
         recover.make(checked.setup())  # costs nothing, and its options are checked now
     return checked
+
+
+def choose_template(asked: str, model: str, adapter: Path | None, *, shots: bool) -> Template:
+    """The template that was asked for, or the one that suits: shots, what the model was trained on, any model.
+
+    Raises:
+        UserError: there is no such template.
+    """
+    suits = "few_shot" if shots else noted_template(adapter, Path(model).expanduser())
+    return get_template(asked or suits or "short")
 
 
 def _shots_mark(shots: list[Triplet]) -> str:

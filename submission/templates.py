@@ -149,6 +149,8 @@ def render_rewrite(prompt: str, text: str) -> Chat:
 
 
 YES, NO = "Yes", "No"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+RATINGS = "12345"
 
 
 def render_yes_no(pair: Pair, candidate: str) -> Chat:
@@ -156,13 +158,35 @@ def render_yes_no(pair: Pair, candidate: str) -> Chat:
 
     The answer is the probability of `YES` beside that of `NO`, each a single token.
     """
-    parts = (
-        Part("Original text:\n"),
-        Part(pair.original_text, trusted=False),
-        Part("\n\nRewritten text:\n"),
-        Part(pair.rewritten_text, trusted=False),
-        Part("\n\nInstruction: "),
-        Part(" ".join(candidate.split()), trusted=False),
-        Part("\n\nWas the rewritten text made from the original text by this instruction? Answer Yes or No."),
+    question = "Was the rewritten text made from the original text by this instruction? Answer Yes or No."
+    return _about(pair, [Part("Instruction: "), _said(candidate), Part(f"\n\n{question}")])
+
+
+def render_pick(pair: Pair, candidates: Sequence[str]) -> Chat:
+    """Which of up to 26 candidates was it? The answer is one of the first `LETTERS`."""
+    lines = [Part("Which of these instructions turned the original text into the rewritten text?\n")]
+    for letter, candidate in zip(LETTERS, candidates, strict=False):
+        lines += [Part(f"\n{letter}) "), _said(candidate)]
+    return _about(pair, [*lines, Part("\n\nAnswer with the letter only.")])
+
+
+def render_rate(pair: Pair, candidate: str) -> Chat:
+    """How well does a candidate explain the rewrite? The answer is one of `RATINGS`, 5 is the best."""
+    question = (
+        "How well does this instruction explain how the original text became the rewritten text? Answer with a number "
+        "from 1 (not at all) to 5 (exactly)."
     )
-    return Chat((Message("user", parts),))
+    return _about(pair, [Part("Instruction: "), _said(candidate), Part(f"\n\n{question}")])
+
+
+def _about(pair: Pair, question: Sequence[Part]) -> Chat:
+    """A question to a judge. The pair comes first, so that all questions about it share its computation."""
+    texts = [
+        Part("Original text:\n"), Part(pair.original_text, trusted=False),
+        Part("\n\nRewritten text:\n"), Part(pair.rewritten_text, trusted=False), Part("\n\n"),
+    ]  # fmt: skip
+    return Chat((Message("user", (*texts, *question)),))
+
+
+def _said(candidate: str) -> Part:
+    return Part(" ".join(candidate.split()), trusted=False)

@@ -105,10 +105,14 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class LogLikelihood:
-    """log P(continuation | chat): natural log, summed over the continuation's `tokens` only."""
+    """log P(continuation | chat): natural log, summed over the continuation's `tokens` only.
+
+    `prompt_tokens` is the number of the chat's tokens, whether or not they were shared with other items.
+    """
 
     sum: float
     tokens: int
+    prompt_tokens: int = 0
 
 
 class Backend(Protocol):

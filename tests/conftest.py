@@ -127,3 +127,38 @@ def hf_folder(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of two narrow layers with the embedded model's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from submission.backends.hf_loading import load_tokenizer
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = load_tokenizer(hf_folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tiny: Path, tmp_path: Path) -> Path:
+    """Twelve steps on the tiny model, with dropout, so that random streams matter."""
+    train = json.dumps(str(ROOT / "examples" / "train.csv"))
+    path = tmp_path / "r.toml"
+    path.write_text(
+        f"[sft]\nbase = {json.dumps(str(tiny))}\n"
+        f"train = {train}\nvalidation = {train}\n"
+        "max_tokens = 512\nbatch = 2\naccumulation = 2\nmax_steps = 12\nevaluate_every = 4\nevaluation_rows = 4\n"
+        'save_every = 4\nwarmup_steps = 2\nlearning_rate = 1e-2\noptimizer = "adamw_torch"\n'
+        "gradient_checkpointing = false\n"
+    )
+    return path

@@ -22,7 +22,7 @@ from train.sft import prepare
 from train.sft_config import Sft, read_sft
 from train.trainer import batch_order, collator, load_base, lora_config, make_trainer, training_dtype
 
-_WARM = 4  # steps that are not counted
+_WARM = 2  # steps that are not counted
 
 
 def main() -> None:
@@ -46,6 +46,8 @@ def main() -> None:
         max(len(e.ids) for e in b) * len(b) for b in everything
     )
     print(f"padding: {waste:.1%} of an epoch's {len(everything)} batches")
+    with TemporaryDirectory() as folder:  # memory is slow when it is touched first
+        in_trainer(config, ready.base, ready.tokenizer, ready.train, Path(folder))
     for _ in range(asked.repeats):
         bare = bare_loop(config, ready.base, ready.tokenizer, rows)
         with TemporaryDirectory() as folder:
@@ -90,7 +92,8 @@ def bare_loop(config: Sft, base: Path, tokenizer: Any, rows: Sequence[Sequence[E
             ).last_hidden_state[:, :-1]
             labels = inputs["labels"][:, 1:]
             logits = model.base_model.model.lm_head(hidden[labels != -100])
-        torch.nn.functional.cross_entropy(logits.float(), labels[labels != -100]).backward()
+        loss: Any = torch.nn.functional.cross_entropy(logits.float(), labels[labels != -100])
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

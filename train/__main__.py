@@ -31,6 +31,7 @@ def prompts(
     output: Output,
     size: Annotated[int, typer.Option(min=1, help="How many.")] = 1000,
     grammar: Annotated[Path | None, typer.Option(help="TOML; default: train/grammar.toml, which says how.")] = None,
+    kinds: Annotated[str, typer.Option(help="Kinds of the grammar, with commas. Default: all.")] = "",
     near: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Of near-duplicates one stays; 0 keeps all. Default: 0.95 up to 50,000."),
@@ -43,7 +44,9 @@ def prompts(
     from eval.encoders import find_encoder
     from train.stages import Prompts, make_prompts
 
-    config = Prompts(size, str(grammar or ""), "" if near is None else f"{near:g}", seed)
+    config = Prompts(
+        size, str(grammar or ""), tuple(filter(None, kinds.split(","))), "" if near is None else f"{near:g}", seed
+    )
     # Prompts come by the thousand and never again: a cache of embeddings would only grow.
     make_prompts(config, output, lambda: find_encoder(encoder, cached=False), _say, fresh=fresh)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,7 @@ def measure(config: Sft, base: Path, train: Sequence[Example]) -> Size:
         linear = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and id(m.weight) not in head]
         in_4bit = sum(weight.numel() for weight in linear) if config.load_in_4bit else 0
         try:
+            warnings.simplefilter("ignore", FutureWarning)  # of one library about another
             trainable = get_peft_model(model, lora_config(config)).get_nb_trainable_parameters()[0]
         except ValueError as error:
             raise UserError(f"[sft] cannot be set up: {first_line(error)}") from error

@@ -62,6 +62,10 @@ class Gguf:
         for name in self.quantizations:
             _file_type(name)
 
+    def converter(self) -> Converter:
+        """The one it names; see `find_converter`."""
+        return find_converter(Path(self.llama_cpp) if self.llama_cpp else None)
+
     @staticmethod
     def file(quantization: str) -> str:
         """The name of a file of the merged model."""
@@ -108,7 +112,7 @@ def export(config: Gguf, merged: Path, adapter: Path, output: Path, say: Callabl
         UserError: see `make_gguf` and `make_adapter`.
     """
     config.check()
-    converter = find_converter(Path(config.llama_cpp) if config.llama_cpp else None)
+    converter = config.converter()
     files = {name: output / config.file(name) for name in config.quantizations}
     missing = [name for name, path in files.items() if fresh or not _is_made_of(path, "model_hash", merged)]
     if missing:

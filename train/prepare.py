@@ -19,14 +19,13 @@ from typing import Any
 
 from eval.encoders import Encoder
 from submission.errors import UserError
-from submission.journal import Journal, journal_path
+from submission.likelihoods import journalled
 from submission.manifest import manifest_path
 from submission.models import content_hash
 from submission.progress import show_progress
 from submission.tables import atomic_path, some, write_table
 from train import card, screens
 from train.cleaning import Cleaner, Row
-from train.likelihoods import Likelihoods
 from train.recipe import Recipe, Source
 from train.sources import read_records, resolve
 from train.splits import SPLITS, group_rows, shared, split
@@ -61,10 +60,10 @@ def prepare(recipe: Recipe, output: Path, encoder: Encoder, say: Callable[[str],
         UserError: a source is missing or wrong, no row is left, or too few groups for the splits.
     """
     made = Prepared()
-    files = [(source, path) for source in recipe.sources for path in resolve(source.path)]
+    numbered = [(number, source, path) for number, source in enumerate(recipe.sources) for path in resolve(source.path)]
+    files = [(source, path) for _, source, path in numbered]
     made.files = {str(path): content_hash(path) for _, path in files}
-    names = {(_name(source, path), number) for number, source in enumerate(recipe.sources)
-             for path in resolve(source.path)}  # fmt: skip
+    names = {(_name(source, path), number) for number, source, path in numbered}
     twice = [name for name, count in Counter(name for name, _ in names).items() if count > 1]
     if twice:
         raise UserError(f"two sources are called {twice[0]!r}: give each [[source]] a name in a recipe")
@@ -163,18 +162,14 @@ def _screen(
     say(f"{len(left)} rows left after screens by text; embedding them")
     left = _drop(left, screens.by_embedding(left, asked, encoder), made)
     if asked.needs_model and left:
-        spec = recipe.model.spec()
         output.mkdir(parents=True, exist_ok=True)
-        journal = Journal(journal_path(output / "likelihoods"), spec.fingerprint(), fresh=fresh)
         total = len(left) * (bool(asked.naturalness) + 2 * bool(asked.matters))
         say(f"{len(left)} rows left; computing up to {total} likelihoods")
-        try:
-            journal.begin()
-            with show_progress(total, 0) as progress:
-                known = Likelihoods(spec.load, journal)
-                reasons = screens.by_likelihood(left, asked, known, lambda: progress.advance(fell_back=False))
-        finally:
-            journal.close()
+        with (
+            journalled(recipe.model.spec(), output / "likelihoods", fresh=fresh) as known,
+            show_progress(total, 0) as progress,
+        ):
+            reasons = screens.by_likelihood(left, asked, known, lambda: progress.advance(fell_back=False))
         left = _drop(left, reasons, made)
     return left
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.encoders import Encoder
-from eval.grouping import near_duplicate_groups
+from eval.grouping import first_of_each
 from submission.config import read_toml
 from submission.errors import UserError
 
@@ -72,8 +72,12 @@ class Grammar:
         )
 
 
-def read_grammar(path: Path = GRAMMAR) -> Grammar:
+def read_grammar(path: Path = GRAMMAR, only: Sequence[str] = ()) -> Grammar:
     """Read a grammar; see grammar.toml for what it holds.
+
+    Args:
+        path: TOML.
+        only: names of the kinds that are wanted; none means all.
 
     Raises:
         UserError: something is missing or of the wrong type; names the kind, the pattern or the slot.
@@ -84,7 +88,11 @@ def read_grammar(path: Path = GRAMMAR) -> Grammar:
                   enumerate(content.get("kind", []), start=1))  # fmt: skip
     if not kinds:
         raise UserError(f"{path} has no [[kind]]: see {GRAMMAR} for an example")
-    return Grammar(kinds)
+    unknown = [name for name in only if name not in {kind.name for kind in kinds}]
+    if unknown:
+        known = ", ".join(dict.fromkeys(kind.name for kind in kinds))
+        raise UserError(f"{path} has no kind {unknown[0]!r}; there are: {known}")
+    return Grammar(tuple(kind for kind in kinds if kind.name in only) if only else kinds)
 
 
 def generate(grammar: Grammar, seed: int = 0) -> Iterator[Prompt]:
@@ -142,11 +150,7 @@ def take_distinct(grammar: Grammar, size: int, encoder: Encoder, near: float = N
 
 def without_near_duplicates(prompts: Sequence[Prompt], encoder: Encoder, near: float) -> list[Prompt]:
     """The first prompt of each component of near-duplicates, in order."""
-    labels = near_duplicate_groups([prompt.text for prompt in prompts], encoder, near).tolist()
-    first: dict[int, Prompt] = {}
-    for label, prompt in zip(labels, prompts, strict=True):
-        first.setdefault(label, prompt)
-    return list(first.values())
+    return [prompts[place] for place in first_of_each([prompt.text for prompt in prompts], encoder, near)]
 
 
 def rows(prompts: Iterable[Prompt]) -> Iterator[tuple[str, str, str, str]]:

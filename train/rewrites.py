@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from submission.backends import ModelSpec
 from submission.errors import UserError
+from submission.generation import Job
 from submission.prompts import ChatEncoder
 from submission.tables import has_columns, read_table
 from submission.templates import render_rewrite
-from train.generation import Job
+from submission.types import Sampling
 from train.prompts import Prompt
 
 COLUMNS = ("id", "original_text", "rewritten_text", "rewrite_prompt", "kind", "style")
@@ -105,12 +106,16 @@ def pair_up(prompts: Sequence[Prompt], texts: Sequence[str], *, size: int = 0, s
     return [Task(f"r{number:06}", text, prompt) for number, (prompt, text) in enumerate(pairs[:wanted], start=1)]
 
 
-def jobs(tasks: Sequence[Task], spec: ModelSpec, length: Length) -> list[Job]:
+def jobs(tasks: Sequence[Task], spec: ModelSpec, sampling: Sampling, length: Length) -> list[Job]:
     """What the model is asked, each with a length that its text bounds."""
     encoder = spec.load_encoder()
     return [
-        Job(task.id, render_rewrite(task.prompt.text, task.text), _bound(task.text, encoder, length)) for task in tasks
-    ]
+        Job(
+            task.id, render_rewrite(task.prompt.text, task.text),
+            replace(sampling, max_new_tokens=_bound(task.text, encoder, length)),
+        )
+        for task in tasks
+    ]  # fmt: skip
 
 
 def _bound(text: str, encoder: ChatEncoder, length: Length) -> int:

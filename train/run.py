@@ -15,18 +15,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.baselines import Config, run_baselines
+from eval.baselines import BASELINES, Config, run_baselines
 from eval.encoders import Encoder, find_encoder
+from submission.backends import model_spec
 from submission.config import from_mapping, read_toml
 from submission.errors import UserError
 from submission.manifest import manifest_path
-from submission.models import content_hash
+from submission.models import content_hash, resolve_folder
 from submission.tables import atomic_writer
 from train.gguf import Gguf, export
 from train.merge import merge
 from train.prepare import prepare
 from train.recipe import Recipe, parse_recipe, section, with_settings
-from train.sft import sft
+from train.sft import check_installed, sft
 from train.sft_config import Sft, with_sets
 from train.stages import Prompts, Rewrites, Texts, make_prompts, make_rewrites, make_texts
 
@@ -39,6 +40,7 @@ class Score:
 
     Attributes:
         baselines: as `python -m eval baselines` names them.
+        base: model of zero-shot and few-shot; "" for the one that was tuned.
         quantization: of the GGUF file that predicts; "" for the first one made.
         backend: llama_cpp predicts with the GGUF file, transformers with the merged folder.
         max_new_tokens: of an answer.
@@ -46,6 +48,7 @@ class Score:
     """
 
     baselines: tuple[str, ...] = ("constant", "constant_fitted", "zero_shot")
+    base: str = ""
     quantization: str = ""
     backend: str = "llama_cpp"
     max_new_tokens: int = 40
@@ -105,6 +108,8 @@ def read_run(path: Path, settings: Sequence[str] = ()) -> Run:
             raise UserError(f"{path} has [{name}] and no [sft]: there would be nothing to do it with")
     if later["score"] and later["score"].backend == "llama_cpp" and not later["gguf"]:
         raise UserError(f"{path} has no [gguf] for [score] to predict with: add it, or backend = 'transformers'")
+    if later["score"] and later["gguf"] and later["score"].quantization not in ("", *later["gguf"].quantizations):
+        raise UserError(f"[score] names {later['score'].quantization!r}, which [gguf] does not make")
     run = Run(folder, **stages, **later, recipe=parse_recipe(content, [str(folder / "triplets.csv")], str(path)))
     return replace(run, sft=with_sets(run.sft, output)) if run.sft else run
 
@@ -117,8 +122,7 @@ def run_stages(run: Run, encoder: Encoder, say: Say, *, fresh: bool = False) -> 
     """
     run.output.mkdir(parents=True, exist_ok=True)
     spec = run.recipe.model.spec()
-    if run.gguf:
-        run.gguf.check()  # before hours of work
+    _check(run)
     prompts, texts, triplets = (run.output / name for name in ("prompts.csv", "texts.csv", "triplets.csv"))
     say("prompts")
     make_prompts(
@@ -145,6 +149,21 @@ def run_stages(run: Run, encoder: Encoder, say: Say, *, fresh: bool = False) -> 
         _score(run, run.score, merged, encoder, say, fresh=fresh)
 
 
+def _check(run: Run) -> None:
+    """Refuse before hours of work what would be refused after them."""
+    if run.sft:
+        check_installed(run.sft)
+        resolve_folder(run.sft.base)
+    if run.gguf:
+        run.gguf.check()
+        run.gguf.converter()
+    if run.score and run.sft:
+        model_spec(run.score.backend, run.score.base or run.sft.base)
+        unknown = [name for name in run.score.baselines if name not in BASELINES]
+        if unknown:
+            raise UserError(f"unknown baseline {unknown[0]!r} in [score]; there are: {', '.join(BASELINES)}")
+
+
 def _merge(adapter: Path, merged: Path, say: Say, *, fresh: bool) -> None:
     try:
         made_of = json.loads(manifest_path(merged).read_text(encoding="utf-8"))["adapter_hash"]
@@ -167,8 +186,9 @@ def _score(run: Run, score: Score, merged: Path, encoder: Encoder, say: Say, *, 
     result = run_baselines(
         Config(
             train=run.sets / "train.parquet", test=run.sets / "test.parquet", output=run.output / "score",
-            only=(*score.baselines, "tuned"), reference="tuned", backend=score.backend, model=run.sft.base,
-            tuned_model=model, max_new_tokens=score.max_new_tokens, limit=score.limit, fresh=fresh,
+            only=(*score.baselines, "tuned"), reference="tuned", backend=score.backend,
+            model=score.base or run.sft.base, tuned_model=model, max_new_tokens=score.max_new_tokens,
+            limit=score.limit, fresh=fresh,
         ),
         encoder, say,
     )  # fmt: skip

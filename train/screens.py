@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from eval.encoders import Encoder
 from eval.grouping import plain_text
 from eval.metric import sharpened_cosine
+from submission.likelihoods import Likelihoods
 from submission.templates import render_rewrite
 from submission.types import Chat, Message, Part
 from train.cleaning import Row
-from train.likelihoods import Likelihoods
 
 # How an assistant begins when it declines.
 _REFUSAL = re.compile(
@@ -114,8 +114,8 @@ def by_likelihood(
     reasons = [""] * len(rows)
     if screens.naturalness:
         chat = Chat((Message("user", (Part(_SAYS_PROMPT),)),))
-        for number, (total, tokens) in enumerate(likelihoods.of([(chat, row.rewrite_prompt) for row in rows], done)):
-            if tokens and math.exp(total / tokens) < screens.naturalness:
+        for number, known in enumerate(likelihoods.of([(chat, row.rewrite_prompt) for row in rows], done)):
+            if known.tokens and math.exp(known.per_token) < screens.naturalness:
                 reasons[number] = f"unnatural prompt (mean probability below {screens.naturalness:g})"
     if screens.matters:
         left = [number for number, reason in enumerate(reasons) if not reason]
@@ -125,7 +125,7 @@ def by_likelihood(
             for prompt in (rows[number].rewrite_prompt, screens.generic)
         ]
         found = likelihoods.of(asked, done)
-        for number, (total, _), (generic, _) in zip(left, found[::2], found[1::2], strict=True):
-            if total - generic < screens.matters:
+        for number, ours, generic in zip(left, found[::2], found[1::2], strict=True):
+            if ours.sum - generic.sum < screens.matters:
                 reasons[number] = f"the prompt does not matter (gain below {screens.matters:g} nats)"
     return reasons

@@ -7,9 +7,8 @@ A stage is finished when its output is there, unchanged, and its manifest tells 
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,12 +18,12 @@ import submission
 from eval.encoders import Encoder
 from submission.backends import ModelSpec
 from submission.errors import UserError
+from submission.generation import answer
 from submission.manifest import manifest_path
 from submission.models import content_hash
 from submission.tables import atomic_writer, check_writable, read_table, says_something, write_table
 from submission.types import Sampling
 from train import prompts, rewrites, texts
-from train.generation import answer
 
 Say = Callable[[str], None]
 
@@ -35,6 +34,7 @@ class Prompts:
 
     size: int = 1000
     grammar: str = ""
+    kinds: tuple[str, ...] = ()
     near: str = ""
     seed: int = 0
 
@@ -81,7 +81,7 @@ def make_prompts(config: Prompts, output: Path, find_encoder: Callable[[], Encod
     stage = _Stage("prompts", output, config, {"grammar": grammar}, {"encoder": encoder.name if encoder else "none"})
     if stage.is_finished(say, fresh=fresh):
         return
-    known = prompts.read_grammar(grammar)
+    known = prompts.read_grammar(grammar, config.kinds)
     if encoder is None:
         write_table(output, prompts.COLUMNS, prompts.rows(prompts.take(known, config.size, config.seed)))
     else:
@@ -106,10 +106,11 @@ def make_texts(config: Texts, output: Path, spec: ModelSpec | None, encoder: Enc
     told: dict[str, Any] = {}
     if config.write:
         assert spec is not None
-        jobs = texts.writing_jobs(config.write, topics, seed=config.seed, new_tokens=config.max_new_tokens)
-        sampling = Sampling(temperature=config.temperature, top_p=0.95, seed=config.seed)
-        asked = {"jobs": _digest(f"{job.chat} {job.new_tokens}" for job in jobs)}
-        answers = answer(output, jobs, spec, sampling, asked, say, fresh=fresh)
+        sampling = Sampling(
+            temperature=config.temperature, top_p=0.95, max_new_tokens=config.max_new_tokens, seed=config.seed
+        )
+        jobs = texts.writing_jobs(config.write, topics, sampling)
+        answers = answer(output, jobs, spec, say, fresh=fresh)
         found = [texts.tidy(answers.texts[job.id]) for job in jobs if job.id in answers.texts]
         told = {"failed": answers.failed}
     else:
@@ -138,8 +139,7 @@ def make_rewrites(
     sampling = Sampling(
         temperature=config.temperature, top_p=config.top_p, min_p=config.min_p, seed=config.seed
     )  # fmt: skip
-    marks = {"tasks": _digest(f"{task.id} {task.prompt} {task.text}" for task in tasks), "length": str(length)}
-    answers = answer(output, rewrites.jobs(tasks, spec, length), spec, sampling, marks, say, fresh=fresh)
+    answers = answer(output, rewrites.jobs(tasks, spec, sampling, length), spec, say, fresh=fresh)
     left_out = set() if config.keep_cut else answers.cut
     done = [task for task in tasks if task.id in answers.texts and task.id not in left_out]
     write_table(
@@ -205,10 +205,3 @@ def _hash_of(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     return content_hash(path)
-
-
-def _digest(parts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
-    return digest.hexdigest()

@@ -19,12 +19,12 @@ from itertools import product
 from pathlib import Path
 
 from eval.encoders import Encoder
-from eval.grouping import NEAR_TEXTS, near_duplicate_groups
+from eval.grouping import NEAR_TEXTS, first_of_each
 from submission.config import read_toml
 from submission.errors import UserError
+from submission.generation import Job
 from submission.tables import says_something
-from submission.types import Chat, Message, Part
-from train.generation import Job
+from submission.types import Chat, Message, Part, Sampling
 from train.sources import read_records
 
 TOPICS = Path(__file__).with_name("topics.toml")
@@ -98,13 +98,11 @@ def select(texts: Sequence[str], limits: Limits, encoder: Encoder | None, near: 
         else:
             kept[plain] = None
     texts = list(kept)
-    if encoder is None or not texts:
+    if encoder is None:
         return Kept(texts, dropped)
-    first: dict[int, str] = {}
-    for label, text in zip(near_duplicate_groups(texts, encoder, near).tolist(), texts, strict=True):
-        first.setdefault(label, text)
-    dropped["near-duplicate"] += len(texts) - len(first)
-    return Kept(list(first.values()), dropped)
+    unlike = [texts[place] for place in first_of_each(texts, encoder, near)]
+    dropped["near-duplicate"] += len(texts) - len(unlike)
+    return Kept(unlike, dropped)
 
 
 def is_loop(text: str) -> bool:
@@ -117,8 +115,13 @@ def is_loop(text: str) -> bool:
     return len(content) > 200 and len(zlib.compress(content)) < _COMPRESSED * len(content)
 
 
-def writing_jobs(count: int, topics: Path = TOPICS, *, seed: int = 0, new_tokens: int = 220) -> list[Job]:
+def writing_jobs(count: int, topics: Path, sampling: Sampling) -> list[Job]:
     """Chats that ask for texts: every topic before any comes again, each time with another genre.
+
+    Args:
+        count: texts.
+        topics: a TOML file with lists of topics and genres, such as `TOPICS`.
+        sampling: how they are drawn; its seed shuffles topics and genres too.
 
     Raises:
         UserError: the file lacks topics or genres, or there are fewer pairs of them than texts asked for.
@@ -129,7 +132,7 @@ def writing_jobs(count: int, topics: Path = TOPICS, *, seed: int = 0, new_tokens
         if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
             raise UserError(f"{topics}: {name} must be a list of texts")
     about, genres = (list(dict.fromkeys(words or [])) for words in lists)
-    draw = random.Random(seed)
+    draw = random.Random(sampling.seed)
     draw.shuffle(about)
     draw.shuffle(genres)
     if count > len(about) * len(genres):
@@ -139,7 +142,7 @@ def writing_jobs(count: int, topics: Path = TOPICS, *, seed: int = 0, new_tokens
     # Round by round the genres move on by one, so topic and genre are not tied to each other.
     pairs = [(topic, genres[(shift + place) % len(genres)]) for shift, (place, topic) in
              product(range(len(genres)), enumerate(about))]  # fmt: skip
-    return [Job(f"t{number:06}", _ask(topic, genre), new_tokens) for number, (topic, genre) in
+    return [Job(f"t{number:06}", _ask(topic, genre), sampling) for number, (topic, genre) in
             enumerate(pairs[:count], start=1)]  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from submission.errors import UserError, first_line
 from train.encoding import IGNORED, Example
 from train.sft_config import Sft
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 FSDP = "ACCELERATE_USE_FSDP"  # set by `accelerate launch`
 
 
@@ -62,9 +61,8 @@ def make_trainer(
     from trl.trainer.sft_config import SFTConfig
 
     cuda = torch.cuda.is_available()
-    if not cuda:
-        keep_memory()
     dtype = training_dtype(config)
+    warnings.simplefilter("ignore", FutureWarning)  # of one library about another
     if config.tracker == "wandb":
         os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
     arguments = SFTConfig(
@@ -100,19 +98,6 @@ def make_trainer(
         if type(callback).__name__ == "PrinterCallback":  # raw dictionaries: the watcher says it
             trainer.remove_callback(callback)
     return trainer
-
-
-def keep_memory() -> None:
-    """Have the C library keep what is freed: on a CPU the memory of a step would be given back and be fetched again.
-
-    Fetching it page by page took two thirds of a step's time.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # not glibc
-        return
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(_M_MMAP_MAX, 0)
 
 
 def batch_order(lengths: Sequence[int], together: int, seed: int) -> list[int]:
@@ -176,11 +161,13 @@ def collator(tokenizer: Any) -> Any:
 
 
 def _trainer_class(config: Sft, lengths: Sequence[int]) -> Any:
-    """SFTTrainer with an order of rows that depends on seed and epoch only.
+    """SFTTrainer with an order of rows that depends on seed and epoch only, and a loss that looks at answers only.
 
     The library's sampler draws from the global random stream, whose state at the beginning of an epoch is gone when a
-    run is resumed in its middle: the rest of that epoch would see other rows.
+    run is resumed in its middle: the rest of that epoch would see other rows. Its loss computes entropies and
+    accuracies of every step, in 32 bits: a sixth of a step's time on a CPU.
     """
+    import torch
     from torch.utils.data import Sampler
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -201,5 +188,29 @@ def _trainer_class(config: Sft, lengths: Sequence[int]) -> Any:
     class Trainer(SFTTrainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             return ByLength()
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None
+        ) -> Any:
+            """Mean over the answers' tokens of a whole step, all devices and accumulated batches together."""
+            labels = inputs["labels"]
+            first = int((labels != IGNORED).any(dim=0).nonzero()[0])  # column of the first answer
+            # Places rather than their number: for a slice, which is not contiguous, the matrix product would copy the
+            # head's weights once for every row (0.9 GB a step for eight rows of the embedded model).
+            kept = torch.arange(first - 1, labels.shape[1], device=labels.device)
+            outputs = model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False,
+                logits_to_keep=kept,
+            )  # fmt: skip
+            answers = labels[:, first:]
+            counted = answers != IGNORED
+            summed = torch.nn.functional.cross_entropy(
+                outputs.logits[:, :-1][counted].float(), answers[counted], reduction="sum"
+            )
+            if num_items_in_batch is None:
+                loss = summed / counted.sum()
+            else:  # of all devices, whose gradients are averaged
+                loss = summed / num_items_in_batch * self.accelerator.num_processes
+            return (loss, outputs) if return_outputs else loss
 
     return Trainer

@@ -150,7 +150,7 @@ class LlamaCpp:
                     empty.append(key)
 
         for text in self._scheduler.score(texts(), self._drawer.log_probabilities):
-            yield text.payload, LogLikelihood(text.total, len(text.ids) - text.scored_from)
+            yield text.payload, LogLikelihood(text.total, len(text.ids) - text.scored_from, text.scored_from)
         for key in empty:
             yield key, LogLikelihood(0.0, 0)
 

@@ -240,7 +240,7 @@ class Transformers:
                     empty.append(key)
 
         for text in self._in_batches(texts(), self._score):
-            yield text.key, LogLikelihood(text.total, text.outputs)
+            yield text.key, LogLikelihood(text.total, text.outputs, text.scored_from)
         for key in empty:
             yield key, LogLikelihood(0.0, 0)
 

@@ -1,13 +1,15 @@
 """Answers of a model to many chats, with the journal of `predict`: a run that is stopped goes on where it was.
 
-Both `python -m train texts --write` and `python -m train rewrites` run on it.
+`python -m train texts --write`, `python -m train rewrites` and `python -m ensemble sample` run on it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from submission.backends import ModelSpec
@@ -15,18 +17,16 @@ from submission.journal import Journal, journal_path
 from submission.progress import show_progress
 from submission.retry import answer_all
 from submission.tables import remove_leftovers
-from submission.types import Backend, Budget, Chat, Pair, Prediction, Request, Sampling
-
-CUT = "cut at the length limit"
+from submission.types import Backend, Budget, Chat, Completion, Pair, Prediction, Request, Sampling
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A chat to be answered with at most `new_tokens` tokens."""
+    """A chat to be answered; `sampling.n` answers are wanted."""
 
     id: str
     chat: Chat
-    new_tokens: int
+    sampling: Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,24 +34,30 @@ class Answers:
     """What came of the jobs.
 
     Attributes:
-        texts: by id, of the jobs that were answered.
-        cut: ids whose answer was stopped at its length limit.
-        failed: reason by id.
-        computed: answers of this process; the others were in the journal.
+        completions: by id, of the jobs that were answered.
+        failed: reason by id, of the others.
+        computed: answered by this process; the others were in the journal.
     """
 
-    texts: dict[str, str]
-    cut: set[str]
+    completions: dict[str, list[Completion]]
     failed: dict[str, str]
     computed: int
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """The first answer to each job, without blanks around it, where it is more than that."""
+        return {key: text for key, (first, *_) in self.completions.items() if (text := first.text.strip())}
+
+    @property
+    def cut(self) -> set[str]:
+        """Jobs whose first answer was stopped at its length limit."""
+        return {key for key, (first, *_) in self.completions.items() if first.finish_reason == "length"}
 
 
 def answer(
     output: Path,
     jobs: Sequence[Job],
     spec: ModelSpec,
-    sampling: Sampling,
-    fingerprint: Mapping[str, str],
     say: Callable[[str], None],
     *,
     fresh: bool = False,
@@ -62,8 +68,6 @@ def answer(
         output: the file that will be written from the answers; the journal lies beside it.
         jobs: with distinct ids.
         spec: the model.
-        sampling: how answers are drawn; the length comes from the jobs.
-        fingerprint: what decides the answers, beside model and sampling.
         say: takes lines for people.
         fresh: forget earlier answers.
 
@@ -71,8 +75,7 @@ def answer(
         UserError: the journal belongs to another run.
         KeyboardInterrupt: a signal stopped the run; what was finished is safe.
     """
-    marks = {**fingerprint, **spec.fingerprint(), "sampling": repr(replace(sampling, max_new_tokens=0))}
-    journal = Journal(journal_path(output), marks, fresh=fresh)
+    journal = Journal(journal_path(output), {"jobs": _digest(jobs), **spec.fingerprint()}, fresh=fresh)
     by_id = {job.id: job for job in jobs}
     computed = 0
     try:
@@ -86,7 +89,7 @@ def answer(
                     say(f"resuming: {len(jobs) - len(todo)} of {len(jobs)} are in {journal.path}")
                 with show_progress(len(jobs), len(jobs) - len(todo)) as progress:
                     pairs = [Pair(job.id, "", "") for job in todo]
-                    for prediction in answer_all(_Ask(backend, by_id, sampling), pairs, Budget()):
+                    for prediction in answer_all(_Ask(backend, by_id), pairs, Budget()):
                         journal.append(prediction)
                         computed += 1
                         progress.advance(fell_back=prediction.status != "ok")
@@ -97,33 +100,38 @@ def answer(
         journal.close()
     done = {job.id: journal.finished[job.id] for job in jobs}
     return Answers(
-        {key: one.text for key, one in done.items() if one.status == "ok"},
-        {key for key, one in done.items() if one.status == "ok" and one.reason == CUT},
+        {key: completions_of(one) for key, one in done.items() if one.status == "ok"},
         {key: one.reason for key, one in done.items() if one.status != "ok"},
         computed,
     )
 
 
-class _Ask:
-    """A `Recover` whose answers are kept as they are, but for blanks around them."""
+def _digest(jobs: Iterable[Job]) -> str:
+    digest = hashlib.sha256()
+    for job in jobs:
+        digest.update(repr(job).encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
 
-    def __init__(self, backend: Backend, jobs: Mapping[str, Job], sampling: Sampling) -> None:
-        self._backend, self._jobs, self._sampling = backend, jobs, sampling
+
+def completions_of(prediction: Prediction) -> list[Completion]:
+    """What a line of the journal holds."""
+    return [Completion(**fields) for fields in json.loads(prediction.text)]
+
+
+class _Ask:
+    """A `Recover` whose predictions are lists of completions, as JSON."""
+
+    def __init__(self, backend: Backend, jobs: Mapping[str, Job]) -> None:
+        self._backend, self._jobs = backend, jobs
 
     def __call__(self, pairs: Iterable[Pair], budget: Budget) -> Iterator[Prediction]:
         del budget
-        for key, (completion, *_) in self._backend.generate(self._request(pair.id) for pair in pairs):
-            yield Prediction(
-                key,
-                completion.text.strip(),
-                reason=CUT if completion.finish_reason == "length" else "",
-                prompt_tokens=completion.prompt_tokens,
-                truncated=completion.truncated,
-            )
+        for key, completions in self._backend.generate(self._request(pair.id) for pair in pairs):
+            yield Prediction(key, json.dumps([asdict(completion) for completion in completions], ensure_ascii=False))
 
     def _request(self, key: str) -> Request:
         job = self._jobs[key]
-        return Request(key, job.chat, replace(self._sampling, max_new_tokens=job.new_tokens))
+        return Request(key, job.chat, job.sampling)
 
 
 class _signals_as_interrupts:

@@ -1,0 +1,141 @@
+"""Candidates: what several draws say about each pair, with who drew it and how likely it was.
+
+    candidates.parquet: id, original_text, rewritten_text, candidate, draws
+
+A row for each distinct candidate of a pair; `draws` is a JSON list of [source, number, log-probability, tokens]. A pair
+without any candidate has one row whose candidate is blank and whose draws are [].
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.encoders import Encoder
+from eval.grouping import near_duplicate_groups, plain_text
+from submission.errors import UserError
+from submission.tables import PAIR_COLUMNS, atomic_path, read_table
+from submission.types import Pair
+
+COLUMNS = (*PAIR_COLUMNS, "candidate", "draws")
+NEAR = 0.95
+"""How near candidates must be to be one (see `eval.grouping.NEAR`): only what says the same is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One answer of a model.
+
+    Attributes:
+        source: its name.
+        number: 0 for the greedy answer, samples count from 1.
+        logprob: log P(answer), nats, at temperature 1 over the whole vocabulary.
+        tokens: of the answer.
+    """
+
+    source: str
+    number: int
+    logprob: float
+    tokens: int
+
+    @property
+    def per_token(self) -> float:
+        """Mean log-probability of a token, nats."""
+        return self.logprob / max(1, self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A text, and the draws that said it, or nearly; the first one's words are kept."""
+
+    text: str
+    draws: tuple[Draw, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A pair with its candidates, in the order in which they were first drawn."""
+
+    pair: Pair
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def draws(self) -> list[tuple[Draw, int]]:
+        """Every draw with the place of its candidate, sources and numbers in order of their first draw."""
+        return [(draw, place) for place, candidate in enumerate(self.candidates) for draw in candidate.draws]
+
+
+def merge(drawn: Sequence[tuple[str, Draw]], encoder: Encoder | None = None, near: float = NEAR) -> list[Candidate]:
+    """Candidates of one pair.
+
+    Args:
+        drawn: answers with their draws, greedy ones first; blank ones are no candidates.
+        encoder: puts near-duplicates together; None leaves it at case and punctuation.
+        near: how near they are; see `NEAR`.
+    """
+    kept = [(text, draw) for text, draw in drawn if text.strip()]
+    texts = [text for text, _ in kept]
+    if encoder is None or len(texts) < 2:
+        labels: list[object] = [plain_text(text) for text in texts]
+    else:
+        labels = near_duplicate_groups(texts, encoder, near).tolist()
+    groups: dict[object, list[tuple[str, Draw]]] = {}
+    for label, one in zip(labels, kept, strict=True):
+        groups.setdefault(label, []).append(one)
+    return [Candidate(group[0][0], tuple(draw for _, draw in group)) for group in groups.values()]
+
+
+def write_candidates(path: Path, rows: Iterable[Row]) -> None:
+    """Write a Parquet file, whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    cells: list[tuple[str, ...]] = []
+    for row in rows:
+        pair = (row.pair.id, row.pair.original_text, row.pair.rewritten_text)
+        for candidate in row.candidates or (Candidate("", ()),):
+            draws = [[d.source, d.number, d.logprob, d.tokens] for d in candidate.draws]
+            cells.append((*pair, candidate.text, json.dumps(draws, ensure_ascii=False)))
+    table = pa.table({name: pa.array([c[n] for c in cells], pa.string()) for n, name in enumerate(COLUMNS)})
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def read_candidates(path: Path) -> list[Row]:
+    """Read what `write_candidates` wrote, or any CSV or Parquet file like it; rows of a pair stand together or not.
+
+    Raises:
+        UserError: a column is missing, a cell is not what it should be, a pair's texts differ between its rows, or a
+            candidate is there twice.
+    """
+    pairs: dict[str, Pair] = {}
+    found: dict[str, list[Candidate]] = {}
+    for row in read_table(path, COLUMNS):
+        row_id, original, rewritten, text, draws = row.cells
+        if not row_id.strip():
+            raise UserError(f"{path}: null id on {row.where}")
+        pair = Pair(row_id, original, rewritten)
+        if pairs.setdefault(row_id, pair) != pair:
+            raise UserError(f"{path}: {row.where} has other texts than the rows of id {row_id!r} before it")
+        candidates = found.setdefault(row_id, [])
+        if any(text == other.text for other in candidates):
+            raise UserError(f"{path}: {row.where} repeats a candidate of id {row_id!r}")
+        if text.strip():
+            candidates.append(Candidate(text, _draws(draws, f"{path}: {row.where}")))
+    if not pairs:
+        raise UserError(f"{path} has a header and no row")
+    return [Row(pair, tuple(found[row_id])) for row_id, pair in pairs.items()]
+
+
+def _draws(cell: str, where: str) -> tuple[Draw, ...]:
+    try:
+        draws = tuple(Draw(str(s), int(n), float(logprob), int(tokens)) for s, n, logprob, tokens in json.loads(cell))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{where}: draws must be a JSON list of [source, number, log-probability, tokens], not {cell[:60]!r}"
+        ) from error
+    if not draws:
+        raise UserError(f'{where}: a candidate without a draw: name at least one, such as [["mine", 1, 0, 1]]')
+    return draws

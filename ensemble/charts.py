@@ -1,0 +1,97 @@
+"""The figures of an experiment, as PNGs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ensemble.diagnosis import Bin, Curve, Knowledge
+from ensemble.measure import Line
+from eval.charts import canvas, dots, legend, style
+from eval.intervals import Interval
+from eval.scoring import one_line
+
+_LETTERS = 22
+
+
+def gains(lines: Sequence[Line]) -> bytes:
+    """Differences to the first answer with their intervals."""
+    with canvas(1.2 + 0.32 * len(lines)) as (axes, png):
+        dots(axes, [one_line(line.name, _LETTERS) for line in lines], [line.over_first for line in lines], 0.0, 0)
+        axes.axvline(0, color="#444444", linewidth=1)
+        axes.set_xlabel("mean score minus that of the first answer, 95 % interval")
+    return png.getvalue()
+
+
+def correlations(found: Mapping[tuple[str, str], Interval]) -> bytes:
+    """A matrix of sources; each cell is the correlation of two draws' scores."""
+    import numpy as np
+
+    names = list(dict.fromkeys(name for pair in found for name in pair))
+    matrix = np.full((len(names), len(names)), np.nan)
+    for (a, b), value in found.items():
+        i, j = names.index(a), names.index(b)
+        matrix[i, j] = matrix[j, i] = value.mean
+    with canvas(1.6 + 0.55 * len(names)) as (axes, png):
+        axes.grid(visible=False)
+        image = axes.imshow(matrix, vmin=-1, vmax=1, cmap="PuOr")
+        shown = [one_line(name, _LETTERS) for name in names]
+        axes.set_xticks(range(len(names)), shown, rotation=30, ha="right")
+        axes.set_yticks(range(len(names)), shown)
+        for i, j in np.ndindex(matrix.shape):
+            text = f"{matrix[i, j]:.2f}" if matrix[i, j] == matrix[i, j] else "one draw"
+            dark = abs(matrix[i, j]) > 0.6
+            axes.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
+        axes.figure.colorbar(image, ax=axes, label="correlation over rows")
+    return png.getvalue()
+
+
+def headroom(curve: Curve, names: Sequence[str]) -> bytes:
+    """Mean score of the choice against the number of draws."""
+    with canvas(4.2) as (axes, png):
+        counts = range(1, len(curve.independent) + 1)
+        for number, name in enumerate(["oracle", *names]):
+            axes.plot(counts, curve.chosen[name], marker=".", label=one_line(name, _LETTERS), **style(number))
+        axes.plot(counts, curve.independent, color="#444444", linestyle=":", label="oracle, independent draws")
+        axes.set_xlabel("draws a row")
+        axes.set_ylabel("mean score of the choice")
+        legend(axes)
+    return png.getvalue()
+
+
+def knowledge(found: Mapping[str, Knowledge]) -> bytes:
+    """Rank correlation with the true score within rows."""
+    with canvas(1.2 + 0.32 * len(found)) as (axes, png):
+        dots(axes, [one_line(name, _LETTERS) for name in found], [one.rank_correlation for one in found.values()], 0, 0)
+        axes.axvline(0, color="#444444", linewidth=1)
+        axes.set_xlabel("rank correlation with the true score within rows")
+    return png.getvalue()
+
+
+def calibration(bins: Sequence[Bin]) -> bytes:
+    """The judge's probability against how often such candidates are best."""
+    with canvas(3.6) as (axes, png):
+        top = max([0.0, *(one.said for one in bins), *(one.best for one in bins)])
+        axes.plot([0, top], [0, top], color="#444444", linewidth=1, linestyle=":", label="well calibrated")
+        axes.plot([one.said for one in bins], [one.best for one in bins], marker="o", label="candidates", **style(0))
+        axes.set_xlabel("probability that the judge gives a candidate")
+        axes.set_ylabel("share that is a best one")
+        legend(axes)
+    return png.getvalue()
+
+
+def positions(found: Sequence[Interval]) -> bytes:
+    """A judge's taste for letters."""
+    with canvas(1.2 + 0.32 * len(found)) as (axes, png):
+        dots(axes, [chr(ord("A") + place) for place in range(len(found))], list(found), 0.0, 0)
+        axes.axvline(1, color="#444444", linewidth=1)
+        axes.set_xlabel("probability of the letter, as a multiple of an even share")
+    return png.getvalue()
+
+
+def kinds(names: Sequence[str], found: Sequence[Interval], selector: str) -> bytes:
+    """What a selector gains over the first answer by kind of prompt."""
+    with canvas(1.2 + 0.42 * len(names)) as (axes, png):
+        dots(axes, [one_line(name, 34) for name in names], found, 0.0, 0)
+        axes.axvline(0, color="#444444", linewidth=1)
+        axes.set_xlabel(f"{one_line(selector, _LETTERS)} minus the first answer")
+    return png.getvalue()

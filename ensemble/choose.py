@@ -1,0 +1,115 @@
+"""From scores to choices, for many rows at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ensemble.candidates import Candidate, Draw, Row
+from ensemble.selectors import Selector
+from ensemble.selectors.asking import ask_ahead
+from submission.errors import UserError
+from submission.progress import Progress, show_progress
+from submission.recover import DEFAULT_PROMPT
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What one selector says about every candidate of every row.
+
+    Attributes:
+        values: by row and candidate; NaN where it says nothing.
+        tokens: that its model was given, a row; shared beginnings count each time.
+        seconds: that its model took, a row.
+    """
+
+    values: list[list[float]]
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def undecided(self) -> int:
+        """Rows of which it says nothing at all; the first candidate is taken."""
+        return sum(bool(row) and all(value != value for value in row) for row in self.values)
+
+
+def score_rows(
+    rows: Sequence[Row], selectors: Mapping[str, Selector], say: Callable[[str], None] | None = None
+) -> dict[str, Scores]:
+    """Let selectors score the candidates of all rows; questions to models are asked together, first.
+
+    Args:
+        rows: with their candidates.
+        selectors: by name.
+        say: takes lines for people; None shows no progress either.
+
+    Raises:
+        UserError: a selector returned another number of scores than there are candidates.
+    """
+    asked = [(row.pair, row.candidates) for row in rows if row.candidates]
+    for model, questions in ask_ahead(selectors.values(), asked).values():
+        if say is None:
+            model.of(questions)
+            continue
+        say(f"{len(questions)} questions to a model")
+        with show_progress(len(questions), 0, doing="asking", unit="questions") as progress:
+
+            def done(progress: Progress = progress) -> None:
+                progress.advance(fell_back=False)
+
+            model.of(questions, done)
+    return {name: _score(name, selector, rows) for name, selector in selectors.items()}
+
+
+def _score(name: str, selector: Selector, rows: Sequence[Row]) -> Scores:
+    values = []
+    for row in rows:
+        scores = [float(score) for score in selector(row.pair, row.candidates)] if row.candidates else []
+        if len(scores) != len(row.candidates):
+            raise UserError(f"selector {name} gave {len(scores)} scores to {len(row.candidates)} candidates")
+        values.append(scores)
+    tokens = seconds = 0.0
+    asked = [(row.pair, row.candidates) for row in rows if row.candidates]
+    for model, questions in ask_ahead([selector], asked).values():
+        for known in model.of(questions):
+            tokens += known.prompt_tokens + known.tokens
+            seconds += known.seconds
+    return Scores(values, tokens / max(1, len(rows)), seconds / max(1, len(rows)))
+
+
+def best(scores: Sequence[float]) -> int:
+    """The place of the highest score; the first of equal ones, never one that is not a number if there is another."""
+    return max(range(len(scores)), key=lambda place: -math.inf if scores[place] != scores[place] else scores[place])
+
+
+def order(scores: Sequence[float]) -> list[int]:
+    """Places from best to worst, as `best` compares them."""
+    known = [-math.inf if score != score else score for score in scores]
+    return sorted(range(len(scores)), key=lambda place: (-known[place], place))
+
+
+def answer_of(row: Row, scores: Sequence[float], concat: int = 1, constant: str = "") -> str:
+    """The answer to a row.
+
+    Args:
+        row: with its candidates; without one the answer is the constant, or the default prompt.
+        scores: of the candidates.
+        concat: how many of the best ones are joined.
+        constant: a prompt that is put behind them; "" for none.
+    """
+    if not row.candidates:
+        return constant or DEFAULT_PROMPT
+    texts = [row.candidates[place].text for place in order(scores)[: max(1, concat)]]
+    texts += [constant] if constant else []
+    return texts[0] if len(texts) == 1 else " ".join(_sentence(text) for text in texts)
+
+
+def or_fallback(row: Row) -> Row:
+    """The row, with the default prompt as its candidate if it has none."""
+    return row if row.candidates else Row(row.pair, (Candidate(DEFAULT_PROMPT, (Draw("fallback", 0, 0.0, 1),)),))
+
+
+def _sentence(text: str) -> str:
+    text = text.strip()
+    return text if text.endswith((".", "!", "?")) else f"{text}."

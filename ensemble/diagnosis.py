@@ -1,0 +1,246 @@
+"""Why a choice among candidates helps or doesn't: how alike their errors are, how much there is to win, who knows it.
+
+Knows numbers only, like `ensemble.measure`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ensemble.choose import Scores
+from ensemble.measure import best_places
+from eval.intervals import Interval, bootstrap, bootstrap_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_FEWEST = 3  # candidates of a row whose order tells something
+_MOST_DRAWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Variance:
+    """Of the draws' true scores.
+
+    Attributes:
+        between: variance of rows' means: some rows are hard for every draw.
+        within: variance of the draws of a row: what a choice can use.
+        correlation: of two draws of one row; between / (between + within).
+    """
+
+    between: Interval
+    within: Interval
+    correlation: Interval
+
+
+def variance(draws: Sequence[Sequence[float]], clusters: NDArray[np.integer] | None = None) -> Variance:
+    """Split the variance of draws' scores by the one-way analysis of variance (Fisher, 1925).
+
+    Args:
+        draws: true score of each draw of each row; rows may have different numbers.
+        clusters: label of each row.
+    """
+    import numpy as np
+
+    rows = [np.array(row, float) for row in draws if len(row)]
+    kept = None if clusters is None else np.array([c for c, row in zip(clusters, draws, strict=True) if len(row)])
+    sums = np.array([[1, len(r), len(r) ** 2, r.sum(), len(r) * r.mean() ** 2, ((r - r.mean()) ** 2).sum()]
+                     for r in rows])  # fmt: skip
+
+    def split(totals: NDArray[np.float64]) -> NDArray[np.float64]:
+        count, n, n_squared, total, squares, inside = totals.T
+        with np.errstate(all="ignore"):
+            within = np.where(n > count, inside / (n - count), np.nan)
+            typical = (n - n_squared / n) / (count - 1)
+            between = ((squares - total**2 / n) / (count - 1) - within) / typical
+            return np.stack([between, within, between / (between + within)], axis=1)
+
+    return Variance(*bootstrap_of(split, sums, kept))
+
+
+def correlations(
+    by_source: Mapping[str, Sequence[Sequence[float]]], clusters: NDArray[np.integer] | None = None
+) -> dict[tuple[str, str], Interval]:
+    """Correlation over rows of the true scores of two single draws, for every two sources.
+
+    Args:
+        by_source: true score of each draw of each row, by source. Rows in which a source has no draw are left out.
+        clusters: label of each row.
+
+    Returns:
+        by pair of sources; a source beside itself stands for two different draws, and is NaN if no row has two.
+    """
+    import numpy as np
+
+    names = list(by_source)
+    rows = [row for row in range(len(by_source[names[0]])) if all(len(by_source[name][row]) for name in names)]
+    if not rows:
+        return {}
+    kept = None if clusters is None else np.asarray(clusters)[rows]
+    found = {}
+    for number, a in enumerate(names):
+        for b in names[number:]:
+            sums = np.array([_products(by_source[a][row], by_source[b][row], same=a == b) for row in rows])
+            found[a, b] = bootstrap_of(_pearson, sums, kept)[0]
+    return found
+
+
+def _products(a: Sequence[float], b: Sequence[float], *, same: bool) -> list[float]:
+    """Weight, and means over pairs of draws of x, y, xx, yy, xy."""
+    if not same:
+        x, y = sum(a) / len(a), sum(b) / len(b)
+        return [1.0, x, y, sum(v * v for v in a) / len(a), sum(v * v for v in b) / len(b), x * y]
+    if len(a) < 2:
+        return [0.0] * 6
+    mean, square = sum(a) / len(a), sum(v * v for v in a) / len(a)
+    product = (sum(a) ** 2 - sum(v * v for v in a)) / (len(a) * (len(a) - 1))
+    return [1.0, mean, mean, square, square, product]
+
+
+def _pearson(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    import numpy as np
+
+    n, x, y, xx, yy, xy = sums.T
+    with np.errstate(all="ignore"):
+        spread = np.sqrt((xx / n - (x / n) ** 2) * (yy / n - (y / n) ** 2))
+        return np.where(spread > 0, (xy / n - x * y / n**2) / spread, np.nan)[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Mean score of the choice among k draws, for each k from 1.
+
+    Attributes:
+        chosen: by selector; "oracle" among them.
+        independent: of the oracle, were draws of a row no more alike than those of any two rows.
+    """
+
+    chosen: dict[str, list[float]]
+    independent: list[float]
+
+
+def curve(draws: Sequence[Sequence[float]], said: Mapping[str, Sequence[Sequence[float]]]) -> Curve:
+    """Expected scores over all subsets of k draws, computed exactly.
+
+    Args:
+        draws: true score of each draw of each row.
+        said: what each selector says of each draw; for those that compare, of all of them together.
+    """
+    import numpy as np
+
+    longest = min(_MOST_DRAWS, max(len(row) for row in draws))
+    chosen = {"oracle": [_mean_of_best(draws, draws, k) for k in range(1, longest + 1)]}
+    for name, scores in said.items():
+        chosen[name] = [_mean_of_best(draws, scores, k) for k in range(1, longest + 1)]
+    pool = np.sort(np.concatenate([np.array(row, float) for row in draws if len(row)]))
+    shares = np.arange(len(pool) + 1) / len(pool)
+    return Curve(chosen, [float(pool @ np.diff(shares**k)) for k in range(1, longest + 1)])
+
+
+def _mean_of_best(draws: Sequence[Sequence[float]], said: Sequence[Sequence[float]], k: int) -> float:
+    """Mean over rows of the expected true score of the draw of k with the highest score."""
+    import numpy as np
+
+    means = []
+    for truth, scores in zip(draws, said, strict=True):
+        if not truth:
+            continue
+        n, size = len(truth), min(k, len(truth))
+        known = np.nan_to_num(np.array(scores, float), nan=-np.inf)
+        order = np.argsort(known, kind="stable")
+        values, keys = np.array(truth, float)[order], known[order]
+        for key in np.unique(keys):  # equal scores: any of them
+            values[keys == key] = values[keys == key].mean()
+        # The i-th lowest is the best of a subset if the others are drawn from those below it.
+        ways = np.array([math.comb(i, size - 1) for i in range(n)], float) / math.comb(n, size)
+        means.append(float(values @ ways))
+    return float(np.mean(means)) if means else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Knowledge:
+    """Whether a selector knows which candidate is better, within rows.
+
+    Attributes:
+        rank_correlation: mean over rows of Spearman's coefficient of its scores and the true ones.
+        rows: in which it can be told.
+    """
+
+    rank_correlation: Interval
+    rows: int
+
+
+def knowledge(
+    truths: Sequence[Sequence[float]], said: Scores, clusters: NDArray[np.integer] | None = None
+) -> Knowledge | None:
+    """None if there is no row with three candidates of different scores on both sides."""
+    import numpy as np
+    from scipy.stats import rankdata
+
+    found, rows = [], []
+    for number, (truth, scores) in enumerate(zip(truths, said.values, strict=True)):
+        known = [place for place, score in enumerate(scores) if score == score]
+        if len(known) < _FEWEST:
+            continue
+        a, b = (rankdata([values[place] for place in known]) for values in (truth, scores))
+        if a.std() == 0 or b.std() == 0:
+            continue
+        found.append(float(np.corrcoef(a, b)[0, 1]))
+        rows.append(number)
+    if not found:
+        return None
+    kept = None if clusters is None else np.asarray(clusters)[rows]
+    return Knowledge(bootstrap(np.array(found)[:, None], kept)[0], len(found))
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Candidates to which a judge gives like probabilities: their number, mean probability, and share that are best."""
+
+    count: int
+    said: float
+    best: float
+
+
+def calibration(truths: Sequence[Sequence[float]], said: Sequence[Sequence[float]], bins: int = 8) -> list[Bin]:
+    """How often candidates are a best one, by the probability that a judge gives them; bins hold equally many."""
+    import numpy as np
+
+    points = [
+        (score, place in places)
+        for truth, scores in zip(truths, said, strict=True)
+        for places in [set(best_places(truth))]
+        for place, score in enumerate(scores)
+        if score == score and len(truth) > 1
+    ]
+    points.sort()
+    found = []
+    for part in np.array_split(np.array(points, float), min(bins, len(points))) if points else []:
+        if len(part):
+            found.append(Bin(len(part), float(part[:, 0].mean()), float(part[:, 1].mean())))
+    return found
+
+
+def positions(letters: Sequence[NDArray[np.float64]], clusters: NDArray[np.integer] | None = None) -> list[Interval]:
+    """How probable a judge finds each letter, times the number of letters: 1 everywhere if order does not matter.
+
+    Args:
+        letters: probabilities of each row, shape (orders, letters); every candidate stands at every place equally
+            often if there are as many orders as letters.
+        clusters: label of each row.
+    """
+    import numpy as np
+
+    longest = max((row.shape[1] for row in letters), default=0)
+    found = []
+    for place in range(longest):
+        rows = [number for number, row in enumerate(letters) if row.shape[1] > max(place, 1)]
+        values = np.array([letters[row][:, place].mean() * letters[row].shape[1] for row in rows])
+        kept = None if clusters is None else np.asarray(clusters)[rows]
+        if rows:
+            found.append(bootstrap(values[:, None], kept)[0])
+    return found

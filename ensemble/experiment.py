@@ -1,0 +1,335 @@
+"""One table for all selectors on the same candidates, and the diagnosis of why they help or don't.
+
+python -m ensemble experiment candidates.parquet --truth truth.csv -o experiment
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ensemble import diagnosis, fitting
+from ensemble.candidates import Row, read_candidates
+from ensemble.choose import Scores, answer_of, or_fallback, score_rows
+from ensemble.measure import CONSTANT, FIRST, ORACLE, WORST, Line, chance, measure
+from ensemble.models import Model, open_models, roles_needed, tools
+from ensemble.selectors import SELECTORS, make_selectors
+from ensemble.selectors.judges import Pick
+from eval.encoders import Encoder
+from eval.intervals import Interval
+from eval.scoring import Truth, interval_figures, read_truth, score_texts
+from eval.sections import kinds_of_prompt
+from submission.errors import UserError
+from submission.recover import DEFAULT_PROMPT
+from submission.tables import atomic_writer, check_writable, some
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+ALL = tuple(SELECTORS)
+_NONSENSE = 0.01  # probability of all letters together, below which a judge has not answered
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is compared; see `experiment --help`."""
+
+    candidates: Path
+    truth: Path
+    output: Path
+    selectors: Sequence[str] = ALL
+    models: Mapping[str, Model] = field(default_factory=dict)
+    constant: str = DEFAULT_PROMPT
+    concat: Sequence[int] = (2, 3)
+    concat_by: str = "consensus"
+    weights: Sequence[Path] = ()
+    rotations: int = 0
+    by: str = ""
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
+class Letters:
+    """What is known of a judge that picks letters.
+
+    Attributes:
+        positions: see `diagnosis.positions`.
+        attention: probability of any letter, mean over rows.
+        nonsense: rows in which it is below one in a hundred.
+        calibration: see `diagnosis.calibration`.
+    """
+
+    positions: list[Interval]
+    attention: float
+    nonsense: int
+    calibration: list[diagnosis.Bin]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All that came out; rows are in the truth's order.
+
+    Attributes:
+        rows, truths: candidates and their true scores; a pair without candidates has the default prompt.
+        truth, encoder: that they were scored with.
+        scores: of the selectors.
+        lines: of selectors, oracle, worst and constant.
+        joined: of answers that join several candidates, which are no choices.
+        chance: see `measure.chance`.
+        without: pairs that had no candidate.
+        variance, correlations, curve, knowledge, letters: see `ensemble.diagnosis`.
+        kinds: kind of prompt of each row.
+    """
+
+    rows: list[Row]
+    truths: list[list[float]]
+    truth: Truth
+    encoder: Encoder
+    scores: dict[str, Scores]
+    lines: list[Line]
+    joined: list[Line]
+    chance: float
+    without: int
+    variance: diagnosis.Variance
+    correlations: dict[tuple[str, str], Interval]
+    curve: diagnosis.Curve
+    knowledge: dict[str, diagnosis.Knowledge]
+    letters: Letters | None
+    kinds: list[str]
+
+    def line(self, name: str) -> Line:
+        """The line of that name."""
+        return next(line for line in [*self.lines, *self.joined] if line.name == name)
+
+    @property
+    def best_selector(self) -> Line | None:
+        """Of those that do not see the truth, the one with the highest mean; None if there is only the first answer."""
+        blind = [line for line in self.lines if line.name not in (ORACLE, WORST, CONSTANT, FIRST)]
+        return blind[0] if blind else None
+
+    def figures(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "encoder": self.encoder.name, "rows": len(self.rows), "without_candidates": self.without,
+            "clusters": self.truth.number_of_clusters,
+            "candidates": sum(len(row.candidates) for row in self.rows),
+            "draws": sum(len(row.draws) for row in self.rows),
+            "chance_of_the_best": self.chance,
+            "selectors": {line.name: line.figures() for line in self.lines},
+            "joined": {line.name: line.figures() for line in self.joined},
+            "variance": {name: interval_figures(getattr(self.variance, name))
+                         for name in ("between", "within", "correlation")},
+            "correlations": [{"sources": list(pair), **interval_figures(value)}
+                             for pair, value in self.correlations.items()],
+            "curve": {"chosen": self.curve.chosen, "independent": self.curve.independent},
+            "knowledge": {name: {"rows": known.rows, **interval_figures(known.rank_correlation)}
+                          for name, known in self.knowledge.items()},
+            "letters": None if self.letters is None else {
+                "positions": [interval_figures(one) for one in self.letters.positions],
+                "attention": self.letters.attention, "nonsense": self.letters.nonsense,
+                "calibration": [{"candidates": b.count, "said": b.said, "best": b.best}
+                                for b in self.letters.calibration],
+            },
+        }  # fmt: skip
+
+
+def run_experiment(config: Config, encoder: Encoder, say: Callable[[str], None]) -> Experiment:
+    """Score candidates by the truth and by all selectors, compare, and write experiment.json and the report.
+
+    Raises:
+        UserError: files are missing or wrong or don't go together, or a weighted sum was fitted on these rows.
+    """
+    from ensemble.report import write
+
+    truth = read_truth(config.truth, encoder, config.by)
+    given = _in_order(config.candidates, truth)
+    rows = [or_fallback(row) for row in given]
+    weights = fitting.read(config.weights, rows, truth)
+    names = list(dict.fromkeys([FIRST, *config.selectors, *weights]))
+    parts = [part for name in names for part in weights.get(name, {name: 1.0})]
+    config.output.mkdir(parents=True, exist_ok=True)
+    truths = true_scores(rows, truth.prompts, encoder)
+    with open_models(config.models, roles_needed(parts), config.output / "asked", fresh=config.fresh) as models:
+        kit = tools(encoder, models, rotations=config.rotations, weights=weights)
+        selectors = make_selectors(names, kit)
+        scores = score_rows(rows, selectors, say)
+        picks = [selector for selector in selectors.values() if isinstance(selector, Pick)]
+        letters = _letters(picks[0], rows, truths, scores, truth) if picks else None
+    constant = score_texts([config.constant] * len(rows), truth.prompts, encoder)
+    lines = measure(truths, scores, constant, truth.clusters)
+    joined = _joined(config, rows, truth, encoder, scores, truths, constant)
+    by_source = _by_source(rows, truths)
+    draws = [[row[place] for _, place in r.draws] for r, row in zip(rows, truths, strict=True)]
+    said = {name: [[values[place] for _, place in r.draws] for r, values in zip(rows, s.values, strict=True)]
+            for name, s in scores.items() if name != FIRST}  # fmt: skip
+    experiment = Experiment(
+        rows, truths, truth, encoder, scores, lines, joined, chance(truths), sum(not row.candidates for row in given),
+        diagnosis.variance(draws, truth.clusters), diagnosis.correlations(by_source, truth.clusters),
+        diagnosis.curve(draws, said),
+        {name: known for name, s in scores.items() if (known := diagnosis.knowledge(truths, s, truth.clusters))},
+        letters, truth.kinds or kinds_of_prompt(truth.prompts, encoder),
+    )  # fmt: skip
+    with atomic_writer(config.output / "experiment.json") as file:
+        json.dump(experiment.figures(), file, indent=2)
+        file.write("\n")
+    write(experiment, config.output / "report.html")
+    return experiment
+
+
+def fit_weights(
+    candidates: Path, truth_file: Path, output: Path, name: str, selectors: Sequence[str], models: Mapping[str, Model],
+    encoder: Encoder, say: Callable[[str], None], *, rotations: int = 0, fresh: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """Fit a weighted sum of selectors and write it; see `ensemble.fitting`.
+
+    Raises:
+        UserError: files are missing or wrong or don't go together.
+    """
+    check_writable(output)
+    if len(selectors) < 2:
+        raise UserError("a sum needs two selectors or more: --selectors consensus,likelihood")
+    truth = read_truth(truth_file, encoder)
+    rows = [or_fallback(row) for row in _in_order(candidates, truth)]
+    truths = true_scores(rows, truth.prompts, encoder)
+    with open_models(models, roles_needed(list(selectors)), output, fresh=fresh) as opened:
+        made = make_selectors(list(selectors), tools(encoder, opened, rotations=rotations))
+        weights = fitting.fit(truths, score_rows(rows, made, say))
+    fitting.write(output, name, weights, rows, truth)
+    return weights
+
+
+def true_scores(rows: Sequence[Row], prompts: Sequence[str], encoder: Encoder) -> list[list[float]]:
+    """The score of every candidate of every row."""
+    texts = [candidate.text for row in rows for candidate in row.candidates]
+    wanted = [prompt for row, prompt in zip(rows, prompts, strict=True) for _ in row.candidates]
+    flat = iter(score_texts(texts, wanted, encoder).tolist())
+    return [[next(flat) for _ in row.candidates] for row in rows]
+
+
+def lines_of(experiment: Experiment) -> Iterator[str]:
+    """For people."""
+    yield f"{'selector':<28}{'mean':>8}{'over first':>28}{'headroom':>10}{'best one':>10}{'tokens':>9}{'s':>7}  a row"
+    for line in [*experiment.lines, *experiment.joined]:
+        over = line.over_first
+        difference = "" if line.name == FIRST else f"{over.mean:+.4f} [{over.low:+.4f}, {over.high:+.4f}]"
+        share = "" if line.headroom.mean != line.headroom.mean else f"{line.headroom.mean:.0%}"
+        top = f"{line.top.mean:.0%}" if line.top else ""
+        yield (
+            f"{line.name[:27]:<28}{line.mean.mean:>8.4f}{difference:>28}{share:>10}{top:>10}{line.tokens:>9.0f}"
+            f"{line.seconds:>7.2f}"
+        )
+    yield ""
+    yield from sentences(experiment)
+
+
+def sentences(experiment: Experiment) -> Iterator[str]:
+    """The diagnosis in words, each with its figures."""
+    e = experiment
+    oracle, first = e.line(ORACLE), e.line(FIRST)
+    if e.without:
+        yield f"{e.without} of {len(e.rows)} pairs had no candidate: the default prompt stands for them."
+    yield (
+        f"Headroom: the best of {len(e.curve.independent)} draws scores {oracle.over_first.mean:.4f} more than the "
+        f"first answer ({first.mean.mean:.4f}); were draws of a row no more alike than those of any rows, it would be "
+        f"{e.curve.independent[-1] - first.mean.mean:.4f}."
+    )
+    yield (
+        f"Correlation of two draws of one row: {_brief(e.variance.correlation)}; of the variance of scores, "
+        f"{e.variance.between.mean:.4f} lies between rows, {e.variance.within.mean:.4f} within them, where a choice "
+        "works."
+    )
+    yield f"A candidate drawn blindly is a best one in {e.chance:.0%} of rows."
+    best = e.best_selector
+    if best is not None:
+        if best.over_first.low > 0:
+            verdict = f"{best.name} is better than the first answer: {_brief(best.over_first, signed=True)}"
+        else:
+            verdict = f"no selector is shown to be better than the first answer; {best.name} comes nearest: " + _brief(
+                best.over_first, signed=True
+            )
+        yield f"{verdict}; it captures {best.headroom.mean:.0%} of the headroom."
+    for name, known in e.knowledge.items():
+        if (SELECTORS.get(name) and SELECTORS[name].needs) or name == "consensus":
+            sees = "knows" if known.rank_correlation.low > 0 else "does not know"
+            yield f"{name} {sees} within rows which is better: rank correlation {_brief(known.rank_correlation)}."
+    if e.letters and e.letters.positions:
+        tops = [one.mean for one in e.letters.positions]
+        yield (
+            f"The judge's taste for letters: from {min(tops):.2f} to {max(tops):.2f} times an even share; it answers "
+            f"with a letter at all with probability {e.letters.attention:.2f}, below {_NONSENSE} in "
+            f"{e.letters.nonsense} rows."
+        )
+    undecided = {line.name: line.undecided for line in e.lines if line.undecided}
+    for name, count in undecided.items():
+        yield f"{name} said nothing of {count} rows; their first candidate was taken."
+
+
+def _brief(interval: Interval, *, signed: bool = False) -> str:
+    form = "+.4f" if signed else ".4f"
+    if interval.low != interval.low:
+        return f"{interval.mean:{form}} (one prompt: no interval)"
+    return f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+
+
+def _in_order(candidates: Path, truth: Truth) -> list[Row]:
+    """The rows of a file in the truth's order."""
+    found = {row.pair.id: row for row in read_candidates(candidates)}
+    for what, ids in (
+        ("lacks", [row_id for row_id in truth.ids if row_id not in found]),
+        ("has, and the truth lacks,", [row_id for row_id in found if row_id not in set(truth.ids)]),
+    ):
+        if ids:
+            raise UserError(
+                f"{candidates} {what} {len(ids)} of the ids: {some([repr(row_id) for row_id in ids])}\n"
+                f"Both must have the same ids; the truth is {truth.path}."
+            )
+    return [found[row_id] for row_id in truth.ids]
+
+
+def _by_source(rows: Sequence[Row], truths: Sequence[Sequence[float]]) -> dict[str, list[list[float]]]:
+    names = list(dict.fromkeys(draw.source for row in rows for draw, _ in row.draws if draw.source != "fallback"))
+    return {
+        name: [[scores[place] for draw, place in row.draws if draw.source == name]
+               for row, scores in zip(rows, truths, strict=True)]
+        for name in names
+    } or {"fallback": [list(scores) for scores in truths]}  # fmt: skip
+
+
+def _joined(
+    config: Config, rows: Sequence[Row], truth: Truth, encoder: Encoder, scores: Mapping[str, Scores],
+    truths: Sequence[Sequence[float]], constant: NDArray[np.float64],
+) -> list[Line]:  # fmt: skip
+    by = config.concat_by if config.concat_by in scores else FIRST
+    more = {}
+    for count in (1, *config.concat):
+        for suffix in ("", config.constant):
+            if count == 1 and not suffix:
+                continue
+            name = f"concat {count} of {by}{' + constant' if suffix else ''}"
+            texts = [answer_of(row, said, count, suffix) for row, said in zip(rows, scores[by].values, strict=True)]
+            more[name] = score_texts(texts, truth.prompts, encoder)
+    every = measure(truths, {FIRST: scores[FIRST]}, constant, truth.clusters, more)
+    return [line for line in every if line.name in more]
+
+
+def _letters(
+    pick: Pick, rows: Sequence[Row], truths: Sequence[Sequence[float]], scores: Mapping[str, Scores], truth: Truth
+) -> Letters:
+    import numpy as np
+
+    tables, attentions = [], []
+    for row in rows:
+        questions = list(pick.questions(row.pair, row.candidates))
+        answers = questions[0][0].of([question for _, question in questions]) if questions else []
+        count = len(dict.fromkeys(letter for _, (_, letter) in questions))
+        tables.append(Pick.letters(answers, count))
+        attentions.append(Pick.attention(answers, count))
+    name = next(name for name in scores if name == "judge_pick")
+    return Letters(
+        diagnosis.positions(tables, truth.clusters), float(np.mean(attentions)),
+        sum(attention < _NONSENSE for attention in attentions), diagnosis.calibration(truths, scores[name].values),
+    )  # fmt: skip

@@ -1,0 +1,102 @@
+"""Weighted sums of selectors, fitted on a validation set, and the mark that keeps them away from it afterwards.
+
+python -m ensemble fit validation.parquet --truth validation.csv --selectors consensus,likelihood -o weights.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ensemble.candidates import Row
+from ensemble.choose import Scores
+from ensemble.selectors.combine import standardised
+from eval.grouping import plain_text
+from eval.scoring import Truth
+from submission.errors import UserError
+from submission.tables import atomic_writer
+
+_RIDGE = 1e-3
+
+
+def fit(truths: Sequence[Sequence[float]], scores: Mapping[str, Scores]) -> dict[str, float]:
+    """Weights of at least 0 that predict the true scores within rows, by least squares.
+
+    Args:
+        truths: true score of each candidate of each row.
+        scores: of the selectors; each is brought to one scale within a row.
+
+    Returns:
+        by selector, adding up to 1; all alike if none predicts anything.
+    """
+    import numpy as np
+    from scipy.optimize import nnls
+
+    features, wanted = [], []
+    for number, row in enumerate(truths):
+        features.append(np.array([standardised(said.values[number]) for said in scores.values()]).T)
+        wanted.append(np.array(row, float) - np.mean(row))
+    matrix, target = np.concatenate(features), np.concatenate(wanted)
+    size = len(scores)
+    padded = np.vstack([matrix, np.sqrt(_RIDGE * len(matrix)) * np.eye(size)])
+    weights, _ = nnls(padded, np.concatenate([target, np.zeros(size)]))
+    total = float(weights.sum())
+    return {name: float(weight) / total if total else 1 / size for name, weight in zip(scores, weights, strict=True)}
+
+
+def write(path: Path, name: str, weights: Mapping[str, float], rows: Sequence[Row], truth: Truth) -> None:
+    """Write weights with the marks of the rows that they were fitted on."""
+    content = {"name": name, "weights": dict(weights), "seen": _marks(rows, truth)}
+    with atomic_writer(path) as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+
+
+def read(paths: Sequence[Path], rows: Sequence[Row], truth: Truth | None = None) -> dict[str, dict[str, float]]:
+    """Weights by name, for these rows.
+
+    Raises:
+        UserError: a file cannot be read, or its weights were fitted on one of the rows, or on its prompt or texts.
+    """
+    found: dict[str, dict[str, float]] = {}
+    ours = _marks(rows, truth)
+    for path in paths:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            name, seen = str(content["name"]), content["seen"]
+            weights = {str(key): float(value) for key, value in content["weights"].items()}
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist: python -m ensemble fit writes such a file") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} holds no weights of `python -m ensemble fit`: {error!r}") from error
+        for what, marks in ours.items():
+            common = len(set(marks) & set(_listed(seen, what)))
+            if common:
+                raise UserError(
+                    f"{path} was fitted on {common} of the {what} of these rows: its score here would be no measure\n"
+                    "Fit it on a validation set that shares nothing with them."
+                )
+        if not weights or not sum(weights.values()) > 0:
+            raise UserError(f"{path}: its weights add up to nothing")
+        found[name] = weights
+    return found
+
+
+def _listed(seen: Any, what: str) -> list[str]:
+    listed = seen.get(what, []) if isinstance(seen, dict) else []
+    return [mark for mark in listed if isinstance(mark, str)]
+
+
+def _marks(rows: Sequence[Row], truth: Truth | None) -> dict[str, list[str]]:
+    """Hashes, so that the file holds no text of the data."""
+    marks = {"pairs": [_hash(row.pair.original_text, row.pair.rewritten_text) for row in rows]}
+    if truth is not None:
+        marks["prompts"] = [_hash(plain_text(prompt)) for prompt in truth.prompts]
+    return {what: sorted(set(values)) for what, values in marks.items()}
+
+
+def _hash(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:24]

@@ -1,0 +1,96 @@
+"""The models that selectors ask: the target, a judge, a trained gate; each loaded once, with a journal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ensemble.selectors import SELECTORS, Tools
+from eval.encoders import Encoder
+from submission.backends import ModelSpec, model_spec
+from submission.config import from_mapping, read_toml
+from submission.errors import UserError
+from submission.likelihoods import Likelihoods, journalled
+from submission.models import EMBEDDED
+
+ROLES = ("target", "judge", "gate")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model by path; `backend` of "" is transformers for a folder without GGUF files, llama_cpp for the rest."""
+
+    model: str = EMBEDDED
+    backend: str = ""
+    adapter: str = ""
+    settings: tuple[str, ...] = ()
+
+    def spec(self) -> ModelSpec:
+        """Check it; see `submission.backends.model_spec`."""
+        path = Path(self.model).expanduser()
+        backend = self.backend or ("transformers" if (path / "config.json").is_file() else "llama_cpp")
+        adapter = Path(self.adapter).expanduser() if self.adapter else None
+        return model_spec(backend, self.model, adapter, list(self.settings))
+
+
+def read_models(path: Path | None, given: Mapping[str, str]) -> dict[str, Model]:
+    """Models by role.
+
+    Args:
+        path: TOML with [target], [judge] and [gate]; None for none.
+        given: paths by role, which go before the file; blank ones do not count.
+
+    Raises:
+        UserError: an unknown role, key or value.
+    """
+    return parse_models(read_toml(path, "--models") if path else {}, given)
+
+
+def parse_models(content: Mapping[str, Any], given: Mapping[str, str] | None = None) -> dict[str, Model]:
+    """Models from tables; target and judge are the embedded model unless they say otherwise."""
+    unknown = [role for role in content if role not in ROLES]
+    if unknown:
+        raise UserError(f"unknown model [{unknown[0]}]; there are: {', '.join(ROLES)}")
+    models = {"target": Model(), "judge": Model()}
+    for role, table in content.items():
+        if not isinstance(table, Mapping):
+            raise UserError(f"[{role}] must be a table")
+        models[role] = from_mapping(Model, table, f"[{role}]")
+    return models | {role: Model(model=name) for role, name in (given or {}).items() if name}
+
+
+def roles_needed(selectors: list[str]) -> set[str]:
+    """The roles that these selectors, or the parts of sums, ask."""
+    parts = [part.strip() for name in selectors for part in name.split("+")]
+    return {SELECTORS[part].needs for part in parts if part in SELECTORS} - {""}
+
+
+@contextmanager
+def open_models(
+    models: Mapping[str, Model], roles: set[str], output: Path, *, fresh: bool = False
+) -> Iterator[dict[str, Likelihoods]]:
+    """Likelihoods by role, with journals beside `output`; roles that name one model share it.
+
+    Raises:
+        UserError: a model is missing or wrong; said before any is loaded.
+    """
+    wanted = roles | ({"gate"} if "judge" in roles else set())
+    specs = {role: model.spec() for role, model in models.items() if role in wanted}
+    opened: dict[str, Likelihoods] = {}
+    with ExitStack() as stack:
+        shared: dict[str, Likelihoods] = {}
+        for role, spec in specs.items():
+            mark = repr(sorted(spec.fingerprint().items()))
+            if mark not in shared:
+                place = output.with_name(f"{output.name}.{role}")
+                shared[mark] = stack.enter_context(journalled(spec, place, fresh=fresh))
+            opened[role] = shared[mark]
+        yield opened
+
+
+def tools(encoder: Encoder, opened: Mapping[str, Likelihoods], **more: Any) -> Tools:
+    """What selectors are made with."""
+    return Tools(encoder, opened.get("target"), opened.get("judge"), opened.get("gate"), **more)

@@ -1,0 +1,146 @@
+"""What an experiment says on a page: a section of tables, then one for each question of the diagnosis."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from ensemble import charts
+from ensemble.choose import best
+from ensemble.experiment import Experiment, sentences
+from ensemble.measure import FIRST, Line
+from ensemble.selectors import SELECTORS
+from eval.intervals import Interval, bootstrap
+from eval.report import Example, Figure, Section, Table, Words, write_report
+from eval.sections import marked
+
+_KINDS = 6
+_EXAMPLES = 3
+_CURVES = 5  # selectors beside the oracle
+_HEAD = (
+    "selector", "mean [95 %]", "over first", "over constant", "headroom", "regret", "best one", "tokens/row", "s/row",
+)  # fmt: skip
+
+
+def write(experiment: Experiment, path: Path) -> list[Path]:
+    """Write the page; see `eval.report.write_report`."""
+    return write_report(path, "Ensemble: can a choice beat the first answer?", list(sections(experiment)))
+
+
+def sections(experiment: Experiment) -> Iterator[Section]:
+    """All sections of the page."""
+    e = experiment
+    gained = [line for line in e.lines if line.name != FIRST]
+    yield Section(
+        "Selectors",
+        [
+            f"Metric: {e.encoder.metric}. {len(e.rows)} rows with {e.truth.number_of_clusters} prompts (near-duplicates"
+            " are one); 95 % intervals are from a bootstrap that draws near-duplicate prompts as a whole; differences "
+            "are paired by row. Headroom is the share of what the oracle gains over the first answer; tokens count "
+            "shared beginnings each time.",
+            *sentences(e),
+        ],
+        [Table(_HEAD, [_cells(line) for line in e.lines])],
+        [Figure("gains", charts.gains(gained), "What each way of choosing gains over the first answer.")],
+    )
+    yield Section(
+        "Joined answers",
+        ["Several candidates joined into one answer are no choice, and play with the metric: they are shown apart."],
+        [Table(_HEAD, [_cells(line) for line in e.joined])],
+    )
+    figures = []
+    if any(value.mean == value.mean for value in e.correlations.values()):
+        figures.append(Figure("correlations", charts.correlations(e.correlations),
+                              "Correlation over rows of the true scores of two draws, by their sources."))  # fmt: skip
+    shown = [line.name for line in e.lines if line.name in e.curve.chosen and line.name != "oracle"][:_CURVES]
+    figures.append(Figure("headroom", charts.headroom(e.curve, shown),
+                          "Mean score of the choice among so many draws; the dotted line is the oracle's if draws of a "
+                          "row were independent."))  # fmt: skip
+    rows = [(f"{a} - {b}", _interval(value)) for (a, b), value in e.correlations.items()]
+    yield Section(
+        "Are errors correlated?",
+        [f"Variance of scores between rows: {_interval(e.variance.between)}; within rows: "
+         f"{_interval(e.variance.within)}; correlation of two draws of a row: {_interval(e.variance.correlation)}."],
+        [Table(("sources", "correlation [95 %]"), rows)] if rows else [],
+        figures,
+    )  # fmt: skip
+    if e.knowledge:
+        table = Table(
+            ("selector", "rank correlation [95 %]", "rows"),
+            [(name, _interval(k.rank_correlation), str(k.rows)) for name, k in e.knowledge.items()],
+        )
+        figures = [Figure("knowledge", charts.knowledge(e.knowledge), "Rank correlation with the true score, in rows.")]
+        if e.letters and e.letters.calibration:
+            caption = "How often candidates are best, by the probability that judge_pick gives them."
+            figures.append(Figure("calibration", charts.calibration(e.letters.calibration), caption))
+        if e.letters and e.letters.positions:
+            caption = "The judge's taste for letters, over all rotations."
+            figures.append(Figure("positions", charts.positions(e.letters.positions), caption))
+        yield Section(
+            "Does anybody know?", ["Rows with at least three candidates that can be ordered."], [table], figures
+        )
+    if e.best_selector is not None:
+        yield _by_kind(e, e.best_selector.name)
+        yield Section("Rows", examples=list(_examples(e, e.best_selector.name)))
+
+
+def _by_kind(e: Experiment, name: str) -> Section:
+    import numpy as np
+
+    gain = _gain(e, name)
+    kinds = np.array(e.kinds)
+    names = [kind for kind, _ in Counter(e.kinds).most_common(_KINDS)]
+    found = [bootstrap(np.array(gain)[kinds == kind][:, None], e.truth.clusters[kinds == kind])[0] for kind in names]
+    rows = [(kind, str(int((kinds == kind).sum())), _interval(one)) for kind, one in zip(names, found, strict=True)]
+    return Section(
+        "Who gains, who loses",
+        [f"{name} beside the first answer, by the most frequent kinds of prompt."],
+        [Table(("kind", "rows", "difference [95 %]"), rows)],
+        [Figure("kinds", charts.kinds(names, found, name), f"What {name} gains over the first answer.")],
+    )
+
+
+def _gain(e: Experiment, name: str) -> list[float]:
+    return [row[best(said)] - row[0] for row, said in zip(e.truths, e.scores[name].values, strict=True)]
+
+
+def _examples(e: Experiment, name: str) -> Iterator[Example]:
+    """Rows where the selector lost most against the first answer, and where it gained most."""
+    gain = _gain(e, name)
+    order = sorted(range(len(gain)), key=lambda row: gain[row])
+    for title, rows in ((f"{name} loses most", order[:_EXAMPLES]), (f"{name} gains most", order[::-1][:_EXAMPLES])):
+        for row in rows:
+            pair = e.rows[row].pair
+            original, rewritten = marked(pair.original_text, pair.rewritten_text)
+            texts: list[tuple[str, list[Words]]] = [("original text", original), ("rewritten text", rewritten)]
+            answers = [("true prompt", e.truth.prompts[row], "", "", "")]
+            said = e.scores[name].values[row]
+            for place in sorted(range(len(said)), key=lambda place: -e.truths[row][place])[:8]:
+                candidate = e.rows[row].candidates[place]
+                mark = "chosen" if place == best(said) else "first" if place == 0 else ""
+                answers.append((mark, candidate.text, f"{e.truths[row][place]:.3f}", f"{said[place]:.3f}",
+                                str(len(candidate.draws))))  # fmt: skip
+            head = ("", "prompt", "true score", f"by {name}", "draws")
+            yield Example(f"{title}: id {e.truth.ids[row]}", texts, Table(head, answers))
+
+
+def _cells(line: Line) -> tuple[str, ...]:
+    known = SELECTORS.get(line.name)
+    cost = (f"{line.tokens:.0f}", f"{line.seconds:.2f}") if known and known.needs else ("", "")
+    return (
+        line.name, _interval(line.mean), "" if line.name == FIRST else _interval(line.over_first, signed=True),
+        _interval(line.over_constant, signed=True), _share(line.headroom), f"{line.regret.mean:.4f}",
+        _share(line.top) if line.top else "", *cost,
+    )  # fmt: skip
+
+
+def _interval(value: Interval, *, signed: bool = False) -> str:
+    form = "+.4f" if signed else ".4f"
+    return f"{value.mean:{form}}" + (f" [{value.low:{form}}, {value.high:{form}}]" if value.low == value.low else "")
+
+
+def _share(value: Interval) -> str:
+    if value.mean != value.mean:
+        return ""
+    return f"{value.mean:.0%}" + (f" [{value.low:.0%}, {value.high:.0%}]" if value.low == value.low else "")

@@ -1,0 +1,87 @@
+"""Many candidates for each pair, from any number of sources, with journal and resume.
+
+python -m ensemble sample pairs.csv -o candidates.parquet --sources sources.toml
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from ensemble.candidates import Draw, Row, merge, write_candidates
+from ensemble.sources import Source
+from eval.encoders import Encoder
+from submission.generation import Job, answer
+from submission.tables import check_writable, says_something
+from submission.templates import Template
+from submission.types import Completion, Pair, Triplet
+
+Drawn = dict[str, list[tuple[str, Draw]]]
+"""Answers with their draws, by id of the pair."""
+
+
+def sample(
+    pairs: Sequence[Pair],
+    sources: Sequence[Source],
+    output: Path,
+    encoder: Encoder | None,
+    near: float,
+    say: Callable[[str], None],
+    *,
+    fresh: bool = False,
+) -> list[Row]:
+    """Draw from all sources and write the candidates; what a journal knows is not drawn again.
+
+    Args:
+        pairs: to be answered.
+        sources: one after the other, so that one model is in memory at a time.
+        output: Parquet file; a journal for each source lies beside it.
+        encoder: puts near-duplicates together; None leaves it at case and punctuation.
+        near: see `ensemble.candidates.NEAR`.
+        say: takes lines for people.
+        fresh: forget what the journals hold.
+
+    Raises:
+        UserError: something is missing or wrong; said before anything is drawn.
+    """
+    check_writable(output)
+    prepared = [(source, source.spec(), source.layout()) for source in sources]
+    drawn: Drawn = {pair.id: [] for pair in pairs}
+    # A rewrite of blanks tells nothing of its prompt: such a pair has no candidate.
+    asked = [pair for pair in pairs if says_something(pair.rewritten_text)]
+    for source, spec, (template, shots) in prepared:
+        say(f"{source.name}: {source.n} samples{' and a greedy answer' if source.greedy else ''}, {template.name}")
+        journal = output.with_name(f"{output.name}.{source.name}")
+        answers = answer(journal, list(jobs(asked, source, template, shots)), spec, say, fresh=fresh)
+        for key, completions in answers.completions.items():
+            row_id, _, first = key.rpartition("/")
+            drawn[row_id] += read(completions, int(first), source.name, template)
+        if answers.failed:
+            say(f"{source.name}: {len(answers.failed)} requests failed: {next(iter(answers.failed.values()))}")
+    rows = [Row(pair, tuple(merge(drawn[pair.id], encoder, near))) for pair in pairs]
+    write_candidates(output, rows)
+    draws = sum(len(row.draws) for row in rows)
+    none = sum(not row.candidates for row in rows)
+    say(
+        f"written to {output}: {draws} answers to {len(rows)} pairs, {sum(len(r.candidates) for r in rows)} of them "
+        f"distinct{f'; {none} pairs have none' if none else ''}"
+    )
+    return rows
+
+
+def jobs(pairs: Iterable[Pair], source: Source, template: Template, shots: Sequence[Triplet]) -> Iterator[Job]:
+    """A greedy request and one for all samples of each pair, side by side: the second takes over the first's prompt."""
+    for pair in pairs:
+        chat = template.render(pair, shots)
+        for first, sampling in source.samplings().items():
+            yield Job(f"{pair.id}/{first}", chat, sampling)
+
+
+def read(completions: Sequence[Completion], first: int, source: str, template: Template) -> list[tuple[str, Draw]]:
+    """Parsed answers with their draws; blank ones are left out."""
+    found = []
+    for number, completion in enumerate(completions, start=first):
+        text = template.parse(completion.text)
+        if says_something(text):
+            found.append((text, Draw(source, number, completion.logprob, completion.tokens)))
+    return found

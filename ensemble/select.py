@@ -1,0 +1,63 @@
+"""A submission from candidates: one selector's choice for every row.
+
+python -m ensemble select candidates.parquet --selector consensus -o submission.csv
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ensemble import fitting
+from ensemble.candidates import read_candidates
+from ensemble.choose import answer_of, score_rows
+from ensemble.models import Model, open_models, roles_needed, tools
+from ensemble.selectors import make_selectors
+from eval.encoders import Encoder
+from submission.manifest import manifest_path
+from submission.models import content_hash
+from submission.tables import atomic_writer, check_writable, write_predictions
+
+
+def select(
+    candidates: Path,
+    output: Path,
+    selector: str,
+    models: Mapping[str, Model],
+    encoder: Encoder,
+    say: Callable[[str], None],
+    *,
+    weights: Sequence[Path] = (),
+    rotations: int = 0,
+    concat: int = 1,
+    constant: str = "",
+    fresh: bool = False,
+) -> dict[str, int]:
+    """Choose and write; answers of models are journalled beside `output`.
+
+    Returns:
+        rows, rows without a candidate (they get the constant or the default prompt), rows that the selector said
+        nothing of (they get the first candidate).
+
+    Raises:
+        UserError: something is missing or wrong.
+    """
+    check_writable(output)
+    rows = read_candidates(candidates)
+    known = fitting.read(weights, rows)
+    parts = list(known.get(selector, {selector: 1.0}))
+    with open_models(models, roles_needed(parts), output, fresh=fresh) as opened:
+        made = make_selectors([selector], tools(encoder, opened, rotations=rotations, weights=known))
+        scores = score_rows(rows, made, say)[selector]
+    answers = [(row.pair.id, answer_of(row, said, concat, constant))
+               for row, said in zip(rows, scores.values, strict=True)]  # fmt: skip
+    write_predictions(output, answers)
+    counts = {"rows": len(rows), "without": sum(not row.candidates for row in rows), "undecided": scores.undecided}
+    with atomic_writer(manifest_path(output)) as file:
+        told = {"selector": selector, "concat": concat, "constant": constant, **counts,
+                "candidates": content_hash(candidates), "tokens_per_row": scores.tokens,
+                "seconds_per_row": scores.seconds}  # fmt: skip
+        json.dump(told, file, indent=2)
+        file.write("\n")
+    return counts

@@ -1,0 +1,133 @@
+"""Selectors: functions from a pair and its candidates to scores, the higher the better.
+
+    def longest(pair: Pair, candidates: Sequence[Candidate]) -> list[float]
+
+All of them are listed in `SELECTORS`. Those that ask a model or an encoder are made with `Tools`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ensemble.candidates import Candidate
+from ensemble.selectors import consensus, judges, likelihood, simple
+from ensemble.selectors.asking import Asking, Selector
+from ensemble.selectors.combine import combined
+from eval.encoders import Encoder
+from submission.errors import UserError
+from submission.likelihoods import Likelihoods
+
+__all__ = ["SELECTORS", "Asking", "Candidate", "Selector", "Tools", "make_selectors"]
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What selectors may need.
+
+    Attributes:
+        encoder: of the metric, for `consensus`.
+        target: the model that made the rewrites, for `likelihood`.
+        judge: any model, for the judges.
+        gate: a judge that was trained to say Yes or No; `judge` if there is none.
+        rotations: of the letters that `judge_pick` sees; 0 for as many as candidates.
+        most: candidates that a judge is shown together; the more frequent ones go first.
+    """
+
+    encoder: Encoder
+    target: Likelihoods | None = None
+    judge: Likelihoods | None = None
+    gate: Likelihoods | None = None
+    rotations: int = 0
+    most: int = 12
+    weights: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A selector as it is listed.
+
+    Attributes:
+        about: in a line.
+        make: with the tools.
+        needs: "", "target" or "judge", the model it asks.
+    """
+
+    about: str
+    make: Callable[[Tools], Selector]
+    needs: str = ""
+
+
+def _target(tools: Tools) -> Likelihoods:
+    if tools.target is None:
+        raise UserError("a selector by likelihood needs the model that made the rewrites: --target")
+    return tools.target
+
+
+def _judge(tools: Tools) -> Likelihoods:
+    if tools.judge is None:
+        raise UserError("a judge needs a model: --judge")
+    return tools.judge
+
+
+SELECTORS: dict[str, Known] = {
+    "first": Known("the first draw of the first source, greedy where it has one", lambda _: simple.first),
+    "random": Known("any, by a hash of the id", lambda _: simple.random_choice),
+    "longest": Known("most words", lambda _: simple.longest),
+    "most_frequent": Known("most draws", lambda _: simple.most_frequent),
+    "logprob": Known("the generator's own log-probability of a token", lambda _: simple.logprob),
+    "logprob_total": Known("the generator's own log-probability of the answer", lambda _: simple.logprob_total),
+    "consensus": Known(
+        "the medoid of the draws: least expected loss by the metric", lambda tools: consensus.Consensus(tools.encoder)
+    ),
+    "likelihood": Known(
+        "log P(rewrite | candidate, original) of a token, under the target model",
+        lambda tools: likelihood.Likelihood(_target(tools)),
+        "target",
+    ),
+    "likelihood_gain": Known(
+        "the same, less that under a generic prompt", lambda tools: likelihood.Gain(_target(tools)), "target"
+    ),
+    "judge_pick": Known(
+        "a judge's probability of the candidate's letter, mean over rotations",
+        lambda tools: judges.Pick(_judge(tools), tools.rotations),
+        "judge",
+    ),
+    "judge_rate": Known(
+        "the mean of a judge's rating from 1 to 5", lambda tools: judges.Rate(_judge(tools)), "judge"
+    ),
+    "judge_pairs": Known(
+        "strength in a judge's pairwise choices (Bradley-Terry)", lambda tools: judges.Pairs(_judge(tools)), "judge"
+    ),
+    "judge_yes_no": Known(
+        "a judge's log-odds of Yes; the trained one if there is one",
+        lambda tools: judges.YesNo(tools.gate or _judge(tools)),
+        "judge",
+    ),
+}  # fmt: skip
+
+
+def make_selectors(names: list[str], tools: Tools) -> dict[str, Selector]:
+    """Selectors by name; `a+b` is the sum of ranks, and what `tools.weights` names a weighted sum.
+
+    Raises:
+        UserError: a name is unknown, or the model that a selector needs is not there.
+    """
+
+    def one(name: str) -> Selector:
+        if name not in SELECTORS:
+            known = ", ".join([*SELECTORS, *tools.weights])
+            raise UserError(f"unknown selector {name!r}; there are: {known}, and sums of ranks such as first+consensus")
+        return SELECTORS[name].make(tools)
+
+    made: dict[str, Selector] = {}
+    for name in names:
+        if name in tools.weights:
+            weights = tools.weights[name]
+            made[name] = combined([one(part) for part in weights], list(weights.values()), ranks=False)
+        elif "+" in name:
+            parts = [part.strip() for part in name.split("+")]
+            made[name] = combined([one(part) for part in parts], [1.0] * len(parts), ranks=True)
+        else:
+            made[name] = one(name)
+    return made

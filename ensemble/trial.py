@@ -1,0 +1,52 @@
+"""The whole thing in a few minutes: candidates of the embedded model for the examples, all selectors, the report.
+
+python -m ensemble trial -o trial
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+from ensemble.experiment import ALL, Config, Experiment, run_experiment
+from ensemble.models import read_models
+from ensemble.sample import sample
+from ensemble.sources import Source
+from eval.encoders import Encoder
+from submission.errors import UserError
+from submission.tables import read_pairs
+
+_SKIPPED = ("judge_pairs",)  # it asks about every two candidates: as long as all others together
+_SOURCES = (
+    Source(name="short", template="short", n=4, temperature=0.8, max_new_tokens=32),
+    Source(name="detailed", template="detailed", n=3, greedy=False, temperature=0.8, max_new_tokens=32),
+)
+
+
+def examples() -> tuple[Path, Path]:
+    """Pairs and truth that come with a checkout.
+
+    Raises:
+        UserError: this is no checkout.
+    """
+    folder = Path(str(resources.files("ensemble"))).parent / "examples"
+    pairs, truth = folder / "test.csv", folder / "truth.csv"
+    if not (pairs.is_file() and truth.is_file()):
+        raise UserError(f"{folder} has no test.csv and truth.csv: run the trial from a checkout")
+    return pairs, truth
+
+
+def trial(
+    output: Path, encoder: Encoder, near: float, say: Callable[[str], None], *, fresh: bool = False
+) -> Experiment:
+    """Sample, score and compare; the same command again goes on, or does nothing but compare."""
+    pairs, truth = examples()
+    output.mkdir(parents=True, exist_ok=True)
+    candidates = output / "candidates.parquet"
+    sample(read_pairs(pairs), _SOURCES, candidates, encoder, near, say, fresh=fresh)
+    config = Config(
+        candidates, truth, output, [name for name in ALL if name not in _SKIPPED], read_models(None, {}), rotations=4,
+        fresh=fresh,
+    )  # fmt: skip
+    return run_experiment(config, encoder, say)

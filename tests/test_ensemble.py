@@ -1,0 +1,394 @@
+"""Candidates, selectors and the experiment: what is known goes in, and comes out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ensemble import diagnosis
+from ensemble.candidates import Candidate, Draw, Row, merge, read_candidates, write_candidates
+from ensemble.choose import Scores, answer_of, best, score_rows
+from ensemble.measure import measure
+from ensemble.selectors import SELECTORS, Tools, make_selectors
+from ensemble.selectors.consensus import Consensus
+from ensemble.selectors.judges import MOST, Pick, Rate, YesNo, bradley_terry
+from eval.encoders import Encoder, find_encoder
+from submission.backends.scripted import Scripted
+from submission.errors import UserError
+from submission.likelihoods import Likelihoods
+from submission.templates import LETTERS
+from submission.types import Chat, LogLikelihood, Pair
+from tests.conftest import ROOT, Cli, read_csv, runner, write_csv
+
+EXAMPLES = ROOT / "examples"
+PAIR = Pair("1", "The cat sat.", "Upon the mat, a cat!")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Cli:
+    """Run `python -m ensemble ...` in the test's folder."""
+    return runner("ensemble", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return find_encoder("embedded", cached=False)
+
+
+def candidates(*texts: str) -> tuple[Candidate, ...]:
+    return tuple(Candidate(text, (Draw("s", n, -float(n + 1), 2),)) for n, text in enumerate(texts))
+
+
+class Knows(Scripted):
+    """A judge with a taste: what it says is a function of the whole question and the answer."""
+
+    def __init__(self, probability: dict[str, float], taste: Sequence[float] = ()) -> None:
+        super().__init__()
+        self.probability, self.taste = probability, taste
+
+    def loglikelihood(self, items):  # type: ignore[no-untyped-def]
+        for key, chat, answer in items:
+            yield key, LogLikelihood(math.log(self._say(chat, answer)), 1, 10)
+
+    def _say(self, chat: Chat, answer: str) -> float:
+        text = "".join(part.text for part in chat.messages[0].parts)
+        if answer in ("Yes", "No"):
+            (known,) = (p for said, p in self.probability.items() if f"Instruction: {said}\n" in text)
+            return known if answer == "Yes" else 1 - known
+        place = LETTERS.index(answer)
+        (line,) = (line for line in text.splitlines() if line.startswith(f"{answer}) "))
+        return self.probability[line[3:]] * (self.taste[place] if self.taste else 1.0)
+
+
+# -- candidates ---------------------------------------------------------------------------------------------
+
+
+def test_candidates_are_merged_with_their_draws_and_come_back(tmp_path: Path, encoder: Encoder) -> None:
+    drawn = [("Make it rhyme", Draw("a", 0, -1.0, 3)), ("make it rhyme.", Draw("a", 1, -2.0, 3)),
+             ("  ", Draw("a", 2, -2.0, 1)), ("Write a poem", Draw("b", 1, -3.5, 4))]  # fmt: skip
+    merged = merge(drawn)
+    assert [(c.text, [d.number for d in c.draws]) for c in merged] == [("Make it rhyme", [0, 1]), ("Write a poem", [1])]
+    assert len(merge(drawn, encoder, near=0.95)) == 2
+    rows = [Row(PAIR, tuple(merged)), Row(Pair("2", "", ""), ())]
+    write_candidates(tmp_path / "c.parquet", rows)
+    assert read_candidates(tmp_path / "c.parquet") == rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([("1", "a", "b", "c", "[]")], "a candidate without a draw"),
+        ([("1", "a", "b", "c", "nonsense")], "draws must be a JSON list"),
+        ([("1", "a", "b", "c", '[["s",1,-1,1]]'), ("1", "x", "b", "d", '[["s",1,-1,1]]')], "other texts"),
+        ([("1", "a", "b", "c", '[["s",1,-1,1]]'), ("1", "a", "b", "c", '[["s",1,-1,1]]')], "repeats a candidate"),
+        ([("", "a", "b", "c", '[["s",1,-1,1]]')], "null id"),
+        ([], "a header and no row"),
+    ],
+)
+def test_candidates_that_cannot_be_meant_are_refused(rows: list[Sequence[str]], said: str, tmp_path: Path) -> None:
+    header = ("id", "original_text", "rewritten_text", "candidate", "draws")
+    with pytest.raises(UserError, match=said):
+        read_candidates(write_csv(tmp_path / "c.csv", rows, header))
+
+
+# -- selectors ----------------------------------------------------------------------------------------------
+
+
+def test_every_selector_scores_one_two_and_equal_candidates(encoder: Encoder) -> None:
+    scripted = Likelihoods(Scripted)
+    made = make_selectors(list(SELECTORS), Tools(encoder, scripted, scripted))
+    for name, selector in made.items():
+        for some in (candidates("Make it rhyme"), candidates("Make it rhyme", "Make it formal")):
+            scores = selector(PAIR, some)
+            assert len(scores) == len(some), name
+            assert all(math.isfinite(score) for score in scores), name
+
+
+def test_rotations_cancel_the_taste_for_letters() -> None:
+    some = candidates("one", "two", "three", "four")
+    truth = {"one": 0.1, "two": 0.2, "three": 0.4, "four": 0.3}
+    taste = [8.0, 1.0, 1.0, 1.0]
+    single = Pick(Likelihoods(lambda: Knows(truth, taste)), rotations=1)(PAIR, some)
+    assert best(single) == 0  # the judge likes A
+    rotated = Pick(Likelihoods(lambda: Knows(truth, taste)))(PAIR, some)
+    assert best(rotated) == 2
+    assert sum(rotated) == pytest.approx(1)
+    model = Likelihoods(lambda: Knows(truth, taste))
+    questions = Pick(model).ask(PAIR, some)
+    letters = Pick.letters(model.of(questions), 4)
+    assert letters.shape == (4, 4)
+    positions = diagnosis.positions([letters, letters])
+    assert positions[0].mean > 1.5 > 1 > positions[1].mean
+
+
+def test_only_so_many_candidates_stand_beside_each_other() -> None:
+    some = candidates(*(f"candidate {n}" for n in range(MOST + 5)))
+    scores = Pick(Likelihoods(lambda: Knows({c.text: 0.5 for c in some})), rotations=1)(PAIR, some)
+    assert sum(score == score for score in scores) == MOST
+    assert best(scores) == 0
+
+
+def test_yes_or_no_is_read_as_odds_and_a_judge_of_nonsense_has_no_opinion() -> None:
+    some = candidates("one", "two")
+    yes = YesNo(Likelihoods(lambda: Knows({"one": 0.2, "two": 0.9})))(PAIR, some)
+    assert yes == pytest.approx([math.log(0.2 / 0.8), math.log(0.9 / 0.1)])
+    assert Rate(Likelihoods(Scripted))(PAIR, some) == pytest.approx([3.0, 3.0])  # every rating alike
+    never = Likelihoods(lambda: Never())
+    assert Pick(never)(PAIR, some) == pytest.approx([0.5, 0.5])
+
+
+class Never(Scripted):
+    """A judge that says no letter, ever."""
+
+    def loglikelihood(self, items):  # type: ignore[no-untyped-def]
+        for key, _, _ in items:
+            yield key, LogLikelihood(-math.inf, 1, 10)
+
+
+def test_strengths_are_those_that_the_wins_were_made_from() -> None:
+    strengths = np.array([1.0, 0.0, -1.0])
+    wins = 100 / (1 + np.exp(strengths[None, :] - strengths[:, None]))
+    assert bradley_terry(wins) == pytest.approx(strengths, abs=0.05)
+
+
+def test_consensus_is_the_medoid_and_counts_draws(encoder: Encoder) -> None:
+    some = candidates("Write it as a sea shanty", "Turn this into a sea shanty", "List the main points as bullets")
+    assert best(Consensus(encoder)(PAIR, some)) in (0, 1)
+    often = (*some[:2], Candidate(some[2].text, tuple(Draw("s", n, -1.0, 2) for n in range(9))))
+    assert best(Consensus(encoder)(PAIR, often)) == 2
+
+
+def test_sums_take_ranks_or_weights_and_nan_is_never_chosen() -> None:
+    some = candidates("a b c", "d", "e f")
+    made = make_selectors(["longest+first", "w"], Tools(None, weights={"w": {"longest": 1.0, "first": 0.0}}))  # type: ignore[arg-type]
+    assert made["longest+first"](PAIR, some) == [2.0, 0.5, 0.5]
+    assert best(made["w"](PAIR, some)) == 0
+    assert best([math.nan, 0.1, math.nan]) == 1
+    assert best([math.nan, math.nan]) == 0
+    with pytest.raises(UserError, match="unknown selector 'frist'"):
+        make_selectors(["frist"], Tools(None))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="--target"):
+        make_selectors(["likelihood"], Tools(None))  # type: ignore[arg-type]
+
+
+def test_answers_are_joined_as_sentences() -> None:
+    row = Row(PAIR, candidates("make it rhyme", "add humour."))
+    assert answer_of(row, [0.0, 1.0]) == "add humour."
+    assert answer_of(row, [0.0, 1.0], 2) == "add humour. make it rhyme."
+    assert answer_of(row, [0.0, 1.0], 1, "Improve it.") == "add humour. Improve it."
+    assert answer_of(Row(PAIR, ()), [], 2, "Improve it.") == "Improve it."
+
+
+def test_a_selector_of_the_wrong_length_is_named() -> None:
+    with pytest.raises(UserError, match="selector bad gave 1 scores to 2"):
+        score_rows([Row(PAIR, candidates("a", "b"))], {"bad": lambda _, __: [1.0]})
+
+
+# -- the experiment recovers what is known ------------------------------------------------------------------
+
+
+def simulated(rows: int, draws: int, correlation: float, seed: int = 0) -> list[list[float]]:
+    random = np.random.default_rng(seed)
+    shared = random.normal(size=(rows, 1)) * math.sqrt(correlation)
+    scores: list[list[float]] = (shared + random.normal(size=(rows, draws)) * math.sqrt(1 - correlation)).tolist()
+    return scores
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.4, 0.8])
+def test_a_known_correlation_of_errors_is_recovered(correlation: float) -> None:
+    draws = simulated(400, 6, correlation)
+    found = diagnosis.variance(draws)
+    assert found.correlation.low <= correlation <= found.correlation.high
+    assert found.between.low <= correlation <= found.between.high
+    assert found.within.low <= 1 - correlation <= found.within.high
+    sources = {"a": [row[:3] for row in draws], "b": [row[3:] for row in draws]}
+    for pair, value in diagnosis.correlations(sources).items():
+        assert value.low <= correlation <= value.high, pair
+        assert value.high - value.low < 0.3
+
+
+def test_sources_that_err_apart_are_told_from_those_that_err_together() -> None:
+    a, b = simulated(300, 3, 0.7, seed=1), simulated(300, 3, 0.7, seed=2)
+    found = diagnosis.correlations({"a": a, "b": b})
+    assert found["a", "a"].low < 0.7 < found["a", "a"].high
+    assert found["a", "b"].low < 0 < found["a", "b"].high
+    single = diagnosis.correlations({"a": [row[:1] for row in a], "b": b})
+    assert math.isnan(single["a", "a"].mean)
+
+
+@pytest.mark.parametrize("accuracy", [0.25, 0.6, 0.95])
+def test_a_known_accuracy_of_a_judge_is_recovered(accuracy: float) -> None:
+    random = np.random.default_rng(1)
+    truths = simulated(500, 4, 0.3, seed=3)
+    said = []
+    for row in truths:
+        wanted = int(np.argmax(row))
+        if random.random() >= accuracy:
+            wanted = int(random.choice([place for place in range(4) if place != wanted]))
+        said.append([float(place == wanted) for place in range(4)])
+    lines = {line.name: line for line in measure(truths, {"judge": Scores(said)}, np.zeros(500))}
+    judge = lines["judge"]
+    assert judge.top is not None
+    assert judge.top.low <= accuracy <= judge.top.high
+    assert lines["oracle"].headroom.mean == pytest.approx(1)
+    assert lines["oracle"].mean.mean >= judge.mean.mean >= lines["worst"].mean.mean
+    if accuracy == 0.25:  # no better than chance: nothing is gained over the first answer
+        assert judge.over_first.holds_zero
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_a_known_rank_correlation_is_recovered(strength: float) -> None:
+    random = np.random.default_rng(2)
+    truths = np.array(simulated(400, 12, 0.5, seed=4))
+    inside = truths - truths.mean(axis=1, keepdims=True)
+    said = strength * inside / inside.std() + math.sqrt(1 - strength**2) * random.normal(size=inside.shape)
+    known = diagnosis.knowledge(truths.tolist(), Scores(said.tolist()))
+    assert known is not None
+    assert known.rows == 400
+    # Spearman's coefficient of normal variables with that of Pearson.
+    expected = 6 / math.pi * math.asin(strength / 2)
+    assert known.rank_correlation.mean == pytest.approx(expected, abs=0.05)
+
+
+def test_the_curve_is_the_mean_over_all_subsets() -> None:
+    from itertools import combinations
+
+    truth = [[0.1, 0.5, 0.3, 0.9], [0.2, 0.2, 0.4, 0.1]]
+    said = [[3.0, 1.0, 2.0, 0.0], [0.0, 5.0, 1.0, 1.0]]
+    found = diagnosis.curve(truth, {"s": said})
+    for k in (1, 2, 3, 4):
+        subsets = [list(combinations(range(4), k))] * 2
+        oracle = np.mean(
+            [np.mean([max(row[i] for i in s) for s in sets]) for row, sets in zip(truth, subsets, strict=True)]
+        )
+        assert found.chosen["oracle"][k - 1] == pytest.approx(oracle)
+    assert found.chosen["s"][3] == pytest.approx((0.1 + 0.2) / 2)
+    assert found.independent[0] == pytest.approx(np.mean(truth))
+
+
+def test_equal_candidates_and_single_ones_are_defined() -> None:
+    truths = [[0.3], [0.3, 0.3]]
+    lines = {line.name: line for line in measure(truths, {"x": Scores([[1.0], [math.nan, math.nan]])}, np.zeros(2))}
+    assert math.isnan(lines["x"].headroom.mean)
+    assert lines["x"].undecided == 1
+    assert lines["x"].regret.mean == 0
+    assert diagnosis.knowledge(truths, Scores([[1.0], [1.0, 2.0]])) is None
+
+
+def test_calibration_finds_a_judge_that_is_right_as_often_as_it_says() -> None:
+    random = np.random.default_rng(5)
+    said: NDArray[np.float64] = random.dirichlet(np.ones(4), size=2000)
+    truths = [[float(place == random.choice(4, p=row)) for place in range(1)] for row in said]
+    winners = [int(random.choice(4, p=row)) for row in said]
+    truths = [[float(place == winner) for place in range(4)] for winner in winners]
+    for one in diagnosis.calibration(truths, said.tolist()):
+        assert one.best == pytest.approx(one.said, abs=0.06)
+
+
+# -- commands -----------------------------------------------------------------------------------------------
+
+
+def test_candidates_of_the_embedded_model_become_a_submission_and_a_report(run: Cli, tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(
+        '[[source]]\nname = "short"\ntemplate = "short"\n[[source]]\nname = "warm"\ntemplate = "detailed"\n'
+        "greedy = false\ntemperature = 1.0\n"
+    )
+    drawn = ("sample", EXAMPLES / "test.csv", "-o", "c.parquet", "--sources", "s.toml", "--set", "n=2", "--set",
+             "max_new_tokens=16", "--limit", 5)  # fmt: skip
+    done = run(*drawn)
+    assert done.code == 0, done.err
+    rows = read_candidates(tmp_path / "c.parquet")
+    assert len(rows) == 5
+    assert {draw.source for row in rows for draw, _ in row.draws} == {"short", "warm"}
+    assert rows[0].candidates[0].draws[0].number == 0  # the greedy answer is first
+    content = (tmp_path / "c.parquet").read_bytes()
+    assert run(*drawn).code == 0
+    assert (tmp_path / "c.parquet").read_bytes() == content
+    assert "belongs to a different run" in run(*drawn, "--set", "n=3").err
+    chosen = run("select", "c.parquet", "--selector", "consensus+most_frequent", "-o", "submission.csv")
+    assert chosen.code == 0, chosen.err
+    assert [row[0] for row in read_csv(tmp_path / "submission.csv")[1:]] == [row.pair.id for row in rows]
+    truth = [row for row in read_csv(EXAMPLES / "truth.csv") if row[0] in {"id", *(r.pair.id for r in rows)}]
+    write_csv(tmp_path / "truth.csv", truth[1:], truth[0])
+    names = "first,consensus,likelihood,judge_yes_no,judge_pick"
+    made = run("experiment", "c.parquet", "--truth", "truth.csv", "-o", "e", "--selectors", names, "--rotations", 2)
+    assert made.code == 0, made.err
+    assert "Headroom" in made.out
+    figures = json.loads((tmp_path / "e" / "experiment.json").read_text())
+    assert set(names.split(",")) <= set(figures["selectors"])
+    assert figures["selectors"]["oracle"]["headroom"]["mean"] == pytest.approx(1)
+    assert figures["letters"]["positions"]
+    page = (tmp_path / "e" / "report.html").read_text()
+    assert "Are errors correlated?" in page
+    assert "Does anybody know?" in page
+
+
+def test_weights_are_refused_for_the_rows_that_they_were_fitted_on(run: Cli, tmp_path: Path) -> None:
+    pairs = read_csv(EXAMPLES / "test.csv")[1:9]
+    truth = {row[0]: row[1] for row in read_csv(EXAMPLES / "truth.csv")[1:]}
+    rows = [Row(Pair(*pair), candidates("Rewrite it as a poem", "Make it formal", truth[pair[0]])) for pair in pairs]
+    for name, part in {"v": rows[:4], "t": rows[4:]}.items():
+        write_candidates(tmp_path / f"{name}.parquet", part)
+        write_csv(tmp_path / f"{name}.csv", [(r.pair.id, truth[r.pair.id]) for r in part], ("id", "rewrite_prompt"))
+    fitted = run("fit", "v.parquet", "--truth", "v.csv", "--selectors", "longest,first,logprob", "-o", "w.json")
+    assert fitted.code == 0, fitted.err
+    assert sum(json.loads((tmp_path / "w.json").read_text())["weights"].values()) == pytest.approx(1)
+    common = ("-o", "e", "--selectors", "first", "--weights", "w.json")
+    assert run("experiment", "t.parquet", "--truth", "t.csv", *common).code == 0
+    assert "weighted" in json.loads((tmp_path / "e" / "experiment.json").read_text())["selectors"]
+    refused = run("experiment", "v.parquet", "--truth", "v.csv", *common)
+    assert refused.code == 2
+    assert "was fitted on" in refused.err
+    used = run("select", "t.parquet", "--selector", "weighted", "--weights", "w.json", "-o", "s.csv")
+    assert used.code == 0, used.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("sample", "nowhere.csv", "-o", "c.parquet"), "nowhere.csv does not exist"),
+        (("sample", "PAIRS", "-o", "c.parquet", "--set", "m=2"), "unknown option 'm'"),
+        (("sample", "PAIRS", "-o", "c.parquet", "--set", "temperature=0"), "which are all alike"),
+        (("sample", "PAIRS", "-o", "c.parquet", "--sources", "nowhere.toml"), "nowhere.toml does not exist"),
+        (("select", "nowhere.parquet", "--selector", "first", "-o", "s.csv"), "nowhere.parquet does not exist"),
+        (("select", "c.csv", "--selector", "frist", "-o", "s.csv"), "unknown selector 'frist'"),
+        (("select", "c.csv", "--selector", "likelihood", "--target", "no.gguf", "-o", "s.csv"), "does not exist"),
+        (("experiment", "c.csv", "--truth", "other.csv", "-o", "e"), "lacks 1 of the ids"),
+        (("experiment", "c.csv", "--truth", "t.csv", "-o", "e", "--weights", "w.json"), "w.json does not exist"),
+        (("fit", "c.csv", "--truth", "t.csv", "--selectors", "first", "-o", "w.json"), "two selectors or more"),
+    ],
+)
+def test_what_cannot_be_meant_is_said(arguments: tuple[str, ...], said: str, run: Cli, tmp_path: Path) -> None:
+    header = ("id", "original_text", "rewritten_text", "candidate", "draws")
+    write_csv(tmp_path / "c.csv", [("1", "a", "b", "Make it rhyme", '[["s", 1, -1.0, 3]]')], header)
+    write_csv(tmp_path / "t.csv", [("1", "Make it rhyme")], ("id", "rewrite_prompt"))
+    write_csv(tmp_path / "other.csv", [("2", "Make it rhyme")], ("id", "rewrite_prompt"))
+    done = run(*(str(EXAMPLES / "test.csv") if argument == "PAIRS" else argument for argument in arguments))
+    assert done.code == 2, done.err
+    assert said in done.err
+    assert "Traceback" not in done.err
+
+
+def test_the_best_of_several_is_predicted_and_time_that_is_short_is_said(tmp_path: Path) -> None:
+    answers = {f"{row[0]}/{n}": "Make it rhyme" for row in read_csv(EXAMPLES / "test.csv")[1:] for n in (0, 1)}
+    (tmp_path / "answers.json").write_text(json.dumps(answers))
+    (tmp_path / "b.toml").write_text(
+        'selector = "consensus"\n[[source]]\nbackend = "scripted"\nn = 4\n'
+        'settings = ["answers=answers.json", "seconds_per_row=0.12"]\n'
+    )
+    predict = runner("submission", tmp_path)
+    common = ("--recover", "ensemble.best_of:best_of", "--recover-config", "b.toml")
+    done = predict("predict", EXAMPLES / "test.csv", "-o", "s.csv", *common)
+    assert done.code == 0, done.err
+    assert {row[1] for row in read_csv(tmp_path / "s.csv")[1:]} == {"Make it rhyme"}
+    late = predict("predict", EXAMPLES / "test.csv", "-o", "late.csv", "--deadline", "9s", *common)
+    assert late.code == 0, late.err
+    assert len(read_csv(tmp_path / "late.csv")) == 27
+    assert "time was short" in (tmp_path / "late.csv.journal.jsonl").read_text()
+    assert "greedy answers only" in late.err or "of the samples from here on" in late.err

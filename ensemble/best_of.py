@@ -23,7 +23,7 @@ from typing import Any
 
 from ensemble.candidates import NEAR, Draw, Row, merge
 from ensemble.choose import answer_of, best, score_rows
-from ensemble.models import Model, parse_models, roles_needed, tools
+from ensemble.models import Model, parse_models, roles_needed, tools, with_gate
 from ensemble.sample import read
 from ensemble.selectors import Selector, make_selectors
 from ensemble.sources import Source, parse_sources
@@ -36,6 +36,7 @@ from submission.templates import Template
 from submission.types import Backend, Budget, Pair, Prediction, Request, Triplet
 
 _TOGETHER = 16  # rows between two looks at the clock
+_FIRST = 4  # rows that tell how long a row takes, where there is a deadline
 _RESERVE = 0.9  # of the time that is left is planned with
 
 
@@ -71,9 +72,7 @@ class best_of:
     def __init__(self, setup: Setup) -> None:
         self._options, self._sources, self._models = _parse(setup.config)
         self._specs = [(source, source.spec(), source.layout()) for source in self._sources]
-        roles = roles_needed([self._options.selector])
-        wanted = roles | ({"gate"} if "judge" in roles else set())
-        self._asked_specs = {role: model.spec() for role, model in self._models.items() if role in wanted}
+        self._asked_specs = {role: self._models[role].spec() for role in _roles(self._options, self._models)}
         self._asked: list[_Asked] | None = None
         self._selector: Selector | None = None
         self._encoder: Encoder | None = None
@@ -83,7 +82,7 @@ class best_of:
         """What decides the answers beside the configuration: the content of the models."""
         options, sources, models = _parse(config)
         marks = [source.spec().fingerprint() for source in sources]
-        marks += [models[role].spec().fingerprint() for role in sorted(roles_needed([options.selector]))]
+        marks += [models[role].spec().fingerprint() for role in _roles(options, models)]
         templates = [source.layout()[0].fingerprint() for source in sources]
         digest = hashlib.sha256(repr((marks, templates)).encode()).hexdigest()
         return {"ensemble": digest, "encoder": find_encoder(options.encoder).fingerprint}
@@ -93,13 +92,15 @@ class best_of:
         todo = list(pairs)  # their number is needed to share out the time
         self._load()
         pace = _Pace(budget, max(source.n for source in self._sources))
-        for start in range(0, len(todo), _TOGETHER):
-            some = todo[start : start + _TOGETHER]
+        start = 0
+        while start < len(todo):
             share = pace.share(len(todo) - start)
+            some = todo[start : start + (_TOGETHER if pace.known else _FIRST)]
             began = time.monotonic()
             rows = self._draw(some, share)
             yield from self._select(rows, share)
             pace.took(time.monotonic() - began, len(some), share)
+            start += len(some)
 
     def _load(self) -> None:
         if self._asked is not None:
@@ -166,6 +167,11 @@ class _Pace:
         self._seconds: float | None = None  # that a row takes with all its samples
         self._last = 1.0
 
+    @property
+    def known(self) -> bool:
+        """Whether the pace is known, or of no matter."""
+        return self._seconds is not None or self._budget.remaining() == float("inf")
+
     def share(self, rows: int) -> float:
         """The share of the samples that the next rows may draw, 0 for greedy answers alone."""
         left = self._budget.remaining()
@@ -191,6 +197,10 @@ def _short(share: float) -> str:
     if share == 1:
         return ""
     return "time was short: greedy answer only" if share == 0 else f"time was short: {share:.0%} of the samples"
+
+
+def _roles(options: Options, models: Mapping[str, Model]) -> list[str]:
+    return sorted(with_gate(roles_needed([options.selector])) & set(models))
 
 
 def _parse(config: Mapping[str, Any]) -> tuple[Options, list[Source], dict[str, Model]]:

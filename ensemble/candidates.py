@@ -15,6 +15,7 @@ from pathlib import Path
 
 from eval.encoders import Encoder
 from eval.grouping import near_duplicate_groups, plain_text
+from submission.answers import is_blank
 from submission.errors import UserError
 from submission.tables import PAIR_COLUMNS, atomic_path, read_table
 from submission.types import Pair
@@ -122,7 +123,7 @@ def read_candidates(path: Path) -> list[Row]:
         candidates = found.setdefault(row_id, [])
         if any(text == other.text for other in candidates):
             raise UserError(f"{path}: {row.where} repeats a candidate of id {row_id!r}")
-        if text.strip():
+        if not is_blank(text):
             candidates.append(Candidate(text, _draws(draws, f"{path}: {row.where}")))
     if not pairs:
         raise UserError(f"{path} has a header and no row")

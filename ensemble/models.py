@@ -68,6 +68,11 @@ def roles_needed(selectors: list[str]) -> set[str]:
     return {SELECTORS[part].needs for part in parts if part in SELECTORS} - {""}
 
 
+def with_gate(roles: set[str]) -> set[str]:
+    """A gate takes the place of the judge that is asked for Yes or No: it goes with it."""
+    return roles | ({"gate"} if "judge" in roles else set())
+
+
 @contextmanager
 def open_models(
     models: Mapping[str, Model], roles: set[str], output: Path, *, fresh: bool = False
@@ -77,8 +82,7 @@ def open_models(
     Raises:
         UserError: a model is missing or wrong; said before any is loaded.
     """
-    wanted = roles | ({"gate"} if "judge" in roles else set())
-    specs = {role: model.spec() for role, model in models.items() if role in wanted}
+    specs = {role: model.spec() for role, model in models.items() if role in with_gate(roles)}
     opened: dict[str, Likelihoods] = {}
     with ExitStack() as stack:
         shared: dict[str, Likelihoods] = {}

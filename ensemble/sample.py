@@ -11,6 +11,7 @@ from pathlib import Path
 from ensemble.candidates import Draw, Row, merge, write_candidates
 from ensemble.sources import Source
 from eval.encoders import Encoder
+from submission.answers import is_blank, storable
 from submission.generation import Job, answer
 from submission.tables import check_writable, says_something
 from submission.templates import Template
@@ -78,10 +79,10 @@ def jobs(pairs: Iterable[Pair], source: Source, template: Template, shots: Seque
 
 
 def read(completions: Sequence[Completion], first: int, source: str, template: Template) -> list[tuple[str, Draw]]:
-    """Parsed answers with their draws; blank ones are left out."""
+    """Parsed answers with their draws; those that are blank or read as null are left out."""
     found = []
     for number, completion in enumerate(completions, start=first):
-        text = template.parse(completion.text)
-        if says_something(text):
+        text = storable(template.parse(completion.text))
+        if not is_blank(text):
             found.append((text, Draw(source, number, completion.logprob, completion.tokens)))
     return found

@@ -119,6 +119,9 @@ def parse_sources(entries: Any, where: str, settings: Sequence[str] = ()) -> lis
             raise UserError(f"{where}: source {number} draws {source.n} samples at temperature 0, which are all alike")
         sources.append(dataclasses.replace(source, name=source.name or _name(source)))
     names = [source.name for source in sources]
+    odd = next((name for name in names if "/" in name or "\\" in name), "")
+    if odd:
+        raise UserError(f"{where}: source {odd!r}: a name is part of a file's name, without slashes")
     twice = next((name for name in names if names.count(name) > 1), "")
     if twice:
         raise UserError(f"{where}: two sources are called {twice!r}: give each a name")

@@ -93,8 +93,10 @@ def test_what_cannot_be_exported_is_said(
 
 
 def test_a_converter_that_is_not_reached_is_said(hf_folder: Path, tmp_path: Path) -> None:
-    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_NO_INDEX": "0",
-               "PIP_FIND_LINKS": "", "PIP_EXTRA_INDEX_URL": "", "XDG_CACHE_HOME": str(tmp_path)}  # fmt: skip
+    nowhere = {
+        "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_NO_INDEX": "0", "PIP_FIND_LINKS": "",
+        "PIP_EXTRA_INDEX_URL": "", "PIP_NO_CACHE_DIR": "1", "XDG_CACHE_HOME": str(tmp_path),
+    }  # fmt: skip
     done = subprocess.run(
         command("gguf", hf_folder, "-o", "m.gguf", room="train"), cwd=tmp_path, capture_output=True, text=True,
         check=False, env={**environment(), **nowhere, "PIP_CONFIG_FILE": os.devnull},
@@ -150,7 +152,7 @@ def test_a_recipe_runs_all_stages_and_a_second_time_none(run: Cli, tiny: Path, t
         ("[score]\nbackend = 'transformers'\nbaselines = ['guess']", "unknown baseline 'guess'"),
         ("[score]", "has no [gguf] for [score]"),
         ("[gguf]\n[score]\nquantization = 'Q8_0'", "'Q8_0', which [gguf] does not make"),
-        ("[gguf]\n[score]", "is a folder"),  # llama.cpp cannot answer with the untuned base
+        ("[gguf]\n[score]", "is a transformers folder"),  # llama.cpp cannot answer with the untuned base
         ("[gguf]\nllama_cpp = '.'", "is no checkout of llama.cpp"),
     ],
 )
@@ -164,3 +166,22 @@ def test_what_would_fail_at_the_end_is_refused_at_the_beginning(
     assert done.code == 2, done.err
     assert said in done.err
     assert not (tmp_path / "made" / "prompts.csv").exists()
+
+
+def test_a_model_is_cut_to_some_of_its_layers(run: Cli, hf_folder: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    done = run("cut", hf_folder, "-o", "half", "--layers", 15)
+    assert done.code == 0, done.err
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half").eval()
+    whole = AutoModelForCausalLM.from_pretrained(hf_folder)
+    assert half.config.num_hidden_layers == len(half.model.layers) == 15
+    for ours, theirs in ((0, 0), (14, 29)):
+        a, b = (model.model.layers[n].mlp.up_proj.weight for model, n in ((half, ours), (whole, theirs)))
+        assert torch.equal(a, b)
+    with torch.inference_mode():
+        logits = half.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False)
+    assert logits.shape == (1, 5)
+    assert "has 30 layers" in run("cut", hf_folder, "-o", "more", "--layers", 31).err
+    assert "is there already" in run("cut", hf_folder, "-o", "half", "--layers", 15).err

@@ -59,13 +59,6 @@ def test_each_room_is_a_typed_package_and_a_command(room: str) -> None:
     assert room in done.stdout
 
 
-@pytest.mark.parametrize("room", ["ensemble"])
-def test_an_empty_room_does_not_pretend_to_work(room: str) -> None:
-    done = subprocess.run([sys.executable, "-m", room, "run"], env=environment(), capture_output=True, check=False)
-    assert done.returncode == 2
-    assert b"Nothing of it is built yet" in done.stdout
-
-
 def test_kernel_metadata_is_json_with_the_internet_off() -> None:
     metadata = json.loads((ROOT / "kernel-metadata.json").read_text())
     assert metadata["enable_internet"] is False

@@ -209,12 +209,25 @@ def merge(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="PEFT folder, such as runs/a/adapter.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it appears whole.")],
     base: Annotated[str, typer.Option(help="Base model; default: what the adapter names.")] = "",
-    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, bfloat16, float16 or float32.")] = "auto",
 ) -> None:
     """Merge an adapter into its base, in 16 bits or more, and check that nothing has changed."""
     from train.merge import merge as put_together
 
     put_together(adapter, output, _say, base=base, dtype=dtype)
+
+
+@app.command()
+def cut(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="transformers folder, GGUF file or embedded.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it appears whole.")],
+    layers: Annotated[int, typer.Option(min=2, help="How many to keep, spread evenly.")],
+) -> None:
+    """Write a smaller model of some of a model's layers: it says nothing of use until it is tuned."""
+    from train.bases import cut_layers
+
+    kept = cut_layers(model, layers, output)
+    _say(f"written to {output}: layers {', '.join(map(str, kept))}")
 
 
 @app.command()

@@ -10,6 +10,7 @@ from submission.errors import UserError, first_line
 from submission.models import cache_folder, content_hash, resolve_folder
 from submission.progress import tell
 from submission.tables import atomic_folder
+from train.stages import write_manifest
 
 
 def base_folder(model: str) -> Path:
@@ -41,3 +42,39 @@ def base_folder(model: str) -> Path:
         if not (folder / "config.json").is_file():  # another process may have been faster
             raise UserError(f"{path} cannot be dequantised: {first_line(error)}") from error
     return folder
+
+
+def cut_layers(model: str, layers: int, output: Path) -> list[int]:
+    """Write a smaller model of some of a model's layers, spread evenly from the first to the last, to be tuned.
+
+    Args:
+        model: as `base_folder` takes it.
+        layers: how many to keep.
+        output: folder to write; it must not exist or be empty.
+
+    Returns:
+        the layers that were kept, counted from 0.
+
+    Raises:
+        UserError: the model has no list of layers of that name, or not so many.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output {output} is there already: name a new folder")
+    folder = base_folder(model)
+    stay_offline_and_quiet()
+    import torch
+
+    loaded = load_model(folder, None, device="cpu", dtype="float32", load_in_4bit=False)
+    stack = getattr(loaded.model, "layers", None)
+    if stack is None or hasattr(loaded.config, "layer_types"):
+        raise UserError(f"{folder} is not built of one list of like layers: cutting it is not provided for")
+    if not 2 <= layers <= len(stack):
+        raise UserError(f"--layers {layers}: {folder} has {len(stack)} layers, and 2 are the least to keep")
+    kept = [round(place * (len(stack) - 1) / (layers - 1)) for place in range(layers)]
+    loaded.model.layers = torch.nn.ModuleList(stack[place] for place in kept)
+    loaded.config.num_hidden_layers = layers
+    with atomic_folder(output) as part:
+        loaded.save_pretrained(part)
+        load_tokenizer(folder).save_pretrained(part)
+    write_manifest(output, {"base": str(folder), "base_hash": content_hash(folder), "layers": kept})
+    return kept

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from submission.backends import require
-from submission.backends.hf_loading import load_model, load_tokenizer, stay_offline_and_quiet
+from submission.backends.hf_loading import load_config, load_model, load_tokenizer, stay_offline_and_quiet
 from submission.errors import UserError, first_line
 from submission.models import NOTE, check_peft_adapter, content_hash, noted_template
 from submission.tables import atomic_folder
@@ -26,10 +26,11 @@ _PROBES = (
     "Original text:\nIt rained.\n\nRewritten text:\n",
 )
 _MOST_APART = 1e-3  # of logits, in 32 bits
-_DTYPES = ("bfloat16", "float16", "float32")
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
+_MOST = 6e4  # that a float16 holds
 
 
-def merge(adapter: Path, output: Path, say: Callable[[str], None], *, base: str = "", dtype: str = "bfloat16") -> None:
+def merge(adapter: Path, output: Path, say: Callable[[str], None], *, base: str = "", dtype: str = "auto") -> None:
     """Merge an adapter and write the model, whole or not at all.
 
     Args:
@@ -37,7 +38,8 @@ def merge(adapter: Path, output: Path, say: Callable[[str], None], *, base: str 
         output: the folder to write; it must not exist or be empty.
         say: takes lines for people.
         base: of the adapter; "" takes what the adapter names.
-        dtype: of the written weights.
+        dtype: of the written weights; auto is the base's own where that has 16 bits, and float16 for a base of 32 bits,
+            whose weights it rounds eight times more finely than bfloat16.
 
     Raises:
         UserError: something is missing or wrong, the adapter is of another base, or the merged model's logits are not
@@ -70,6 +72,12 @@ def merge(adapter: Path, output: Path, say: Callable[[str], None], *, base: str 
     apart = max(float((a - b).abs().max()) for a, b in zip(before, _logits(merged, tokenizer), strict=True))
     if not apart <= _MOST_APART:
         raise UserError(f"the merged model's logits are {apart:.2g} apart from those of base and adapter: not written")
+    largest = max(float(weight.abs().max()) for weight in merged.parameters())
+    if dtype == "auto":
+        own = load_config(folder).dtype
+        dtype = "bfloat16" if own == torch.bfloat16 or largest > _MOST else "float16"
+    elif dtype == "float16" and largest > _MOST:
+        raise UserError(f"--dtype float16 cannot hold the largest weight, {largest:.3g}: take bfloat16")
     with atomic_folder(output) as part:
         merged.to(getattr(torch, dtype)).save_pretrained(part)
         tokenizer.save_pretrained(part)

@@ -20,7 +20,7 @@ from eval.encoders import Encoder, find_encoder
 from submission.backends import model_spec
 from submission.config import from_mapping, read_toml
 from submission.errors import UserError
-from submission.manifest import manifest_path
+from submission.manifest import manifest_path, read_manifest
 from submission.models import content_hash, resolve_folder
 from submission.tables import atomic_writer
 from train.gguf import Gguf, export
@@ -183,6 +183,11 @@ def _score(run: Run, score: Score, merged: Path, encoder: Encoder, say: Say, *, 
     if score.backend == "llama_cpp":
         assert run.gguf is not None
         model = str(run.output / run.gguf.file(score.quantization or run.gguf.quantizations[0]))
+    tuned = run.output / "score" / "test" / "tuned"
+    if manifest_path(tuned / "submission.csv").is_file():  # of a model that is there no more, it may be
+        told = read_manifest(tuned / "submission.csv").get("fingerprint", {})
+        if told.get("model") != model_spec(score.backend, model).fingerprint()["model"]:
+            shutil.rmtree(tuned)
     result = run_baselines(
         Config(
             train=run.sets / "train.parquet", test=run.sets / "test.parquet", output=run.output / "score",

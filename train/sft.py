@@ -185,7 +185,9 @@ def plot_curve(path: Path, history: Sequence[dict[str, Any]]) -> None:
 def _marks(config: Sft, base: Path) -> dict[str, Any]:
     files = {key: content_hash(Path(path)) for key in ("train", "validation")
              if (path := getattr(config, key)) and Path(path).is_file()}  # fmt: skip
-    marks = {"config": asdict(config), "files": files, "base": content_hash(base), "devices": device_count()}
+    # What is in the sets and the base decides, not where they lie.
+    asked = {key: value for key, value in asdict(config).items() if key not in ("train", "validation", "base")}
+    marks = {"config": asked, "files": files, "base": content_hash(base), "devices": device_count()}
     plain: dict[str, Any] = json.loads(json.dumps(marks))
     return plain
 
@@ -214,6 +216,9 @@ def check_same_run(output: Path, marks: dict[str, Any]) -> None:
         )
 
 
+_FAILED_WRITES = ("SafetensorError", "PytorchStreamWriter", "(os error ")
+
+
 def _explained(error: Exception, output: Path) -> Exception:
     """What the user can do about it, if it is theirs: too little memory, or no room on the disk."""
     import torch
@@ -224,8 +229,9 @@ def _explained(error: Exception, output: Path) -> Exception:
             f"too little memory for training: {first_line(error)[:200]}\nLower batch (and raise accumulation) or "
             "max_tokens, or set gradient_checkpointing=true, load_in_4bit=true."
         )
-    # Libraries that write weights have errors of their own for a failed write.
-    if isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in said:
+    # Libraries that write weights and tokenizers have errors of their own for a failed write.
+    failed_write = any(mark in f"{type(error).__name__}: {said}" for mark in _FAILED_WRITES)
+    if isinstance(error, OSError) or failed_write:
         return UserError(
             f"{output} cannot be written: {first_line(error)[:200]}\n"
             "Make room and run the same command again: it goes on from the last whole checkpoint."

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def sft(config: Sft, output: Path, say: Say, *, fresh: bool = False) -> Path:
     done = int(last.name.rpartition("-")[2]) if last else 0
     if last:
         say(f"resuming from {last}")
-    with show_progress(steps, done, doing="training", unit="steps") as progress:
+    with show_progress(steps, done, doing="training", unit="steps") if main else nullcontext(_Unseen()) as progress:
         callback = watcher(say, progress, ready.task, ready.watched)
         trainer = make_trainer(
             config, base, ready.tokenizer, ready.train, ready.validation, checkpoints, [callback]
@@ -249,6 +249,13 @@ def _one_by_one() -> Iterator[None]:
 
     with PartialState().main_process_first():
         yield
+
+
+class _Unseen:
+    """The progress of all processes but the first."""
+
+    def advance(self, *, fell_back: bool) -> None:
+        """Show nothing."""
 
 
 def _say_nothing(_: str) -> None:

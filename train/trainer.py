@@ -119,7 +119,9 @@ def batch_order(lengths: Sequence[int], together: int, seed: int) -> list[int]:
 def load_base(base: Path, dtype: str, *, load_in_4bit: bool, cuda: bool) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     more: dict[str, Any] = {}
     if load_in_4bit:
         more["quantization_config"] = BitsAndBytesConfig(

@@ -107,7 +107,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], Callable[[Path], None], tuple[str, ...
     "empty deadline": (("--deadline", ""), no_setup, ("--deadline '' is not a duration",)),
     "no such device": (("--backend", "transformers", "--set", "device=foo"), no_setup, ("device='foo'",)),
     "unknown backend": (("--backend", "vllm"), no_setup, ("unknown backend 'vllm'", "there are: llama_cpp, ")),
-    "unknown template": (("--template", "long"), no_setup, ("unknown template 'long'", "detailed, short, brief, few_shot")),
+    "unknown template": (("--template", "long"), no_setup, ("unknown template 'long'", "short, brief, few_shot")),
     "unknown recover": (("--recover", "magic"), no_setup, ("unknown recover 'magic'", "there are: zero_shot, ")),
     "module missing": (("--recover", "nowhere:thing"), no_setup, ("recover nowhere:thing", "cannot be imported")),
     "object missing": (("--recover", "own:thing"), own_module, ("module own has no 'thing'",)),

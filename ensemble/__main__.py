@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from submission.commands import new_app, run_command
+from submission.config import split_list
 from submission.errors import UserError
+from submission.progress import say
 from submission.recover import DEFAULT_PROMPT
 
 app = new_app("Try to beat one answer: sample many, let selectors choose, measure whether and why it helps.")
@@ -66,7 +67,7 @@ def sample(
     rows = read_pairs(pairs)
     if not rows:
         raise UserError(f"{pairs} has a header and no row")
-    draw(rows[: limit or None], listed, output, None if near == 1 else find_encoder(encoder), near, _say, fresh=fresh)
+    draw(rows[: limit or None], listed, output, None if near == 1 else find_encoder(encoder), near, say, fresh=fresh)
 
 
 @app.command()
@@ -92,10 +93,10 @@ def select(
 
     known = read_models(models, {"target": target, "judge": judge, "gate": gate})
     counts = choose(
-        candidates, output, selector, known, find_encoder(encoder), _say, weights=weights or [], rotations=rotations,
+        candidates, output, selector, known, find_encoder(encoder), say, weights=weights or [], rotations=rotations,
         concat=concat, constant=constant, fresh=fresh,
     )  # fmt: skip
-    _say(
+    say(
         f"written to {output}: {counts['rows']} rows, {counts['without']} without a candidate (default prompt), "
         f"{counts['undecided']} of which {selector} said nothing (first candidate)"
     )
@@ -129,15 +130,15 @@ def experiment(
 
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file: name a folder")
-    names = [name.strip() for name in selectors.split(",") if name.strip()] or list(ALL)
+    names = split_list(selectors) or list(ALL)
     known = read_models(models, {"target": target, "judge": judge, "gate": gate})
     config = Config(
         candidates, truth, output, names, known, constant, concat_by=concat_by, weights=weights or [],
         rotations=rotations, by=by, fresh=fresh,
     )  # fmt: skip
-    for line in lines_of(run_experiment(config, find_encoder(encoder), _say)):
+    for line in lines_of(run_experiment(config, find_encoder(encoder), say)):
         print(line)
-    _say(f"written to {output / 'report.html'}")
+    say(f"written to {output / 'report.html'}")
 
 
 @app.command()
@@ -160,10 +161,10 @@ def fit(
     from ensemble.models import read_models
     from eval.encoders import find_encoder
 
-    names = [part.strip() for part in selectors.split(",") if part.strip()]
+    names = split_list(selectors)
     known = read_models(models, {"target": target, "judge": judge, "gate": gate})
     weights = fit_weights(
-        candidates, truth, output, name, names, known, find_encoder(encoder), _say, rotations=rotations, fresh=fresh
+        candidates, truth, output, name, names, known, find_encoder(encoder), say, rotations=rotations, fresh=fresh
     )  # fmt: skip
     for part, weight in weights.items():
         print(f"{part:<20} {weight:.3f}")
@@ -190,27 +191,14 @@ def trial(
     from ensemble.trial import trial as run
     from eval.encoders import find_encoder
 
-    for line in lines_of(run(output, find_encoder(encoder), NEAR, _say, fresh=fresh)):
+    for line in lines_of(run(output, find_encoder(encoder), NEAR, say, fresh=fresh)):
         print(line)
-    _say(f"written to {output / 'report.html'}")
-
-
-def _say(line: str) -> None:
-    from submission.progress import tell
-
-    tell(line, sys.stderr)
-
-
-def _run() -> None:
-    try:
-        app()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    say(f"written to {output / 'report.html'}")
 
 
 def main() -> None:
     """Run a command; see `submission.commands.run_command`."""
-    run_command(_run)
+    run_command(app)
 
 
 if __name__ == "__main__":

@@ -19,15 +19,17 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from ensemble.candidates import NEAR, Draw, Row, merge
 from ensemble.choose import answer_of, best, score_rows
 from ensemble.models import Model, parse_models, roles_needed, tools, with_gate
-from ensemble.sample import read
+from ensemble.sample import jobs, read
 from ensemble.selectors import Selector, make_selectors
 from ensemble.sources import Source, parse_sources
 from eval.encoders import Encoder, find_encoder
+from submission.backends import ModelSpec
 from submission.config import from_mapping
 from submission.likelihoods import Likelihoods
 from submission.progress import tell
@@ -105,14 +107,7 @@ class best_of:
     def _load(self) -> None:
         if self._asked is not None:
             return
-        loaded: dict[str, Backend] = {}
-
-        def load(spec: Any) -> Backend:
-            mark = repr(sorted(spec.fingerprint().items()))
-            if mark not in loaded:
-                loaded[mark] = spec.load()
-            return loaded[mark]
-
+        load = cache(ModelSpec.load)  # sources and roles may share a model
         self._asked = [_Asked(source, *layout, load(spec)) for source, spec, layout in self._specs]
         self._encoder = find_encoder(self._options.encoder)
         opened = {role: Likelihoods(lambda spec=spec: load(spec)) for role, spec in self._asked_specs.items()}  # type: ignore[misc]
@@ -126,20 +121,14 @@ class best_of:
         for number, asked in enumerate(self._asked):
             if share == 0 and number > 0:
                 break  # one greedy answer is all there is time for
-            requests = []
-            samplings = asked.source.samplings()
-            if share == 0:
-                samplings = replace(asked.source, greedy=True, n=0).samplings()
-            for pair in pairs:
-                chat = asked.template.render(pair, asked.shots)
-                for first, sampling in samplings.items():
-                    count = max(1, round(sampling.n * share)) if first else 1
-                    requests.append(Request(f"{pair.id}/{first}", chat, replace(sampling, n=count)))
+            source = _reduced(asked.source, share)
+            requests = (Request(job.id, job.chat, job.sampling)
+                        for job in jobs(pairs, source, asked.template, asked.shots))  # fmt: skip
             for key, completions in asked.backend.generate(requests):
-                row_id, _, first_number = key.rpartition("/")
-                drawn[row_id] += read(completions, int(first_number), asked.source.name, asked.template)
+                row_id, answers = read(key, completions, source, asked.template)
+                drawn[row_id] += answers
+        names = [source.name for source in self._sources]
         for answers in drawn.values():  # requests are finished in any order
-            names = [source.name for source in self._sources]
             answers.sort(key=lambda one: (names.index(one[1].source), one[1].number))
         return [Row(pair, tuple(merge(drawn[pair.id], self._encoder, self._options.near))) for pair in pairs]
 
@@ -191,6 +180,13 @@ class _Pace:
         """Learn from the rows that were answered; a row's cost is taken to grow with its samples."""
         if share > 0:
             self._seconds = seconds / rows / max(share, 1 / self._most)
+
+
+def _reduced(source: Source, share: float) -> Source:
+    """The source with this share of its samples, at least one of them; with a greedy answer alone at 0."""
+    if share == 0:
+        return replace(source, greedy=True, n=0)
+    return replace(source, n=max(1, round(source.n * share))) if source.n else source
 
 
 def _short(share: float) -> str:

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ensemble.diagnosis import Bin, Curve, Knowledge
-from ensemble.measure import Line
-from eval.charts import canvas, dots, legend, style
+from ensemble.diagnosis import Bin, Curve
+from eval.charts import canvas, legend, style
 from eval.intervals import Interval
 from eval.scoring import one_line
 
 _LETTERS = 22
-
-
-def gains(lines: Sequence[Line]) -> bytes:
-    """Differences to the first answer with their intervals."""
-    with canvas(1.2 + 0.32 * len(lines)) as (axes, png):
-        dots(axes, [one_line(line.name, _LETTERS) for line in lines], [line.over_first for line in lines], 0.0, 0)
-        axes.axvline(0, color="#444444", linewidth=1)
-        axes.set_xlabel("mean score minus that of the first answer, 95 % interval")
-    return png.getvalue()
 
 
 def correlations(found: Mapping[tuple[str, str], Interval]) -> bytes:
@@ -58,15 +48,6 @@ def headroom(curve: Curve, names: Sequence[str]) -> bytes:
     return png.getvalue()
 
 
-def knowledge(found: Mapping[str, Knowledge]) -> bytes:
-    """Rank correlation with the true score within rows."""
-    with canvas(1.2 + 0.32 * len(found)) as (axes, png):
-        dots(axes, [one_line(name, _LETTERS) for name in found], [one.rank_correlation for one in found.values()], 0, 0)
-        axes.axvline(0, color="#444444", linewidth=1)
-        axes.set_xlabel("rank correlation with the true score within rows")
-    return png.getvalue()
-
-
 def calibration(bins: Sequence[Bin]) -> bytes:
     """The judge's probability against how often such candidates are best."""
     with canvas(3.6) as (axes, png):
@@ -76,22 +57,4 @@ def calibration(bins: Sequence[Bin]) -> bytes:
         axes.set_xlabel("probability that the judge gives a candidate")
         axes.set_ylabel("share that is a best one")
         legend(axes)
-    return png.getvalue()
-
-
-def positions(found: Sequence[Interval]) -> bytes:
-    """A judge's taste for letters."""
-    with canvas(1.2 + 0.32 * len(found)) as (axes, png):
-        dots(axes, [chr(ord("A") + place) for place in range(len(found))], list(found), 0.0, 0)
-        axes.axvline(1, color="#444444", linewidth=1)
-        axes.set_xlabel("probability of the letter, as a multiple of an even share")
-    return png.getvalue()
-
-
-def kinds(names: Sequence[str], found: Sequence[Interval], selector: str) -> bytes:
-    """What a selector gains over the first answer by kind of prompt."""
-    with canvas(1.2 + 0.42 * len(names)) as (axes, png):
-        dots(axes, [one_line(name, 34) for name in names], found, 0.0, 0)
-        axes.axvline(0, color="#444444", linewidth=1)
-        axes.set_xlabel(f"{one_line(selector, _LETTERS)} minus the first answer")
     return png.getvalue()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from ensemble.choose import Scores
@@ -133,32 +134,39 @@ def curve(draws: Sequence[Sequence[float]], said: Mapping[str, Sequence[Sequence
     import numpy as np
 
     longest = min(_MOST_DRAWS, max(len(row) for row in draws))
-    chosen = {"oracle": [_mean_of_best(draws, draws, k) for k in range(1, longest + 1)]}
-    for name, scores in said.items():
-        chosen[name] = [_mean_of_best(draws, scores, k) for k in range(1, longest + 1)]
+    counts = range(1, longest + 1)
+    chosen = {name: _means_of_best(draws, scores, counts) for name, scores in {"oracle": draws, **said}.items()}
     pool = np.sort(np.concatenate([np.array(row, float) for row in draws if len(row)]))
     shares = np.arange(len(pool) + 1) / len(pool)
-    return Curve(chosen, [float(pool @ np.diff(shares**k)) for k in range(1, longest + 1)])
+    return Curve(chosen, [float(pool @ np.diff(shares**k)) for k in counts])
 
 
-def _mean_of_best(draws: Sequence[Sequence[float]], said: Sequence[Sequence[float]], k: int) -> float:
-    """Mean over rows of the expected true score of the draw of k with the highest score."""
+def _means_of_best(
+    draws: Sequence[Sequence[float]], said: Sequence[Sequence[float]], counts: Sequence[int]
+) -> list[float]:
+    """Mean over rows of the expected true score of the draw of k with the highest score, for each k."""
     import numpy as np
 
-    means = []
+    rows = []
     for truth, scores in zip(draws, said, strict=True):
         if not truth:
             continue
-        n, size = len(truth), min(k, len(truth))
         known = np.nan_to_num(np.array(scores, float), nan=-np.inf)
         order = np.argsort(known, kind="stable")
         values, keys = np.array(truth, float)[order], known[order]
         for key in np.unique(keys):  # equal scores: any of them
             values[keys == key] = values[keys == key].mean()
-        # The i-th lowest is the best of a subset if the others are drawn from those below it.
-        ways = np.array([math.comb(i, size - 1) for i in range(n)], float) / math.comb(n, size)
-        means.append(float(values @ ways))
-    return float(np.mean(means)) if means else math.nan
+        rows.append([float(values @ _ways(len(truth), min(k, len(truth)))) for k in counts])
+    means: list[float] = np.mean(rows, axis=0).tolist()
+    return means
+
+
+@cache
+def _ways(draws: int, size: int) -> NDArray[np.float64]:
+    """How probably the i-th lowest of some draws is the best of a subset: the others come from those below it."""
+    import numpy as np
+
+    return np.array([math.comb(i, size - 1) for i in range(draws)], float) / math.comb(draws, size)
 
 
 @dataclass(frozen=True, slots=True)

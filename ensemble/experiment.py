@@ -5,7 +5,6 @@ python -m ensemble experiment candidates.parquet --truth truth.csv -o experiment
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +16,14 @@ from ensemble.choose import Scores, answer_of, or_fallback, score_rows
 from ensemble.measure import CONSTANT, FIRST, ORACLE, WORST, Line, chance, measure
 from ensemble.models import Model, open_models, roles_needed, tools
 from ensemble.selectors import SELECTORS, make_selectors
-from ensemble.selectors.judges import Pick
+from ensemble.selectors.judges import Pick, shown_together
 from eval.encoders import Encoder
 from eval.intervals import Interval
-from eval.scoring import Truth, interval_figures, read_truth, score_texts
+from eval.scoring import Truth, check_same_ids, interval_figures, read_truth, score_texts
 from eval.sections import kinds_of_prompt
 from submission.errors import UserError
 from submission.recover import DEFAULT_PROMPT
-from submission.tables import atomic_writer, check_writable, some
+from submission.tables import check_writable, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -157,25 +156,24 @@ def run_experiment(config: Config, encoder: Encoder, say: Callable[[str], None])
         kit = tools(encoder, models, rotations=config.rotations, weights=weights)
         selectors = make_selectors(names, kit)
         scores = score_rows(rows, selectors, say)
-        picks = [selector for selector in selectors.values() if isinstance(selector, Pick)]
-        letters = _letters(picks[0], rows, truths, scores, truth) if picks else None
+        pick = selectors.get("judge_pick")
+        letters = _letters(pick, rows, truths, scores["judge_pick"], truth) if isinstance(pick, Pick) else None
     constant = score_texts([config.constant] * len(rows), truth.prompts, encoder)
-    lines = measure(truths, scores, constant, truth.clusters)
-    joined = _joined(config, rows, truth, encoder, scores, truths, constant)
+    joined = _joined(config, rows, truth, encoder, scores)
+    lines = measure(truths, scores, constant, truth.clusters, joined)
     by_source = _by_source(rows, truths)
     draws = [[row[place] for _, place in r.draws] for r, row in zip(rows, truths, strict=True)]
     said = {name: [[values[place] for _, place in r.draws] for r, values in zip(rows, s.values, strict=True)]
             for name, s in scores.items() if name != FIRST}  # fmt: skip
     experiment = Experiment(
-        rows, truths, truth, encoder, scores, lines, joined, chance(truths), sum(not row.candidates for row in given),
+        rows, truths, truth, encoder, scores, [line for line in lines if line.name not in joined],
+        [line for line in lines if line.name in joined], chance(truths), sum(not row.candidates for row in given),
         diagnosis.variance(draws, truth.clusters), diagnosis.correlations(by_source, truth.clusters),
         diagnosis.curve(draws, said),
         {name: known for name, s in scores.items() if (known := diagnosis.knowledge(truths, s, truth.clusters))},
         letters, truth.kinds or kinds_of_prompt(truth.prompts, encoder),
     )  # fmt: skip
-    with atomic_writer(config.output / "experiment.json") as file:
-        json.dump(experiment.figures(), file, indent=2)
-        file.write("\n")
+    write_json(config.output / "experiment.json", experiment.figures())
     write(experiment, config.output / "report.html")
     return experiment
 
@@ -214,8 +212,7 @@ def lines_of(experiment: Experiment) -> Iterator[str]:
     """For people."""
     yield f"{'selector':<28}{'mean':>8}{'over first':>28}{'headroom':>10}{'best one':>10}{'tokens':>9}{'s':>7}  a row"
     for line in [*experiment.lines, *experiment.joined]:
-        over = line.over_first
-        difference = "" if line.name == FIRST else f"{over.mean:+.4f} [{over.low:+.4f}, {over.high:+.4f}]"
+        difference = "" if line.name == FIRST else line.over_first.shown("+.4f")
         share = "" if line.headroom.mean != line.headroom.mean else f"{line.headroom.mean:.0%}"
         top = f"{line.top.mean:.0%}" if line.top else ""
         yield (
@@ -238,7 +235,7 @@ def sentences(experiment: Experiment) -> Iterator[str]:
         f"{e.curve.independent[-1] - first.mean.mean:.4f}."
     )
     yield (
-        f"Correlation of two draws of one row: {_brief(e.variance.correlation)}; of the variance of scores, "
+        f"Correlation of two draws of one row: {e.variance.correlation}; of the variance of scores, "
         f"{e.variance.between.mean:.4f} lies between rows, {e.variance.within.mean:.4f} within them, where a choice "
         "works."
     )
@@ -246,16 +243,17 @@ def sentences(experiment: Experiment) -> Iterator[str]:
     best = e.best_selector
     if best is not None:
         if best.over_first.low > 0:
-            verdict = f"{best.name} is better than the first answer: {_brief(best.over_first, signed=True)}"
+            verdict = f"{best.name} is better than the first answer: {best.over_first:+.4f}"
         else:
-            verdict = f"no selector is shown to be better than the first answer; {best.name} comes nearest: " + _brief(
-                best.over_first, signed=True
+            verdict = (
+                f"no selector is shown to be better than the first answer; {best.name} comes nearest: "
+                f"{best.over_first:+.4f}"
             )
         yield f"{verdict}; it captures {best.headroom.mean:.0%} of the headroom."
     for name, known in e.knowledge.items():
         if (SELECTORS.get(name) and SELECTORS[name].needs) or name == "consensus":
             sees = "knows" if known.rank_correlation.low > 0 else "does not know"
-            yield f"{name} {sees} within rows which is better: rank correlation {_brief(known.rank_correlation)}."
+            yield f"{name} {sees} within rows which is better: rank correlation {known.rank_correlation}."
     if e.letters and e.letters.positions:
         tops = [one.mean for one in e.letters.positions]
         yield (
@@ -263,30 +261,15 @@ def sentences(experiment: Experiment) -> Iterator[str]:
             f"with a letter at all with probability {e.letters.attention:.2f}, below {_NONSENSE} in "
             f"{e.letters.nonsense} rows."
         )
-    undecided = {line.name: line.undecided for line in e.lines if line.undecided}
-    for name, count in undecided.items():
-        yield f"{name} said nothing of {count} rows; their first candidate was taken."
-
-
-def _brief(interval: Interval, *, signed: bool = False) -> str:
-    form = "+.4f" if signed else ".4f"
-    if interval.low != interval.low:
-        return f"{interval.mean:{form}} (one prompt: no interval)"
-    return f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+    for line in e.lines:
+        if line.undecided:
+            yield f"{line.name} said nothing of {line.undecided} rows; their first candidate was taken."
 
 
 def _in_order(candidates: Path, truth: Truth) -> list[Row]:
     """The rows of a file in the truth's order."""
     found = {row.pair.id: row for row in read_candidates(candidates)}
-    for what, ids in (
-        ("lacks", [row_id for row_id in truth.ids if row_id not in found]),
-        ("has, and the truth lacks,", [row_id for row_id in found if row_id not in set(truth.ids)]),
-    ):
-        if ids:
-            raise UserError(
-                f"{candidates} {what} {len(ids)} of the ids: {some([repr(row_id) for row_id in ids])}\n"
-                f"Both must have the same ids; the truth is {truth.path}."
-            )
+    check_same_ids(candidates, found, truth)
     return [found[row_id] for row_id in truth.ids]
 
 
@@ -300,36 +283,32 @@ def _by_source(rows: Sequence[Row], truths: Sequence[Sequence[float]]) -> dict[s
 
 
 def _joined(
-    config: Config, rows: Sequence[Row], truth: Truth, encoder: Encoder, scores: Mapping[str, Scores],
-    truths: Sequence[Sequence[float]], constant: NDArray[np.float64],
-) -> list[Line]:  # fmt: skip
+    config: Config, rows: Sequence[Row], truth: Truth, encoder: Encoder, scores: Mapping[str, Scores]
+) -> dict[str, NDArray[np.float64]]:
+    """Scores of answers that join several candidates, or put the constant behind one, by name."""
     by = config.concat_by if config.concat_by in scores else FIRST
-    more = {}
+    found = {}
     for count in (1, *config.concat):
         for suffix in ("", config.constant):
             if count == 1 and not suffix:
                 continue
             name = f"concat {count} of {by}{' + constant' if suffix else ''}"
             texts = [answer_of(row, said, count, suffix) for row, said in zip(rows, scores[by].values, strict=True)]
-            more[name] = score_texts(texts, truth.prompts, encoder)
-    every = measure(truths, {FIRST: scores[FIRST]}, constant, truth.clusters, more)
-    return [line for line in every if line.name in more]
+            found[name] = score_texts(texts, truth.prompts, encoder)
+    return found
 
 
 def _letters(
-    pick: Pick, rows: Sequence[Row], truths: Sequence[Sequence[float]], scores: Mapping[str, Scores], truth: Truth
+    pick: Pick, rows: Sequence[Row], truths: Sequence[Sequence[float]], scores: Scores, truth: Truth
 ) -> Letters:
     import numpy as np
 
     tables, attentions = [], []
     for row in rows:
-        questions = list(pick.questions(row.pair, row.candidates))
-        answers = questions[0][0].of([question for _, question in questions]) if questions else []
-        count = len(dict.fromkeys(letter for _, (_, letter) in questions))
+        answers, count = pick.answers(row.pair, row.candidates), len(shown_together(row.candidates))
         tables.append(Pick.letters(answers, count))
         attentions.append(Pick.attention(answers, count))
-    name = next(name for name in scores if name == "judge_pick")
     return Letters(
         diagnosis.positions(tables, truth.clusters), float(np.mean(attentions)),
-        sum(attention < _NONSENSE for attention in attentions), diagnosis.calibration(truths, scores[name].values),
+        sum(attention < _NONSENSE for attention in attentions), diagnosis.calibration(truths, scores.values),
     )  # fmt: skip

@@ -17,7 +17,7 @@ from ensemble.selectors.combine import standardised
 from eval.grouping import plain_text
 from eval.scoring import Truth
 from submission.errors import UserError
-from submission.tables import atomic_writer
+from submission.tables import write_json
 
 _RIDGE = 1e-3
 
@@ -50,9 +50,7 @@ def fit(truths: Sequence[Sequence[float]], scores: Mapping[str, Scores]) -> dict
 def write(path: Path, name: str, weights: Mapping[str, float], rows: Sequence[Row], truth: Truth) -> None:
     """Write weights with the marks of the rows that they were fitted on."""
     content = {"name": name, "weights": dict(weights), "seen": _marks(rows, truth)}
-    with atomic_writer(path) as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
+    write_json(path, content)
 
 
 def read(paths: Sequence[Path], rows: Sequence[Row], truth: Truth | None = None) -> dict[str, dict[str, float]]:

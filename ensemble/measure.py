@@ -101,15 +101,13 @@ def measure(
     picked = chosen(truths, scores) | {CONSTANT: constant}
     first, oracle = picked[FIRST], picked[ORACLE]
     every = picked | dict(more or {})
-    hits = {name: np.array([row[best(said)] >= max(row) - _EQUAL for row, said in zip(truths, s.values, strict=True)])
-            for name, s in scores.items()}  # fmt: skip
-    hits.setdefault(FIRST, first >= oracle - _EQUAL)
+    selectors = {FIRST, *scores}
     lines = []
     for name, values in every.items():
         columns = np.stack([values, values - first, values - constant, oracle - values], axis=1)
         mean, over_first, over_constant, regret = bootstrap(columns, clusters)
         share = bootstrap_of(_ratio, np.stack([values - first, oracle - first], axis=1), clusters)[0]
-        top = bootstrap(hits[name].astype(float)[:, None], clusters)[0] if name in hits else None
+        top = bootstrap((values >= oracle - _EQUAL).astype(float)[:, None], clusters)[0] if name in selectors else None
         said = scores.get(name)
         lines.append(Line(
             name, mean, over_first, over_constant, share, regret, top, said.undecided if said else 0,

@@ -85,13 +85,12 @@ def open_models(
     specs = {role: model.spec() for role, model in models.items() if role in with_gate(roles)}
     opened: dict[str, Likelihoods] = {}
     with ExitStack() as stack:
-        shared: dict[str, Likelihoods] = {}
+        shared: dict[ModelSpec, Likelihoods] = {}
         for role, spec in specs.items():
-            mark = repr(sorted(spec.fingerprint().items()))
-            if mark not in shared:
+            if spec not in shared:
                 place = output.with_name(f"{output.name}.{role}")
-                shared[mark] = stack.enter_context(journalled(spec, place, fresh=fresh))
-            opened[role] = shared[mark]
+                shared[spec] = stack.enter_context(journalled(spec, place, fresh=fresh))
+            opened[role] = shared[spec]
         yield opened
 
 

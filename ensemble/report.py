@@ -11,12 +11,17 @@ from ensemble.choose import best
 from ensemble.experiment import Experiment, sentences
 from ensemble.measure import FIRST, Line
 from ensemble.selectors import SELECTORS
+from eval.charts import intervals
 from eval.intervals import Interval, bootstrap
 from eval.report import Example, Figure, Section, Table, Words, write_report
 from eval.sections import marked
+from submission.templates import LETTERS
 
 _KINDS = 6
 _EXAMPLES = 3
+_GAIN = "mean score minus that of the first answer, 95 % interval"
+_RANKS = "rank correlation with the true score within rows"
+_TASTE = "probability of the letter, as a multiple of an even share"
 _CURVES = 5  # selectors beside the oracle
 _HEAD = (
     "selector", "mean [95 %]", "over first", "over constant", "headroom", "regret", "best one", "tokens/row", "s/row",
@@ -42,7 +47,13 @@ def sections(experiment: Experiment) -> Iterator[Section]:
             *sentences(e),
         ],
         [Table(_HEAD, [_cells(line) for line in e.lines])],
-        [Figure("gains", charts.gains(gained), "What each way of choosing gains over the first answer.")],
+        [
+            Figure(
+                "gains",
+                intervals({line.name: line.over_first for line in gained}, _GAIN),
+                "What each way of choosing gains over the first answer.",
+            )
+        ],
     )
     yield Section(
         "Joined answers",
@@ -57,26 +68,38 @@ def sections(experiment: Experiment) -> Iterator[Section]:
     figures.append(Figure("headroom", charts.headroom(e.curve, shown),
                           "Mean score of the choice among so many draws; the dotted line is the oracle's if draws of a "
                           "row were independent."))  # fmt: skip
-    rows = [(f"{a} - {b}", _interval(value)) for (a, b), value in e.correlations.items()]
+    rows = [(f"{a} - {b}", value.shown()) for (a, b), value in e.correlations.items()]
     yield Section(
         "Are errors correlated?",
-        [f"Variance of scores between rows: {_interval(e.variance.between)}; within rows: "
-         f"{_interval(e.variance.within)}; correlation of two draws of a row: {_interval(e.variance.correlation)}."],
+        [f"Variance of scores between rows: {e.variance.between}; within rows: "
+         f"{e.variance.within}; correlation of two draws of a row: {e.variance.correlation}."],
         [Table(("sources", "correlation [95 %]"), rows)] if rows else [],
         figures,
     )  # fmt: skip
     if e.knowledge:
         table = Table(
             ("selector", "rank correlation [95 %]", "rows"),
-            [(name, _interval(k.rank_correlation), str(k.rows)) for name, k in e.knowledge.items()],
+            [(name, k.rank_correlation.shown(), str(k.rows)) for name, k in e.knowledge.items()],
         )
-        figures = [Figure("knowledge", charts.knowledge(e.knowledge), "Rank correlation with the true score, in rows.")]
+        figures = [
+            Figure(
+                "knowledge",
+                intervals({name: one.rank_correlation for name, one in e.knowledge.items()}, _RANKS),
+                "Rank correlation with the true score, in rows.",
+            )
+        ]
         if e.letters and e.letters.calibration:
             caption = "How often candidates are best, by the probability that judge_pick gives them."
             figures.append(Figure("calibration", charts.calibration(e.letters.calibration), caption))
         if e.letters and e.letters.positions:
             caption = "The judge's taste for letters, over all rotations."
-            figures.append(Figure("positions", charts.positions(e.letters.positions), caption))
+            figures.append(
+                Figure(
+                    "positions",
+                    intervals(dict(zip(LETTERS, e.letters.positions, strict=False)), _TASTE, beside=1),
+                    caption,
+                )
+            )
         yield Section(
             "Does anybody know?", ["Rows with at least three candidates that can be ordered."], [table], figures
         )
@@ -92,12 +115,18 @@ def _by_kind(e: Experiment, name: str) -> Section:
     kinds = np.array(e.kinds)
     names = [kind for kind, _ in Counter(e.kinds).most_common(_KINDS)]
     found = [bootstrap(np.array(gain)[kinds == kind][:, None], e.truth.clusters[kinds == kind])[0] for kind in names]
-    rows = [(kind, str(int((kinds == kind).sum())), _interval(one)) for kind, one in zip(names, found, strict=True)]
+    rows = [(kind, str(int((kinds == kind).sum())), one.shown()) for kind, one in zip(names, found, strict=True)]
     return Section(
         "Who gains, who loses",
         [f"{name} beside the first answer, by the most frequent kinds of prompt."],
         [Table(("kind", "rows", "difference [95 %]"), rows)],
-        [Figure("kinds", charts.kinds(names, found, name), f"What {name} gains over the first answer.")],
+        [
+            Figure(
+                "kinds",
+                intervals(dict(zip(names, found, strict=True)), f"{name} minus the first answer"),
+                f"What {name} gains over the first answer.",
+            )
+        ],
     )
 
 
@@ -129,18 +158,11 @@ def _cells(line: Line) -> tuple[str, ...]:
     known = SELECTORS.get(line.name)
     cost = (f"{line.tokens:.0f}", f"{line.seconds:.2f}") if known and known.needs else ("", "")
     return (
-        line.name, _interval(line.mean), "" if line.name == FIRST else _interval(line.over_first, signed=True),
-        _interval(line.over_constant, signed=True), _share(line.headroom), f"{line.regret.mean:.4f}",
+        line.name, line.mean.shown(), "" if line.name == FIRST else line.over_first.shown("+.4f"),
+        line.over_constant.shown("+.4f"), _share(line.headroom), f"{line.regret.mean:.4f}",
         _share(line.top) if line.top else "", *cost,
     )  # fmt: skip
 
 
-def _interval(value: Interval, *, signed: bool = False) -> str:
-    form = "+.4f" if signed else ".4f"
-    return f"{value.mean:{form}}" + (f" [{value.low:{form}}, {value.high:{form}}]" if value.low == value.low else "")
-
-
 def _share(value: Interval) -> str:
-    if value.mean != value.mean:
-        return ""
-    return f"{value.mean:.0%}" + (f" [{value.low:.0%}, {value.high:.0%}]" if value.low == value.low else "")
+    return value.shown(".0%") if value.mean == value.mean else ""

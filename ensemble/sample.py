@@ -55,8 +55,8 @@ def sample(
         journal = output.with_name(f"{output.name}.{source.name}")
         answers = answer(journal, list(jobs(asked, source, template, shots)), spec, say, fresh=fresh)
         for key, completions in answers.completions.items():
-            row_id, _, first = key.rpartition("/")
-            drawn[row_id] += read(completions, int(first), source.name, template)
+            row_id, answers_read = read(key, completions, source, template)
+            drawn[row_id] += answers_read
         if answers.failed:
             say(f"{source.name}: {len(answers.failed)} requests failed: {next(iter(answers.failed.values()))}")
     rows = [Row(pair, tuple(merge(drawn[pair.id], encoder, near))) for pair in pairs]
@@ -78,11 +78,17 @@ def jobs(pairs: Iterable[Pair], source: Source, template: Template, shots: Seque
             yield Job(f"{pair.id}/{first}", chat, sampling)
 
 
-def read(completions: Sequence[Completion], first: int, source: str, template: Template) -> list[tuple[str, Draw]]:
-    """Parsed answers with their draws; those that are blank or read as null are left out."""
+def read(
+    key: str, completions: Sequence[Completion], source: Source, template: Template
+) -> tuple[str, list[tuple[str, Draw]]]:
+    """The id of the pair that a job of `jobs` was about, and its parsed answers with their draws.
+
+    Those that are blank or read as null are left out.
+    """
+    row_id, _, first = key.rpartition("/")
     found = []
-    for number, completion in enumerate(completions, start=first):
+    for number, completion in enumerate(completions, start=int(first)):
         text = storable(template.parse(completion.text))
         if not is_blank(text):
-            found.append((text, Draw(source, number, completion.logprob, completion.tokens)))
-    return found
+            found.append((text, Draw(source.name, number, completion.logprob, completion.tokens)))
+    return row_id, found

@@ -5,7 +5,6 @@ python -m ensemble select candidates.parquet --selector consensus -o submission.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,9 +14,9 @@ from ensemble.choose import answer_of, score_rows
 from ensemble.models import Model, open_models, roles_needed, tools
 from ensemble.selectors import make_selectors
 from eval.encoders import Encoder
-from submission.manifest import manifest_path
+from submission.manifest import write_manifest
 from submission.models import content_hash
-from submission.tables import atomic_writer, check_writable, write_predictions
+from submission.tables import check_writable, write_predictions
 
 
 def select(
@@ -54,10 +53,8 @@ def select(
                for row, said in zip(rows, scores.values, strict=True)]  # fmt: skip
     write_predictions(output, answers)
     counts = {"rows": len(rows), "without": sum(not row.candidates for row in rows), "undecided": scores.undecided}
-    with atomic_writer(manifest_path(output)) as file:
-        told = {"selector": selector, "concat": concat, "constant": constant, **counts,
-                "candidates": content_hash(candidates), "tokens_per_row": scores.tokens,
-                "seconds_per_row": scores.seconds}  # fmt: skip
-        json.dump(told, file, indent=2)
-        file.write("\n")
+    write_manifest(output, {
+        "selector": selector, "concat": concat, "constant": constant, **counts, "candidates": content_hash(candidates),
+        "tokens_per_row": scores.tokens, "seconds_per_row": scores.seconds,
+    })  # fmt: skip
     return counts

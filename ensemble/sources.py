@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from submission.backends import ModelSpec, model_spec
-from submission.config import from_mapping, read_toml
+from submission.config import from_mapping, read_toml, split_settings
 from submission.errors import UserError
 from submission.models import EMBEDDED
 from submission.plan import choose_template
@@ -59,10 +59,13 @@ class Source:
     max_new_tokens: int = 40
     seed: int = 0
 
+    @property
+    def _adapter(self) -> Path | None:
+        return Path(self.adapter).expanduser() if self.adapter else None
+
     def spec(self) -> ModelSpec:
         """Check the model; see `submission.backends.model_spec`."""
-        adapter = Path(self.adapter).expanduser() if self.adapter else None
-        return model_spec(self.backend, self.model, adapter, list(self.settings))
+        return model_spec(self.backend, self.model, self._adapter, list(self.settings))
 
     def layout(self) -> tuple[Template, list[Triplet]]:
         """Template and shots.
@@ -70,8 +73,7 @@ class Source:
         Raises:
             UserError: there is no such template, or no such file.
         """
-        adapter = Path(self.adapter).expanduser() if self.adapter else None
-        template = choose_template(self.template, self.model, adapter, shots=bool(self.shots))
+        template = choose_template(self.template, self.model, self._adapter, shots=bool(self.shots))
         shots = read_triplets(Path(self.shots).expanduser())[: self.n_shots] if self.shots else []
         return template, shots
 
@@ -104,12 +106,7 @@ def parse_sources(entries: Any, where: str, settings: Sequence[str] = ()) -> lis
     """Sources from tables; see `read_sources`."""
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{where} names no source: write each as [[source]]")
-    given = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise UserError(f"--set {setting!r}: write it as KEY=VALUE")
-        given[key.strip()] = value.strip()
+    given = split_settings(settings)
     sources = []
     for number, entry in enumerate(entries, start=1):
         source = from_mapping(Source, {**entry, **given}, f"{where}: source {number}")

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from submission.commands import new_app, run_command
+from submission.progress import say
 
 app = new_app("Measure predictions and the speed of predicting (eval).")
 
@@ -76,7 +77,7 @@ def constant(
     known = read_truth(train, chosen)
     held_out = read_truth(test, chosen) if test else None
     search = Search(rounds=rounds, tries=tries, seed=seed)
-    found = fit_constant(known.prompts, chosen, search, _say)
+    found = fit_constant(known.prompts, chosen, search, say)
     lines = [f"metric     {chosen.metric}", f"rows       {len(known.ids)}"]
     for fitted in found:
         lines += ["", f"{'exploit' if fitted.exploit else 'sentence':<10} {fitted.prompt}",
@@ -125,7 +126,7 @@ def baselines(
         shots=shots, max_new_tokens=max_new_tokens, limit=limit, fresh=fresh,
     )  # fmt: skip
     try:
-        result = run_baselines(config, find_encoder(encoder), _say)
+        result = run_baselines(config, find_encoder(encoder), say)
     except Interrupted as stop:
         raise typer.Exit(stop.exit_code) from None
     _show(result.lines(), result.figures, as_json=as_json)
@@ -251,12 +252,6 @@ def throughput(
     )  # fmt: skip
     if as_json:
         print(json.dumps({name: measured.figures() for name, measured in results.items()}))
-
-
-def _say(line: str) -> None:
-    from submission.progress import tell
-
-    tell(line, sys.stderr)
 
 
 def _show(lines: Any, figures: Any, *, as_json: bool) -> None:

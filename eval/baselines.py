@@ -85,9 +85,7 @@ def run_baselines(config: Config, encoder: Encoder, say: Callable[[str], None]) 
     Raises:
         UserError: something is missing or wrong; `Interrupted` when a signal stops a run.
     """
-    unknown = [name for name in config.only if name not in BASELINES]
-    if unknown:
-        raise UserError(f"unknown baseline {unknown[0]!r}; there are: {', '.join(BASELINES)}")
+    check_names(config.only)
     sets = {"test": config.test} | ({"ood": config.ood} if config.ood else {})
     for path in sets.values():
         read_triplets(path)  # what is wrong with it is said before anything is run
@@ -107,6 +105,17 @@ def run_baselines(config: Config, encoder: Encoder, say: Callable[[str], None]) 
         comparisons[name] = _run_and_compare(config, name, path, truth, systems, encoder, say)
         shared[name] = leaks.shared(config.train, path, encoder)
     return Result(comparisons, shared, constants)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse names of no baseline.
+
+    Raises:
+        UserError: lists those that there are.
+    """
+    unknown = [name for name in names if name not in BASELINES]
+    if unknown:
+        raise UserError(f"unknown baseline {unknown[0]!r}; there are: {', '.join(BASELINES)}")
 
 
 def _run_and_compare(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Okabe and Ito's colours: told apart by the colour-blind too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8B6F00")
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8B6F00")
 _STYLES = ("-", "--", ":", "-.")
 _WIDTH, _DPI = 5.2, 150  # inches: small enough for its letters to be read on a phone
 _BINS = 5
@@ -42,12 +42,16 @@ def score_distribution(comparison: Comparison) -> bytes:
 
 def differences(comparison: Comparison) -> bytes:
     """Paired differences to the reference with their intervals."""
-    lines = [line for line in comparison.lines if line.difference is not None]
-    with canvas(1.2 + 0.42 * len(lines)) as (axes, png):
-        dots(axes, [one_line(line.system.name, _MOST_LETTERS) for line in lines],
-              [line.difference for line in lines if line.difference is not None], 0.0, 0)  # fmt: skip
-        axes.axvline(0, color="#444444", linewidth=1)
-        axes.set_xlabel(f"mean score minus that of {one_line(comparison.reference, 30)}, 95 % interval")
+    lines = {line.system.name: line.difference for line in comparison.lines if line.difference is not None}
+    return intervals(lines, f"mean score minus that of {one_line(comparison.reference, 30)}, 95 % interval")
+
+
+def intervals(found: Mapping[str, Interval], label: str, *, beside: float = 0.0) -> bytes:
+    """A dot with its interval for each name, and a line at what they are to be told from."""
+    with canvas(1.2 + 0.42 * len(found)) as (axes, png):
+        _dots(axes, [one_line(name, _MOST_LETTERS) for name in found], list(found.values()), 0.0, 0)
+        axes.axvline(beside, color="#444444", linewidth=1)
+        axes.set_xlabel(label)
     return png.getvalue()
 
 
@@ -71,7 +75,7 @@ def by_kind(comparison: Comparison, kinds: Sequence[str], names: Sequence[str]) 
                 means.append(bootstrap(line.system.scored.scores[rows][:, None], comparison.truth.clusters[rows])[0])
             offset = (number - (len(lines) - 1) / 2) * 0.8 / len(lines)
             shown = [f"{one_line(name, _MOST_LETTERS)} ({kinds.count(name)})" for name in names]
-            dots(axes, shown, means, offset, number, line.system.name)
+            _dots(axes, shown, means, offset, number, line.system.name)
         axes.set_xlabel("mean score, 95 % interval")
         legend(axes)
     return png.getvalue()
@@ -105,7 +109,7 @@ def speed(rows_per_second: Mapping[str, float]) -> bytes:
     """Rows per second of each run."""
     with canvas(1.2 + 0.42 * len(rows_per_second)) as (axes, png):
         places = range(len(rows_per_second))
-        axes.barh(list(places), list(rows_per_second.values()), color=COLOURS[0], height=0.6)
+        axes.barh(list(places), list(rows_per_second.values()), color=_COLOURS[0], height=0.6)
         axes.set_yticks(list(places), [one_line(name, _MOST_LETTERS) for name in rows_per_second])
         axes.invert_yaxis()
         for place, value in zip(places, rows_per_second.values(), strict=True):
@@ -118,7 +122,7 @@ def speed(rows_per_second: Mapping[str, float]) -> bytes:
     return png.getvalue()
 
 
-def dots(
+def _dots(
     axes: Axes, names: Sequence[str], means: Sequence[Interval], offset: float, number: int, label: str = ""
 ) -> None:
     """A dot with a line for each mean, the first on top."""
@@ -129,7 +133,7 @@ def dots(
     reach = np.nan_to_num(np.array([[m.mean - m.low, m.high - m.mean] for m in means]).T)
     axes.errorbar(
         centre, places, xerr=np.maximum(reach, 0).reshape(2, -1), fmt="o", markersize=4, capsize=2,
-        color=COLOURS[number % len(COLOURS)], label=one_line(label, _MOST_LETTERS) if label else None,
+        color=_COLOURS[number % len(_COLOURS)], label=one_line(label, _MOST_LETTERS) if label else None,
     )  # fmt: skip
     axes.set_yticks(np.arange(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -141,7 +145,7 @@ def legend(axes: Axes) -> None:
 
 
 def style(number: int) -> dict[str, Any]:
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": _STYLES[number // len(COLOURS) % len(_STYLES)]}
+    return {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _STYLES[number // len(_COLOURS) % len(_STYLES)]}
 
 
 @contextmanager

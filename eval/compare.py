@@ -205,12 +205,12 @@ def sentence(line: Line, comparison: Comparison) -> str:
 def cells(line: Line) -> tuple[str, ...]:
     """The cells of a table's row."""
     system = line.system
-    mean = _short(line.mean)
+    mean = line.mean.shown(".3f")
     return (
         one_line(system.name, 22),
         "" if system.exploit else mean,
         mean if system.exploit else "",
-        "" if line.difference is None else _short(line.difference, signed=True),
+        "" if line.difference is None else line.difference.shown("+.3f"),
         "" if line.difference is None else f"{line.won}/{line.tied}/{line.lost}",
         "" if system.rows_per_second is None or system.constant else f"{system.rows_per_second:.2f}",
         "" if system.fallbacks is None else str(system.fallbacks),
@@ -252,13 +252,6 @@ def _name_and_path(argument: str) -> tuple[str, Path]:
             raise UserError(f"{path.parent} is a folder without a submission.csv: name the file of predictions")
     shown = path.parent.resolve().name if folder or path.name == "submission.csv" else path.stem
     return name or shown, path
-
-
-def _short(interval: Interval, *, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    if interval.low != interval.low:
-        return f"{interval.mean:{sign}.3f}"
-    return f"{interval.mean:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
 
 
 def _row(parts: Sequence[str], widths: Sequence[int]) -> str:

@@ -44,8 +44,17 @@ class Interval:
         return not (self.low > 0 or self.high < 0)
 
     def __str__(self) -> str:
-        known = self.low == self.low
-        return f"{self.mean:.4f} " + (f"[{self.low:.4f}, {self.high:.4f}]" if known else "[one prompt: no interval]")
+        return format(self)
+
+    def __format__(self, form: str) -> str:
+        """In words: `form` is that of its numbers, such as +.4f."""
+        form = form or ".4f"
+        return self.shown(form) if self.low == self.low else f"{self.mean:{form}} [one prompt: no interval]"
+
+    def shown(self, form: str = ".4f") -> str:
+        """For a table: the mean, and the interval where there is one."""
+        mean = f"{self.mean:{form}}"
+        return f"{mean} [{self.low:{form}}, {self.high:{form}}]" if self.low == self.low else mean
 
 
 def bootstrap(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,6 +136,16 @@ def read_predictions(path: Path, truth: Truth) -> list[str]:
             "The competition refuses such a file; `python -m submission predict` never writes one."
         )
     given = {row.cells[0]: row.cells[1] for row in rows}
+    check_same_ids(path, given, truth)
+    return [given[row_id] for row_id in truth.ids]
+
+
+def check_same_ids(path: Path, given: Collection[str], truth: Truth) -> None:
+    """Refuse a file whose ids are not the truth's, in whatever order.
+
+    Raises:
+        UserError: names the missing or unknown ones.
+    """
     wanted = set(truth.ids)
     for what, ids in (
         ("lacks", [row_id for row_id in truth.ids if row_id not in given]),
@@ -146,7 +156,6 @@ def read_predictions(path: Path, truth: Truth) -> list[str]:
                 f"{path} {what} {len(ids)} of the ids: {some([repr(row_id) for row_id in ids])}\n"
                 f"Both must have the same ids; the truth is {truth.path}."
             )
-    return [given[row_id] for row_id in truth.ids]
 
 
 def score_texts(predicted: Sequence[str], true: Sequence[str], encoder: Encoder) -> NDArray[np.float64]:

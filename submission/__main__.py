@@ -5,13 +5,13 @@ python -m submission predict examples/test.csv -o submission.csv
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from submission.commands import new_app, run_command
+from submission.progress import say
 
 app = new_app("Work out which prompt made a language model rewrite one text into another. Works offline.")
 
@@ -101,10 +101,10 @@ def predict(
     if dry_run:
         from submission.rehearsal import rehearse
 
-        _print_json(rehearse(config, _say), as_json=as_json)
+        _print_json(rehearse(config, say), as_json=as_json)
         return
     try:
-        summary = run(config, _say)
+        summary = run(config, say)
     except Interrupted as stop:
         raise typer.Exit(stop.exit_code) from None
     print_summary(summary, as_json=as_json)
@@ -150,12 +150,6 @@ def doctor() -> None:
     from submission.doctor import report
 
     print(report())
-
-
-def _say(line: str) -> None:
-    from submission.progress import tell
-
-    tell(line, sys.stderr)
 
 
 def _print_json(figures: dict[str, Any], *, as_json: bool) -> None:

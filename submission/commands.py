@@ -26,6 +26,8 @@ def run_command(command: Callable[[], object]) -> None:
     """Run a room's command; errors that a user can put right are one or two lines and exit code 2."""
     try:
         command()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -54,13 +54,28 @@ def read_toml(path: Path, option: str) -> dict[str, Any]:
 
 def from_settings(cls: type[T], settings: Iterable[str], what: str) -> T:
     """Build an options dataclass from `key=value` strings; see `from_mapping`."""
-    values: dict[str, Any] = {}
+    values = {key.replace("-", "_"): value for key, value in split_settings(settings).items()}
+    return from_mapping(cls, values, what)
+
+
+def split_settings(settings: Iterable[str]) -> dict[str, str]:
+    """Values by key of `key=value` strings, as --set takes them.
+
+    Raises:
+        UserError: one is written otherwise.
+    """
+    values = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"--set {setting!r}: write it as key=value")
-        values[key.strip().replace("-", "_")] = value.strip()
-    return from_mapping(cls, values, what)
+        values[key.strip()] = value.strip()
+    return values
+
+
+def split_list(text: str) -> list[str]:
+    """The parts of a list with commas; blank ones do not count."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], what: str) -> T:
@@ -95,7 +110,7 @@ def _convert(key: str, value: Any, default: Any, what: str) -> Any:
         if kind is str and isinstance(value, str):
             return value
         if kind is tuple and isinstance(value, str):
-            value = [part.strip() for part in value.split(",") if part.strip()]
+            value = split_list(value)
         if (
             kind is tuple
             and isinstance(value, list | tuple)

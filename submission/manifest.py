@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import submission
 from submission.errors import UserError
-from submission.tables import atomic_writer
+from submission.tables import write_json
 
 if TYPE_CHECKING:
     from submission.outcome import Summary
@@ -64,7 +64,7 @@ class Manifest:
             "fingerprint": plan.fingerprint,
             "result": json.loads(summary.as_json()) if summary else None,
         }
-        _write(plan.config.output, content)
+        write_json(manifest_path(plan.config.output), content)
 
 
 def mark_finished(output: Path, fingerprint: Mapping[str, str], summary: Summary) -> None:
@@ -76,7 +76,7 @@ def mark_finished(output: Path, fingerprint: Mapping[str, str], summary: Summary
     if content.get("fingerprint") != fingerprint:
         return
     content |= {"state": "complete", "result": json.loads(summary.as_json())}
-    _write(output, content)
+    write_json(manifest_path(output), content)
 
 
 def read_manifest(output: Path) -> dict[str, Any]:
@@ -97,10 +97,10 @@ def read_manifest(output: Path) -> dict[str, Any]:
     return content
 
 
-def _write(output: Path, content: Mapping[str, Any]) -> None:
-    with atomic_writer(manifest_path(output)) as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
+def write_manifest(output: Path, content: Mapping[str, Any]) -> None:
+    """Write the manifest of an output that is no run of `predict`: what made it, from what."""
+    stamp = {"written": datetime.now(UTC).isoformat(timespec="seconds"), "version": submission.__version__}
+    write_json(manifest_path(output), {**stamp, **content}, default=str)
 
 
 def _plain(value: Any) -> Any:

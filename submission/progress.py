@@ -18,6 +18,11 @@ def tell(line: str, stream: TextIO | None) -> None:
             print(line.encode("utf-8", "backslashreplace").decode("utf-8"), file=stream, flush=True)
 
 
+def say(line: str) -> None:
+    """Print a line for people beside the output, which may be read by a program."""
+    tell(line, sys.stderr)
+
+
 class Progress(Protocol):
     """What the driver tells while it works."""
 

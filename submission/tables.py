@@ -15,15 +15,16 @@ import difflib
 import glob
 import hashlib
 import io
+import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from submission.errors import UserError
 from submission.types import Pair, Triplet
@@ -198,6 +199,13 @@ def atomic_writer(path: Path) -> Iterator[IO[str]]:
     """Open a text file beside `path` that takes its place, synced to disk, when the block ends well."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         yield file
+
+
+def write_json(path: Path, content: Any, default: Callable[[Any], Any] | None = None) -> None:
+    """Write a JSON file for people and programs, whole or not at all; `default` as in `json.dump`."""
+    with atomic_writer(path) as file:
+        json.dump(content, file, indent=2, default=default)
+        file.write("\n")
 
 
 def _temporary_beside(path: Path) -> tuple[int, Path]:

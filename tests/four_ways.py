@@ -10,17 +10,17 @@ log-probabilities of the two tokens at that place are compared between the ways.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from submission.backends import ModelSpec, model_spec
 from submission.backends.hf_loading import load_tokenizer, stay_offline_and_quiet
 from submission.models import noted_template
-from submission.progress import tell
+from submission.progress import say
 from submission.tables import read_pairs
 from submission.templates import get_template
 from submission.types import Chat, Request, Sampling
@@ -89,7 +89,7 @@ def main() -> int:
     good = True
     with TemporaryDirectory() as folder:
         base_gguf = Path(folder) / "base-f16.gguf"
-        make_gguf(str(base), {"F16": base_gguf}, find_converter(None), lambda line: tell(line, sys.stderr))
+        make_gguf(str(base), {"F16": base_gguf}, find_converter(None), say)
         specs = ways(asked.run, base, base_gguf)
         given = {name: answers(spec, chats, sampling) for name, spec in specs.items()}
         for name, theirs in list(given.items())[1:]:
@@ -105,7 +105,7 @@ def main() -> int:
 
 def part(
     first: ModelSpec, second: ModelSpec, chats: Mapping[str, Chat], ours: Mapping[str, str], theirs: Mapping[str, str],
-    tokenizer: object,
+    tokenizer: Any,
 ) -> list[Parted]:  # fmt: skip
     """The rows that two ways answer differently."""
     asked: dict[str, tuple[Chat, str, Sequence[str]]] = {}
@@ -122,11 +122,11 @@ def part(
     ]
 
 
-def first_difference(a: str, b: str, tokenizer: object) -> tuple[str, list[str]]:
+def first_difference(a: str, b: str, tokenizer: Any) -> tuple[str, list[str]]:
     """What two answers have in common at their beginning, and the token that comes next in each that goes on."""
-    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in (a, b)]  # type: ignore[operator]
+    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in (a, b)]
     place = next(n for n, (left, right) in enumerate(zip_longest(*ids)) if left != right)
-    decode = tokenizer.decode  # type: ignore[attr-defined]
+    decode = tokenizer.decode
     begin = decode(ids[0][:place])
     return begin, [decode(row[: place + 1])[len(begin) :] for row in ids if len(row) > place]
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from ensemble.selectors import make_selectors
 from eval.encoders import Encoder, find_encoder
 from eval.grouping import near_duplicate_groups
 from eval.intervals import bootstrap
-from submission.progress import tell
+from submission.progress import say
 from submission.tables import read_triplets
 from submission.types import Triplet
 
@@ -68,7 +67,7 @@ def main() -> None:
     models = read_models(None, {"target": asked.target, "judge": asked.judge, "gate": asked.gate})
     with open_models(models, roles_needed([*names, "likelihood_gain"]), asked.output) as opened:
         made = make_selectors([*names, "likelihood_gain"], tools(encoder, opened))
-        scores = score_rows(rows, made, lambda line: tell(line, sys.stderr))
+        scores = score_rows(rows, made, say)
         tokens = [known.tokens for known in opened["target"].of(
             [next(q for _, q in made["likelihood_gain"].questions(row.pair, row.candidates)) for row in rows]  # type: ignore[attr-defined]
         )]  # fmt: skip

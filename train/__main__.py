@@ -5,14 +5,15 @@ python -m train prepare triplets.csv -o data/mine
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from submission.commands import new_app, run_command
+from submission.config import split_list
 from submission.errors import UserError
+from submission.progress import say
 
 app = new_app("Make training sets and weights (train).")
 
@@ -44,11 +45,9 @@ def prompts(
     from eval.encoders import find_encoder
     from train.stages import Prompts, make_prompts
 
-    config = Prompts(
-        size, str(grammar or ""), tuple(filter(None, kinds.split(","))), "" if near is None else f"{near:g}", seed
-    )
+    config = Prompts(size, str(grammar or ""), tuple(split_list(kinds)), "" if near is None else f"{near:g}", seed)
     # Prompts come by the thousand and never again: a cache of embeddings would only grow.
-    make_prompts(config, output, lambda: find_encoder(encoder, cached=False), _say, fresh=fresh)
+    make_prompts(config, output, lambda: find_encoder(encoder, cached=False), say, fresh=fresh)
 
 
 @app.command()
@@ -82,7 +81,7 @@ def texts(
     spec = model_spec(backend, model, adapter, settings) if write else None
     paths = tuple(str(path) for path in sources or [])
     config = Texts(paths, write, str(topics or ""), min_words, max_words, temperature, max_new_tokens, seed)
-    make_texts(config, output, spec, find_encoder(encoder), _say, fresh=fresh)
+    make_texts(config, output, spec, find_encoder(encoder), say, fresh=fresh)
 
 
 @app.command()
@@ -115,7 +114,7 @@ def rewrites(
 
     config = Rewrites(size, temperature, top_p, min_p, length_factor, max_new_tokens, keep_cut, seed)
     spec = model_spec(backend, model, adapter, settings)
-    make_rewrites(config, prompts, texts, output, spec, _say, fresh=fresh)
+    make_rewrites(config, prompts, texts, output, spec, say, fresh=fresh)
 
 
 @app.command()
@@ -142,7 +141,7 @@ def prepare(
 
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file: name a folder")
-    run(read_recipe(sources or [], recipe, settings or []), output, find_encoder(encoder), _say, fresh=fresh)
+    run(read_recipe(sources or [], recipe, settings or []), output, find_encoder(encoder), say, fresh=fresh)
 
 
 @app.command()
@@ -161,7 +160,7 @@ def run(
     from eval.encoders import find_encoder
     from train.run import read_run, run_stages
 
-    run_stages(read_run(recipe, settings or []), find_encoder(encoder), _say, fresh=fresh)
+    run_stages(read_run(recipe, settings or []), find_encoder(encoder), say, fresh=fresh)
 
 
 @app.command()
@@ -182,11 +181,11 @@ def sft(
     if dry_run:
         from train.dry_run import look
 
-        look(config, _say)
+        look(config, say)
     elif output is None:
         raise UserError("name a folder to write to: -o FOLDER")
     else:
-        tune(config, output, _say, fresh=fresh)
+        tune(config, output, say, fresh=fresh)
 
 
 @app.command()
@@ -200,7 +199,7 @@ def sweep(
     from train.sweep import lines
     from train.sweep import sweep as run_all
 
-    for line in lines(run_all(recipe, output, grid, settings or [], _say)):
+    for line in lines(run_all(recipe, output, grid, settings or [], say)):
         print(line)
 
 
@@ -214,7 +213,7 @@ def merge(
     """Merge an adapter into its base, in 16 bits or more, and check that nothing has changed."""
     from train.merge import merge as put_together
 
-    put_together(adapter, output, _say, base=base, dtype=dtype)
+    put_together(adapter, output, say, base=base, dtype=dtype)
 
 
 @app.command()
@@ -227,7 +226,7 @@ def cut(
     from train.bases import cut_layers
 
     kept = cut_layers(model, layers, output)
-    _say(f"written to {output}: layers {', '.join(map(str, kept))}")
+    say(f"written to {output}: layers {', '.join(map(str, kept))}")
 
 
 @app.command()
@@ -246,33 +245,20 @@ def gguf(
     from train.converter import find_converter
     from train.gguf import make_adapter, make_gguf, table
 
-    names = [name.strip() for name in quantization.split(",") if name.strip()]
+    names = split_list(quantization)
     if not names:
         raise UserError("--quantization names none")
     if adapter:
-        make_adapter(Path(model), output, find_converter(llama_cpp), _say, base=base, base_gguf=base_gguf)
+        make_adapter(Path(model), output, find_converter(llama_cpp), say, base=base, base_gguf=base_gguf)
         return
     files = {name: output if len(names) == 1 else output.with_name(f"{output.stem}-{name}.gguf") for name in names}
-    for line in table(make_gguf(model, files, find_converter(llama_cpp), _say)):
+    for line in table(make_gguf(model, files, find_converter(llama_cpp), say)):
         print(line)
-
-
-def _say(line: str) -> None:
-    from submission.progress import tell
-
-    tell(line, sys.stderr)
-
-
-def _run() -> None:
-    try:
-        app()
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def main() -> None:
     """Run a command; see `submission.commands.run_command`."""
-    run_command(_run)
+    run_command(app)
 
 
 if __name__ == "__main__":

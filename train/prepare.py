@@ -20,7 +20,7 @@ from typing import Any
 from eval.encoders import Encoder
 from submission.errors import UserError
 from submission.likelihoods import journalled
-from submission.manifest import manifest_path
+from submission.manifest import manifest_path, write_manifest
 from submission.models import content_hash
 from submission.progress import show_progress
 from submission.tables import atomic_path, some, write_table
@@ -29,7 +29,6 @@ from train.cleaning import Cleaner, Row
 from train.recipe import Recipe, Source
 from train.sources import read_records, resolve
 from train.splits import SPLITS, group_rows, shared, split
-from train.stages import write_manifest
 
 OOD = "ood"
 _NEEDED = ("original_text", "rewritten_text", "rewrite_prompt")

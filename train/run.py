@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.baselines import BASELINES, Config, run_baselines
+from eval.baselines import Config, check_names, run_baselines
 from eval.encoders import Encoder, find_encoder
 from submission.backends import model_spec
 from submission.config import from_mapping, read_toml
 from submission.errors import UserError
 from submission.manifest import manifest_path, read_manifest
 from submission.models import content_hash, resolve_folder
-from submission.tables import atomic_writer
+from submission.tables import write_json
 from train.gguf import Gguf, export
 from train.merge import merge
 from train.prepare import prepare
@@ -159,9 +159,7 @@ def _check(run: Run) -> None:
         run.gguf.converter()
     if run.score and run.sft:
         model_spec(run.score.backend, run.score.base or run.sft.base)
-        unknown = [name for name in run.score.baselines if name not in BASELINES]
-        if unknown:
-            raise UserError(f"unknown baseline {unknown[0]!r} in [score]; there are: {', '.join(BASELINES)}")
+        check_names(run.score.baselines)
 
 
 def _merge(adapter: Path, merged: Path, say: Say, *, fresh: bool) -> None:
@@ -199,6 +197,4 @@ def _score(run: Run, score: Score, merged: Path, encoder: Encoder, say: Say, *, 
     )  # fmt: skip
     for line in result.lines():
         say(line)
-    with atomic_writer(run.output / "score.json") as file:
-        json.dump(result.figures(), file, indent=2)
-        file.write("\n")
+    write_json(run.output / "score.json", result.figures())

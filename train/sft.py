@@ -20,6 +20,7 @@ from typing import Any
 from submission.backends import require
 from submission.backends.hf_loading import load_tokenizer, stay_offline_and_quiet
 from submission.errors import UserError, first_line
+from submission.manifest import write_manifest
 from submission.models import NOTE, content_hash
 from submission.progress import show_progress
 from submission.tables import atomic_folder, atomic_path, read_triplets
@@ -28,7 +29,6 @@ from submission.types import Triplet
 from train.bases import base_folder
 from train.encoding import Example
 from train.sft_config import Sft
-from train.stages import write_manifest
 from train.tasks import Task, make_task
 from train.trainer import FSDP, device_count, make_trainer, training_dtype
 from train.watch import watcher

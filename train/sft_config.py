@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from submission.config import from_mapping, read_toml
+from submission.config import from_mapping, read_toml, split_list, split_settings
 from submission.errors import UserError
 
 _CHOICES = {
@@ -109,7 +109,7 @@ class Sft:
     @property
     def target_modules(self) -> str | list[str]:
         """`targets` as PEFT takes it."""
-        names = [name.strip() for name in self.targets.split(",") if name.strip()]
+        names = split_list(self.targets)
         return "all-linear" if names == ["all-linear"] else names
 
     def steps(self, rows: int, devices: int = 1) -> tuple[int, int]:
@@ -129,12 +129,7 @@ def read_sft(path: Path, settings: Sequence[str] = ()) -> Sft:
     section = content.get("sft", {})
     if not isinstance(section, dict):
         raise UserError(f"{path}: [sft] must be a table")
-    given = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise UserError(f"--set {setting!r}: write it as KEY=VALUE")
-        given[key.strip().removeprefix("sft.")] = value.strip()
+    given = {key.removeprefix("sft."): value for key, value in split_settings(settings).items()}
     return with_sets(from_mapping(Sft, {**section, **given}, "[sft]"), str(content.get("output", "")))
 
 

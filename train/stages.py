@@ -10,18 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import submission
 from eval.encoders import Encoder
 from submission.backends import ModelSpec
 from submission.errors import UserError
 from submission.generation import answer
-from submission.manifest import manifest_path
+from submission.manifest import manifest_path, write_manifest
 from submission.models import content_hash
-from submission.tables import atomic_writer, check_writable, read_table, says_something, write_table
+from submission.tables import check_writable, read_table, says_something, write_table
 from submission.types import Sampling
 from train import prompts, rewrites, texts
 
@@ -187,14 +185,6 @@ class _Stage:
     def finish(self, figures: Mapping[str, Any]) -> None:
         """Write the manifest."""
         write_manifest(self._output, {"made_from": self._told, "hash": content_hash(self._output), **figures})
-
-
-def write_manifest(output: Path, content: Mapping[str, Any]) -> None:
-    """Write the manifest of a file of this room: what made it, from what."""
-    stamp = {"written": datetime.now(UTC).isoformat(timespec="seconds"), "version": submission.__version__}
-    with atomic_writer(manifest_path(output)) as file:
-        json.dump({**stamp, **content}, file, indent=2, default=str)
-        file.write("\n")
 
 
 def _model_marks(spec: ModelSpec | None) -> dict[str, Any]:

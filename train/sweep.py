@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from submission.config import from_mapping
+from submission.config import from_mapping, split_list
 from submission.errors import UserError
 from submission.manifest import manifest_path
-from submission.tables import atomic_path, atomic_writer, write_table
+from submission.tables import atomic_path, write_json, write_table
 from train.sft import sft
 from train.sft_config import Sft, read_sft
 
@@ -33,7 +33,7 @@ def combinations(grid: Sequence[str]) -> list[dict[str, str]]:
     axes: dict[str, list[str]] = {}
     for entry in grid:
         key, equals, values = entry.partition("=")
-        found = list(dict.fromkeys(value.strip() for value in values.split(",") if value.strip()))
+        found = list(dict.fromkeys(split_list(values)))
         key = key.strip().removeprefix("sft.")
         if not equals or not key or not found:
             raise UserError(f"--grid {entry!r}: write it as KEY=VALUE,VALUE")
@@ -71,9 +71,7 @@ def sweep(
         told[name] = json.loads(manifest_path(adapter).read_text(encoding="utf-8"))
     rows = sorted((_row(name, manifest) for name, manifest in told.items()), key=lambda row: (row[3] is None, row[3]))
     write_table(output / "sweep.csv", COLUMNS, ([_shown(cell) for cell in row] for row in rows))
-    with atomic_writer(output / "sweep.json") as file:
-        json.dump([dict(zip(COLUMNS, row, strict=True)) for row in rows], file, indent=2)
-        file.write("\n")
+    write_json(output / "sweep.json", [dict(zip(COLUMNS, row, strict=True)) for row in rows])
     _plot(output / "sweep.png", told)
     return rows
 

@@ -31,7 +31,7 @@ class Tools:
         judge: any model, for the judges.
         gate: a judge that was trained to say Yes or No; `judge` if there is none.
         rotations: of the letters that `judge_pick` sees; 0 for as many as candidates.
-        most: candidates that a judge is shown together; the more frequent ones go first.
+        weights: of sums of selectors, by name.
     """
 
     encoder: Encoder
@@ -39,7 +39,6 @@ class Tools:
     judge: Likelihoods | None = None
     gate: Likelihoods | None = None
     rotations: int = 0
-    most: int = 12
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
 
 

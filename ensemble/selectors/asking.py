@@ -52,9 +52,13 @@ class Asker:
         for question in self.ask(pair, candidates):
             yield self._model, question
 
+    def answers(self, pair: Pair, candidates: Sequence[Candidate]) -> list[Known]:
+        """What the model answers to `ask`."""
+        return self._model.of(self.ask(pair, candidates))
+
     def __call__(self, pair: Pair, candidates: Sequence[Candidate], /) -> list[float]:
         """See `Selector`."""
-        return self.combine(candidates, self._model.of(self.ask(pair, candidates)))
+        return self.combine(candidates, self.answers(pair, candidates))
 
 
 def ask_ahead(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import permutations
 from typing import TYPE_CHECKING
 
 from ensemble.candidates import Candidate
@@ -52,10 +53,7 @@ class Pick(Asker):
         for order, row in zip(self._orders(len(shown)), letters.tolist(), strict=True):
             for place, probability in zip(order, row, strict=True):
                 found[place] += probability / len(letters)
-        scores = [math.nan] * len(candidates)
-        for place, value in zip(shown, found, strict=True):
-            scores[place] = value
-        return scores
+        return _at_their_places(found, shown, len(candidates))
 
     @staticmethod
     def letters(answers: Sequence[Known], count: int) -> NDArray[np.float64]:
@@ -97,9 +95,10 @@ class Pairs(Asker):
 
     def ask(self, pair: Pair, candidates: Sequence[Candidate]) -> list[Question]:
         """Both letters' probabilities for every ordered pair of candidates."""
+        shown = [candidates[place].text for place in shown_together(candidates)]
         return [
-            (render_pick(pair, [candidates[a].text, candidates[b].text]), letter)
-            for a, b in _ordered_pairs(len(shown_together(candidates)), shown_together(candidates))
+            (render_pick(pair, [shown[a], shown[b]]), letter)
+            for a, b in permutations(range(len(shown)), 2)
             for letter in LETTERS[:2]
         ]
 
@@ -109,18 +108,14 @@ class Pairs(Asker):
 
         shown = shown_together(candidates)
         if len(shown) == 1:
-            return [0.0 if place in shown else math.nan for place in range(len(candidates))]
-        wins = np.zeros((len(candidates), len(candidates)))
+            return [0.0]
+        wins = np.zeros((len(shown), len(shown)))
         logs = [known.sum for known in answers]
-        for number, (a, b) in enumerate(_ordered_pairs(len(shown), shown)):
+        for number, (a, b) in enumerate(permutations(range(len(shown)), 2)):
             first, second = softmax(logs[2 * number : 2 * number + 2])
             wins[a, b] += first
             wins[b, a] += second
-        strengths = bradley_terry(wins[np.ix_(shown, shown)])
-        scores = [math.nan] * len(candidates)
-        for place, strength in zip(shown, strengths.tolist(), strict=True):
-            scores[place] = strength
-        return scores
+        return _at_their_places(bradley_terry(wins).tolist(), shown, len(candidates))
 
 
 class YesNo(Asker):
@@ -160,5 +155,9 @@ def bradley_terry(wins: NDArray[np.float64]) -> NDArray[np.float64]:
     return logs
 
 
-def _ordered_pairs(count: int, shown: Sequence[int]) -> list[tuple[int, int]]:
-    return [(shown[a], shown[b]) for a in range(count) for b in range(count) if a != b]
+def _at_their_places(values: Sequence[float], places: Sequence[int], count: int) -> list[float]:
+    """Values at these places of a list of `count`; NaN elsewhere."""
+    scores = [math.nan] * count
+    for place, value in zip(places, values, strict=True):
+        scores[place] = value
+    return scores

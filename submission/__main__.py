@@ -12,6 +12,7 @@ import typer
 
 from submission.commands import new_app, run_command
 from submission.progress import say
+from submission.publish.commands import add_to
 
 app = new_app("Work out which prompt made a language model rewrite one text into another. Works offline.")
 
@@ -42,6 +43,9 @@ def predict(
             help="Option of the backend, such as threads=4 or context=4096; again for more.",
         ),
     ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes with a copy of the model each; 0: one for each GPU.")
+    ] = 1,
     template: Annotated[str, typer.Option(help=_TEMPLATES)] = "",
     shots: Annotated[
         Path | None, typer.Option(help="Triplets (pairs with rewrite_prompt) to show as examples.")
@@ -91,8 +95,9 @@ def predict(
 
     config = RunConfig(
         input=input, output=output, encoding=encoding, limit=limit, backend=backend, model=model, adapter=adapter,
-        settings=[*(settings or []), *(["load_in_4bit=true"] if load_in_4bit else [])], template=template,
-        shots=shots, n_shots=n_shots, recover=recover, recover_config=recover_config,
+        settings=[*(settings or []), *(["load_in_4bit=true"] if load_in_4bit else [])],
+        workers=workers, template=template, shots=shots, n_shots=n_shots,
+        recover=recover, recover_config=recover_config,
         sampling=Sampling(1, temperature, top_p, min_p, max_new_tokens, seed),
         fallback=DEFAULT_PROMPT if fallback is None else fallback,
         deadline=None if deadline is None else parse_duration(deadline, "--deadline"),
@@ -150,6 +155,9 @@ def doctor() -> None:
     from submission.doctor import report
 
     print(report())
+
+
+add_to(app)
 
 
 def _print_json(figures: dict[str, Any], *, as_json: bool) -> None:

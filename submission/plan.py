@@ -28,6 +28,7 @@ class RunConfig:
     model: str = EMBEDDED
     adapter: Path | None = None
     settings: list[str] = field(default_factory=list)
+    workers: int = 1
     template: str = ""
     shots: Path | None = None
     n_shots: int = 3
@@ -92,7 +93,11 @@ def plan(config: RunConfig) -> Plan:
     recover_config = read_toml(config.recover_config, "--recover-config") if config.recover_config else {}
     pairs = read_pairs(config.input, config.encoding)
     shots = read_triplets(config.shots, config.encoding)[: config.n_shots] if config.shots else []
-    spec = model_spec(config.backend, config.model, config.adapter, config.settings) if recover.uses_model else None
+    spec = (
+        model_spec(config.backend, config.model, config.adapter, config.settings, config.workers)
+        if recover.uses_model
+        else None
+    )
     if spec is not None and config.sampling.max_new_tokens > spec.options.context // 2:
         raise UserError(
             f"--max-new-tokens {config.sampling.max_new_tokens} leaves too little of the context of "

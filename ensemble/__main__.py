@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from submission.commands import new_app, run_command
+from submission.commands import RayCpusOption, RayGpusOption, RayOption, WorkersOption, new_app, run_command
 from submission.config import split_list
 from submission.errors import UserError
 from submission.progress import say
@@ -51,6 +51,10 @@ def sample(
     near: NearOption = 0.95,
     limit: Annotated[int, typer.Option(min=0, help="First rows only; 0 for all.")] = 0,
     encoder: EncoderOption = "",
+    workers: WorkersOption = 1,
+    ray: RayOption = "",
+    ray_gpus: RayGpusOption = None,
+    ray_cpus: RayCpusOption = 0,
     fresh: FreshOption = False,
 ) -> None:
     """Draw candidates for every pair. The same command again resumes.
@@ -61,13 +65,24 @@ def sample(
     from ensemble.sample import sample as draw
     from ensemble.sources import read_sources
     from eval.encoders import find_encoder
+    from submission.hardware import Fleet
     from submission.tables import read_pairs
 
     listed = read_sources(sources, settings or [])
+    fleet = Fleet(workers, ray, ray_gpus, ray_cpus)
     rows = read_pairs(pairs)
     if not rows:
         raise UserError(f"{pairs} has a header and no row")
-    draw(rows[: limit or None], listed, output, None if near == 1 else find_encoder(encoder), near, say, fresh=fresh)
+    draw(
+        rows[: limit or None],
+        listed,
+        output,
+        None if near == 1 else find_encoder(encoder),
+        near,
+        say,
+        fleet=fleet,
+        fresh=fresh,
+    )
 
 
 @app.command()
@@ -84,17 +99,22 @@ def select(
     concat: Annotated[int, typer.Option(min=1, help="Join so many of the best candidates into one answer.")] = 1,
     constant: Annotated[str, typer.Option(help="A prompt to put behind the answer.")] = "",
     encoder: EncoderOption = "",
+    workers: WorkersOption = 1,
+    ray: RayOption = "",
+    ray_gpus: RayGpusOption = None,
+    ray_cpus: RayCpusOption = 0,
     fresh: FreshOption = False,
 ) -> None:
     """Let a selector choose one candidate of every row, and write a submission."""
     from ensemble.models import read_models
     from ensemble.select import select as choose
     from eval.encoders import find_encoder
+    from submission.hardware import Fleet
 
     known = read_models(models, {"target": target, "judge": judge, "gate": gate})
     counts = choose(
         candidates, output, selector, known, find_encoder(encoder), say, weights=weights or [], rotations=rotations,
-        concat=concat, constant=constant, fresh=fresh,
+        concat=concat, constant=constant, fleet=Fleet(workers, ray, ray_gpus, ray_cpus), fresh=fresh,
     )  # fmt: skip
     say(
         f"written to {output}: {counts['rows']} rows, {counts['without']} without a candidate (default prompt), "

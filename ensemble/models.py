@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from eval.encoders import Encoder
 from submission.backends import ModelSpec, model_spec
 from submission.config import from_mapping, read_toml
 from submission.errors import UserError
+from submission.hardware import ALONE, Fleet
 from submission.likelihoods import Likelihoods, journalled
 from submission.models import EMBEDDED
 
@@ -75,14 +76,14 @@ def with_gate(roles: set[str]) -> set[str]:
 
 @contextmanager
 def open_models(
-    models: Mapping[str, Model], roles: set[str], output: Path, *, fresh: bool = False
+    models: Mapping[str, Model], roles: set[str], output: Path, *, fleet: Fleet = ALONE, fresh: bool = False
 ) -> Iterator[dict[str, Likelihoods]]:
     """Likelihoods by role, with journals beside `output`; roles that name one model share it.
 
     Raises:
         UserError: a model is missing or wrong; said before any is loaded.
     """
-    specs = {role: model.spec() for role, model in models.items() if role in with_gate(roles)}
+    specs = {role: replace(model.spec(), fleet=fleet) for role, model in models.items() if role in with_gate(roles)}
     opened: dict[str, Likelihoods] = {}
     with ExitStack() as stack:
         shared: dict[ModelSpec, Likelihoods] = {}

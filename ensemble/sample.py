@@ -6,6 +6,7 @@ python -m ensemble sample pairs.csv -o candidates.parquet --sources sources.toml
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ensemble.candidates import Draw, Row, merge, write_candidates
@@ -13,6 +14,7 @@ from ensemble.sources import Source
 from eval.encoders import Encoder
 from submission.answers import is_blank, storable
 from submission.generation import Job, answer
+from submission.hardware import ALONE, Fleet
 from submission.tables import check_writable, says_something
 from submission.templates import Template
 from submission.types import Completion, Pair, Triplet
@@ -29,6 +31,7 @@ def sample(
     near: float,
     say: Callable[[str], None],
     *,
+    fleet: Fleet = ALONE,
     fresh: bool = False,
 ) -> list[Row]:
     """Draw from all sources and write the candidates; what a journal knows is not drawn again.
@@ -40,13 +43,14 @@ def sample(
         encoder: puts near-duplicates together; None leaves it at case and punctuation.
         near: see `ensemble.candidates.NEAR`.
         say: takes lines for people.
+        fleet: copies of each source's model.
         fresh: forget what the journals hold.
 
     Raises:
         UserError: something is missing or wrong; said before anything is drawn.
     """
     check_writable(output)
-    prepared = [(source, source.spec(), source.layout()) for source in sources]
+    prepared = [(source, replace(source.spec(), fleet=fleet), source.layout()) for source in sources]
     drawn: Drawn = {pair.id: [] for pair in pairs}
     # A rewrite of blanks tells nothing of its prompt: such a pair has no candidate.
     asked = [pair for pair in pairs if says_something(pair.rewritten_text)]

@@ -14,6 +14,7 @@ from ensemble.choose import answer_of, score_rows
 from ensemble.models import Model, open_models, roles_needed, tools
 from ensemble.selectors import make_selectors
 from eval.encoders import Encoder
+from submission.hardware import ALONE, Fleet
 from submission.manifest import write_manifest
 from submission.models import content_hash
 from submission.tables import check_writable, write_predictions
@@ -31,6 +32,7 @@ def select(
     rotations: int = 0,
     concat: int = 1,
     constant: str = "",
+    fleet: Fleet = ALONE,
     fresh: bool = False,
 ) -> dict[str, int]:
     """Choose and write; answers of models are journalled beside `output`.
@@ -46,7 +48,7 @@ def select(
     rows = read_candidates(candidates)
     known = fitting.read(weights, rows)
     parts = list(known.get(selector, {selector: 1.0}))
-    with open_models(models, roles_needed(parts), output, fresh=fresh) as opened:
+    with open_models(models, roles_needed(parts), output, fleet=fleet, fresh=fresh) as opened:
         made = make_selectors([selector], tools(encoder, opened, rotations=rotations, weights=known))
         scores = score_rows(rows, made, say)[selector]
     answers = [(row.pair.id, answer_of(row, said, concat, constant))

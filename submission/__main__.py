@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from submission.commands import new_app, run_command
+from submission.commands import RayCpusOption, RayGpusOption, RayOption, WorkersOption, new_app, run_command
 from submission.progress import say
 from submission.publish.commands import add_to
 
@@ -43,9 +43,10 @@ def predict(
             help="Option of the backend, such as threads=4 or context=4096; again for more.",
         ),
     ] = None,
-    workers: Annotated[
-        int, typer.Option(min=0, help="Processes with a copy of the model each; 0: one for each GPU.")
-    ] = 1,
+    workers: WorkersOption = 1,
+    ray: RayOption = "",
+    ray_gpus: RayGpusOption = None,
+    ray_cpus: RayCpusOption = 0,
     template: Annotated[str, typer.Option(help=_TEMPLATES)] = "",
     shots: Annotated[
         Path | None, typer.Option(help="Triplets (pairs with rewrite_prompt) to show as examples.")
@@ -87,6 +88,7 @@ def predict(
     """
     from submission.config import parse_duration
     from submission.deadline import Interrupted
+    from submission.hardware import Fleet
     from submission.outcome import print_summary
     from submission.plan import RunConfig
     from submission.recover import DEFAULT_PROMPT
@@ -96,7 +98,7 @@ def predict(
     config = RunConfig(
         input=input, output=output, encoding=encoding, limit=limit, backend=backend, model=model, adapter=adapter,
         settings=[*(settings or []), *(["load_in_4bit=true"] if load_in_4bit else [])],
-        workers=workers, template=template, shots=shots, n_shots=n_shots,
+        fleet=Fleet(workers, ray, ray_gpus, ray_cpus), template=template, shots=shots, n_shots=n_shots,
         recover=recover, recover_config=recover_config,
         sampling=Sampling(1, temperature, top_p, min_p, max_new_tokens, seed),
         fallback=DEFAULT_PROMPT if fallback is None else fallback,

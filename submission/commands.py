@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
 from submission.errors import PromptRecoveryError, UserError
+
+WorkersOption = Annotated[
+    int, typer.Option("--workers", min=0, help="Copies of the model, in processes of their own; 0: one for each GPU.")
+]
+RayOption = Annotated[
+    str, typer.Option("--ray", metavar="ADDRESS", help="Put them on this Ray cluster; local: start one for the run.")
+]
+RayGpusOption = Annotated[
+    float | None, typer.Option("--ray-gpus", min=0, help="Of each copy on a cluster; default: 1 if it has any.")
+]
+RayCpusOption = Annotated[
+    int, typer.Option("--ray-cpus", min=0, help="Of each copy on a cluster; 0: the cluster's are divided.")
+]
 
 
 def new_app(help: str) -> typer.Typer:

@@ -1,10 +1,11 @@
-"""The GPUs of this machine, as the driver lists them: no torch, no CUDA is loaded to ask."""
+"""The GPUs of this machine, and where copies of a model are to be held. No torch, no CUDA is loaded to ask."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+from dataclasses import dataclass
 
 
 def visible_gpus() -> list[str]:
@@ -21,3 +22,34 @@ def visible_gpus() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return listed.split()
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """How many copies of a model there are, and where.
+
+    Attributes:
+        workers: copies; 0 means one for each GPU, and one where there is none.
+        ray: address of a Ray cluster, or "local" for one that is started for the run; "" for processes of this machine.
+        gpus: of a Ray worker; None means one if the cluster has any.
+        cpus: of a Ray worker; 0 means that the cluster's are divided.
+    """
+
+    workers: int = 1
+    ray: str = ""
+    gpus: float | None = None
+    cpus: int = 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether the model is held by this very process."""
+        return not self.ray and self.count == 1
+
+    @property
+    def count(self) -> int:
+        """Copies on this machine."""
+        return self.workers or max(1, len(visible_gpus()))
+
+
+ALONE = Fleet()
+"""One copy, in this very process."""

@@ -9,6 +9,7 @@ from submission.answers import is_blank, storable
 from submission.backends import ModelSpec, model_spec
 from submission.config import read_toml
 from submission.errors import UserError
+from submission.hardware import ALONE, Fleet
 from submission.models import EMBEDDED, noted_template
 from submission.recover import DEFAULT_PROMPT, RecoverSource, Setup, find_recover
 from submission.tables import check_writable, digest_pairs, read_pairs, read_triplets
@@ -28,7 +29,7 @@ class RunConfig:
     model: str = EMBEDDED
     adapter: Path | None = None
     settings: list[str] = field(default_factory=list)
-    workers: int = 1
+    fleet: Fleet = ALONE
     template: str = ""
     shots: Path | None = None
     n_shots: int = 3
@@ -94,7 +95,7 @@ def plan(config: RunConfig) -> Plan:
     pairs = read_pairs(config.input, config.encoding)
     shots = read_triplets(config.shots, config.encoding)[: config.n_shots] if config.shots else []
     spec = (
-        model_spec(config.backend, config.model, config.adapter, config.settings, config.workers)
+        model_spec(config.backend, config.model, config.adapter, config.settings, config.fleet)
         if recover.uses_model
         else None
     )

@@ -1,9 +1,8 @@
-"""A model held by several processes behind the two methods of a `Backend`: one for each GPU, or the cores divided.
+"""A model held by several processes of this machine: one for each GPU, or the cores divided.
 
     python -m submission predict test.csv -o submission.csv --workers 2
 
-Requests are dealt to the process that has the fewest, answers come back as they are finished. A process that is killed
-is replaced, and what it had is asked again: whoever keeps the journal sees one backend.
+A process that is killed is replaced, and what it had is asked again.
 """
 
 from __future__ import annotations
@@ -12,43 +11,31 @@ import ctypes
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
-from itertools import islice
+from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, cast
 
-from submission.backends.common import memory_budget, thread_count
-from submission.errors import BackendError, UserError, first_line
-from submission.hardware import visible_gpus
-from submission.types import Chat, Completion, LogLikelihood, Request
+from submission.errors import UserError
+from submission.fleet import Event, Inbox, Member, Method, Spread, load_words, shares, work
 
 if TYPE_CHECKING:
     from submission.backends import ModelSpec
 
-_BLOCK = 16  # requests that are dealt together: neighbours often share a beginning
-_AHEAD = 512  # requests that a process may have: twice what a backend looks at together, so that none runs dry
-_DEATHS = 3  # of processes in one call, beyond which the rows are suspected and divided
-
-Method = Literal["generate", "loglikelihood"]
-
 
 @dataclass(slots=True, eq=False)
-class _Worker:
-    """A process, the line to it, and the requests that it has not answered."""
+class Process(Member):
+    """A process and the line to it."""
 
-    number: int
-    process: BaseProcess
-    line: Connection
-    asked: dict[str, Any] = field(default_factory=dict)
+    process: BaseProcess | None = None
+    line: Connection | None = None
 
 
-class Workers:
-    """A `Backend` that spreads its requests over processes with a copy of the model each.
+class Workers(Spread):
+    """A `Backend` of several processes with a copy of the model each.
 
     Args:
         spec: the model.
@@ -59,140 +46,85 @@ class Workers:
     """
 
     def __init__(self, spec: ModelSpec, count: int) -> None:
+        super().__init__()
         self._shares = shares(spec, count)
-        self._call = 0
-        self._workers = [self._start(number) for number in range(count)]
-        for worker in self._workers:
-            _await_ready(worker)
-
-    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion]]]:
-        """See `submission.types.Backend`."""
-        return self._spread("generate", ((request.key, request) for request in requests))
-
-    def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood]]:
-        """See `submission.types.Backend`."""
-        return self._spread("loglikelihood", ((item[0], item) for item in items))
+        self.members = [Process(number) for number in range(count)]
+        self._members = list(self.members)
+        for member in self.members:
+            self._start(member)
+        for member in self.members:
+            _await_ready(member)
 
     def close(self) -> None:
         """End the processes."""
-        for worker in self._workers:
-            worker.line.close()
-            worker.process.kill()
-            worker.process.join()
+        for member in self.members:
+            if member.line is not None and member.process is not None:
+                member.line.close()
+                member.process.kill()
+                member.process.join()
 
-    def _spread(self, method: Method, items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-        """Deal items out, yield what comes back.
+    def _ask(self, member: Member, call: int, method: Method, items: Sequence[Any]) -> None:
+        with suppress(OSError):
+            _line(member).send((call, method, list(items)))
 
-        Raises:
-            BackendError: a backend failed, or processes died again and again, on requests that are not answered yet.
-        """
-        self._call += 1
-        source = iter(items)
-        trouble: Exception | None = None
-        more, deaths = True, 0
-        try:
-            while True:
-                while more and (worker := min(self._workers, key=lambda one: len(one.asked))):
-                    if len(worker.asked) >= _AHEAD:
-                        break
-                    block: list[tuple[str, Any]] = []
-                    try:
-                        block.extend(islice(source, _BLOCK))
-                    except Exception as error:  # of whoever makes the requests: passed on when the others are answered
-                        trouble, more = error, False
-                    more = more and len(block) == _BLOCK
-                    worker.asked |= block
-                    self._send(worker, method, [item for _, item in block])
-                busy = {worker.line: worker for worker in self._workers if worker.asked}
-                if not busy:
-                    break
-                for line in wait(list(busy)):
-                    worker = busy[line]  # type: ignore[index]  # lines are all that was waited for
-                    try:
-                        kind, call, *answer = worker.line.recv()
-                    except (EOFError, OSError):
-                        deaths += 1
-                        words = self._replace(worker)
-                        if deaths > _DEATHS:
-                            raise BackendError(words) from None
-                        self._send(worker, method, list(worker.asked.values()))
-                        continue
-                    if call != self._call:
-                        continue  # of a call that was given up
-                    if kind == "answer":
-                        worker.asked.pop(answer[0])
-                        yield answer[0], answer[1]
-                    elif kind == "refused":
-                        raise UserError(answer[0])
-                    else:
-                        raise BackendError(answer[0])
-        finally:
-            for worker in self._workers:
-                if worker.asked:
-                    worker.asked.clear()
-                    with suppress(OSError):
-                        worker.line.send(("stop", self._call))
-        if trouble is not None:
-            raise trouble
+    def _stop(self, member: Member, call: int) -> None:
+        with suppress(OSError):
+            _line(member).send((call, None, None))
 
-    def _send(self, worker: _Worker, method: Method, items: Sequence[Any]) -> None:
-        if items:
-            with suppress(OSError):  # a dead process is found out when its line is read
-                worker.line.send(("ask", self._call, method, items))
+    def _listen(self, members: Sequence[Member]) -> Iterator[tuple[Member, Event | None]]:
+        lines = {_line(member): member for member in members}
+        for line in wait(list(lines)):
+            member = lines[cast(Connection, line)]
+            try:
+                yield member, cast(Connection, line).recv()
+            except (EOFError, OSError):
+                yield member, None
 
-    def _start(self, number: int) -> _Worker:
-        spec, environment = self._shares[number]
-        here, there = get_context("spawn").Pipe()
+    def _start(self, member: Process) -> None:
+        spec, environment = self._shares[member.number]
+        member.line, there = get_context("spawn").Pipe()
         # A daemon: it is ended with this process, and may not have children of its own.
-        process = get_context("spawn").Process(
-            target=_serve, args=(spec, environment, there), name=f"worker-{number}", daemon=True
+        member.process = get_context("spawn").Process(
+            target=_serve, args=(spec, environment, there), name=f"worker-{member.number}", daemon=True
         )
-        process.start()
+        member.process.start()
         there.close()
-        return _Worker(number, process, here)
 
-    def _replace(self, dead: _Worker) -> str:
-        """Put a new process in a dead one's place, with the same requests; returns what became of the old one."""
-        dead.line.close()
-        words = _last_words(dead)
-        new = self._start(dead.number)
-        dead.process, dead.line = new.process, new.line
-        _await_ready(dead)
+    def _replace(self, member: Member) -> str:
+        assert isinstance(member, Process)
+        _line(member).close()
+        words = _last_words(member)
+        self._start(member)
+        _await_ready(member)
         return words
 
 
-def shares(spec: ModelSpec, count: int) -> list[tuple[ModelSpec, dict[str, str]]]:
-    """What each process loads, and its environment: a share of the cores, and a GPU where there are some."""
-    gpus = visible_gpus()
-    names = {item.name for item in fields(spec.options)}
-    divided: dict[str, int] = {}
-    if "threads" in names and not spec.options.threads:
-        divided["threads"] = max(1, thread_count(0) // count)
-    if "memory" in names and not spec.options.memory:
-        divided["memory"] = max(64, memory_budget() // count // 1_000_000)
-    share = replace(spec, workers=1, options=replace(spec.options, **divided))
-    return [(share, {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}) for number in range(count)]
+def _line(member: Member) -> Connection:
+    assert isinstance(member, Process)
+    assert member.line is not None
+    return member.line
 
 
-def _await_ready(worker: _Worker) -> None:
+def _await_ready(member: Process) -> None:
     try:
-        kind, _, *words = worker.line.recv()
+        event = _line(member).recv()
     except (EOFError, OSError):
         raise UserError(
-            f"{_last_words(worker)} while it loaded the model\nThere may be too little memory: use fewer --workers"
+            f"{_last_words(member)} while it loaded the model\nThere may be too little memory: use fewer --workers"
         ) from None
-    if kind != "ready":
-        raise UserError(words[0])
+    if event[0] != "ready":
+        raise UserError(event[2])
 
 
-def _last_words(worker: _Worker) -> str:
-    worker.process.join(5)
-    code = worker.process.exitcode
+def _last_words(member: Process) -> str:
+    assert member.process is not None
+    member.process.join(5)
+    code = member.process.exitcode
     how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
-    return f"worker {worker.number} (process {worker.process.pid}) {how}"
+    return f"worker {member.number} (process {member.process.pid}) {how}"
 
 
-def _serve(spec: ModelSpec, environment: dict[str, str], line: Connection) -> None:
+def _serve(spec: ModelSpec, environment: Mapping[str, str], line: Connection) -> None:
     """What a process does: load the model, answer until the line is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the driver decides
     os.environ.update(environment)
@@ -200,75 +132,26 @@ def _serve(spec: ModelSpec, environment: dict[str, str], line: Connection) -> No
     try:
         backend = spec.load()
     except Exception as error:
-        line.send(("refused", 0, str(error) if isinstance(error, UserError) else first_line(error)))
+        line.send(("refused", 0, load_words(error)))
         return
-    inbox = _Inbox(line)
-    line.send(("ready", 0))
-    with suppress(EOFError, OSError):  # the driver has gone
+    inbox = Inbox()
+    threading.Thread(target=_read, args=(line, inbox), daemon=True).start()
+    with suppress(OSError):  # the driver has gone
+        line.send(("ready", 0))
+        for event in work(backend, inbox):
+            if event is not None:
+                line.send(event)
+
+
+def _read(line: Connection, inbox: Inbox) -> None:
+    with suppress(EOFError, OSError):
         while True:
-            call, method, items = inbox.next()
-            try:
-                for key, answer in getattr(backend, method)(inbox.stream(call, items)):
-                    if inbox.stopped >= call:
-                        break
-                    line.send(("answer", call, key, answer))
-            except UserError as error:
-                line.send(("refused", call, str(error)))
-            except (EOFError, OSError):
-                raise
-            except Exception as error:
-                line.send(("trouble", call, first_line(error)))
-
-
-class _Inbox:
-    """Takes what the driver sends as it comes, so that the driver never waits for a busy process."""
-
-    def __init__(self, line: Connection) -> None:
-        self._line = line
-        self._blocks: SimpleQueue[tuple[int, Method, list[Any]] | None] = SimpleQueue()
-        self._returned: tuple[int, Method, list[Any]] | None = None
-        self.stopped = 0
-        """The last call that the driver gave up."""
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def next(self) -> tuple[int, Method, list[Any]]:
-        """The next block of a call that is wanted.
-
-        Raises:
-            EOFError: the driver has gone.
-        """
-        while True:
-            block, self._returned = self._returned or self._blocks.get(), None
-            if block is None:
-                raise EOFError
-            if block[0] > self.stopped:
-                return block
-
-    def stream(self, call: int, items: list[Any]) -> Iterator[Any]:
-        """Items of a call, as long as there are any: a backend that waited for more would answer none of these."""
-        yield from items
-        while True:
-            try:
-                block = self._blocks.get_nowait()
-            except Empty:
-                return
-            if block is None:
-                self._blocks.put(None)  # for `next` to see
-                return
-            if block[0] != call:
-                self._returned = block
-                return
-            yield from block[2]
-
-    def _read(self) -> None:
-        with suppress(EOFError, OSError):
-            while True:
-                kind, call, *rest = self._line.recv()
-                if kind == "stop":
-                    self.stopped = call
-                else:
-                    self._blocks.put((call, rest[0], rest[1]))
-        self._blocks.put(None)
+            call, method, items = line.recv()
+            if method is None:
+                inbox.stopped = call
+            else:
+                inbox.put(call, method, items)
+    inbox.close()
 
 
 def _end_with_parent() -> None:

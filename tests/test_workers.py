@@ -15,12 +15,13 @@ import pytest
 
 from submission.backends import ModelSpec, model_spec
 from submission.errors import BackendError, UserError
-from submission.hardware import visible_gpus
+from submission.fleet import shares
+from submission.hardware import Fleet, visible_gpus
 from submission.likelihoods import Likelihoods
 from submission.tables import read_pairs
 from submission.templates import get_template
 from submission.types import Pair, Request, Sampling
-from submission.workers import Workers, shares
+from submission.workers import Process, Workers
 from tests.conftest import ROOT, Cli, command, environment
 
 PAIRS = [Pair(str(number), f"text {number}", f"rewrite {number}") for number in range(300)]
@@ -32,7 +33,7 @@ def requests(pairs: list[Pair]) -> list[Request]:
 
 
 def scripted(*settings: str, workers: int = 2) -> ModelSpec:
-    return model_spec("scripted", settings=list(settings), workers=workers)
+    return model_spec("scripted", settings=list(settings), fleet=Fleet(workers))
 
 
 def answered(backend: Workers, pairs: list[Pair]) -> list[tuple[str, str]]:
@@ -73,6 +74,11 @@ def test_likelihoods_come_from_processes_too(opened: Opened) -> None:
     assert [known.tokens for known in found] == [1 + number % 3 for number in range(len(PAIRS))]
 
 
+def kill(worker: Process) -> None:
+    if worker.process is not None and worker.process.pid:
+        os.kill(worker.process.pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("victims", [1, 2])
 def test_a_killed_process_is_replaced_and_its_rows_are_asked_again(opened: Opened, victims: int) -> None:
     backend = opened(scripted("seconds_per_row=0.01"))
@@ -80,8 +86,8 @@ def test_a_killed_process_is_replaced_and_its_rows_are_asked_again(opened: Opene
     for number, (key, _) in enumerate(backend.generate(requests(PAIRS))):
         keys.append(key)
         if number == 40:
-            for worker in backend._workers[:victims]:
-                os.kill(worker.process.pid or 0, signal.SIGKILL)
+            for worker in backend.members[:victims]:
+                kill(worker)
     assert sorted(keys, key=int) == [pair.id for pair in PAIRS]
 
 
@@ -89,13 +95,12 @@ def test_processes_that_die_again_and_again_make_the_call_fail(opened: Opened) -
     backend = opened(scripted("seconds_per_row=0.05"))
     over = threading.Event()
 
-    def kill() -> None:
+    def kill_all() -> None:
         while not over.wait(0.4):
-            for worker in backend._workers:
-                if worker.process.pid:
-                    os.kill(worker.process.pid, signal.SIGKILL)
+            for worker in backend.members:
+                kill(worker)
 
-    thread = threading.Thread(target=kill)
+    thread = threading.Thread(target=kill_all)
     thread.start()
     try:
         with pytest.raises((BackendError, UserError), match="killed by signal 9"):
@@ -140,21 +145,21 @@ def test_a_model_that_cannot_be_loaded_says_so(tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(UserError, match=r"broken\.gguf"):
-        model_spec("llama_cpp", str(broken), workers=2).load()
+        model_spec("llama_cpp", str(broken), fleet=Fleet(2)).load()
 
 
 def test_cores_and_memory_are_divided_and_every_process_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     assert visible_gpus() == ["2", "3"]
-    spec = model_spec("llama_cpp", settings=["threads=0"], workers=2)
+    spec = model_spec("llama_cpp", settings=["threads=0"], fleet=Fleet(2))
     (first, gpu), (_, other) = shares(spec, 2)
     assert (gpu["CUDA_VISIBLE_DEVICES"], other["CUDA_VISIBLE_DEVICES"]) == ("2", "3")
-    assert first.workers == 1
+    assert first.fleet.alone
     assert first.options.threads == max(1, len(os.sched_getaffinity(0)) // 2)
     assert first.options.memory > 0
-    assert model_spec("scripted", workers=0).workers == 2
+    assert Fleet(0).count == 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert model_spec("scripted", workers=0).workers == 1
+    assert Fleet(0).alone
     assert shares(spec, 2)[0][1] == {}
 
 

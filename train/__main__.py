@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from submission.commands import new_app, run_command
+from submission.commands import RayCpusOption, RayGpusOption, RayOption, WorkersOption, new_app, run_command
 from submission.config import split_list
 from submission.errors import UserError
 from submission.progress import say
@@ -94,6 +94,10 @@ def rewrites(
     model: ModelOption = "embedded",
     adapter: AdapterOption = None,
     settings: SettingsOption = None,
+    workers: WorkersOption = 1,
+    ray: RayOption = "",
+    ray_gpus: RayGpusOption = None,
+    ray_cpus: RayCpusOption = 0,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Nucleus sampling.")] = 0.95,
     min_p: Annotated[float, typer.Option(min=0, max=1, help="Least probability beside the best token's.")] = 0.0,
@@ -110,10 +114,11 @@ def rewrites(
     Prompts of one style meet texts of their own, so the triplets can be split with no style or text on two sides.
     """
     from submission.backends import model_spec
+    from submission.hardware import Fleet
     from train.stages import Rewrites, make_rewrites
 
     config = Rewrites(size, temperature, top_p, min_p, length_factor, max_new_tokens, keep_cut, seed)
-    spec = model_spec(backend, model, adapter, settings)
+    spec = model_spec(backend, model, adapter, settings, Fleet(workers, ray, ray_gpus, ray_cpus))
     make_rewrites(config, prompts, texts, output, spec, say, fresh=fresh)
 
 

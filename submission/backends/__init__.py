@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 
 from submission.config import from_settings
 from submission.errors import MissingExtra, UserError
-from submission.hardware import visible_gpus
+from submission.hardware import ALONE, Fleet
 from submission.models import EMBEDDED
 from submission.prompts import ChatEncoder
 from submission.types import Backend
@@ -40,16 +40,13 @@ class _Module(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Which model to load and how; made by `model_spec`, which has checked it.
-
-    `workers` is the number of processes that hold a copy each.
-    """
+    """Which model to load, how, and in how many copies; made by `model_spec`, which has checked it."""
 
     backend: str
     model: str
     adapter: Path | None
     options: Any
-    workers: int = 1
+    fleet: Fleet = ALONE
 
     def load(self) -> Backend:
         """Load the model, here or in processes of their own.
@@ -57,10 +54,14 @@ class ModelSpec:
         Raises:
             UserError: the files are there but cannot be loaded.
         """
-        if self.workers > 1:
+        if self.fleet.ray:
+            from submission.cluster import Cluster
+
+            return Cluster(self, self.fleet)
+        if not self.fleet.alone:
             from submission.workers import Workers
 
-            return Workers(self, self.workers)
+            return Workers(self, self.fleet.count)
         return _module(self.backend).load(self)
 
     def load_encoder(self) -> ChatEncoder:
@@ -91,7 +92,7 @@ def model_spec(
     model: str = EMBEDDED,
     adapter: Path | None = None,
     settings: list[str] | None = None,
-    workers: int = 1,
+    fleet: Fleet = ALONE,
 ) -> ModelSpec:
     """Check that a backend, its packages, the model files and the options are there. Loads nothing.
 
@@ -100,7 +101,7 @@ def model_spec(
         model: file, folder or `embedded`.
         adapter: file or folder.
         settings: `key=value` for the backend's options.
-        workers: processes with a copy of the model each; 0 means one for each GPU, and one where there is none.
+        fleet: copies of it, and where they are.
 
     Raises:
         UserError: what is missing or wrong, with what exists or the pip command.
@@ -111,7 +112,9 @@ def model_spec(
         require(package, extra, f"backend {backend}")
     module = _module(backend)
     options = from_settings(module.Options, settings or [], f"backend {backend}")
-    spec = ModelSpec(backend, model, adapter, options, workers or max(1, len(visible_gpus())))
+    spec = ModelSpec(backend, model, adapter, options, fleet)
+    if fleet.ray:
+        require("ray", "ray", "--ray")
     module.check(spec)
     return spec
 

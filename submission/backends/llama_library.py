@@ -45,6 +45,9 @@ def library() -> Any:
     Raises:
         UserError: it is installed and cannot be loaded.
     """
+    # Read when OpenMP is loaded. Threads that wait in a loop for one that has no core are twenty times as slow on a
+    # machine that does something else as well; on an idle one there is no difference to be seen.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         import llama_cpp
     except (ImportError, OSError, RuntimeError) as error:

@@ -1,0 +1,242 @@
+"""A model held by actors of a Ray cluster: the same worker, with Ray to place it, carry its messages and watch it.
+
+    python -m submission predict test.csv -o submission.csv --ray local --workers 4
+    python -m train rewrites prompts.csv texts.csv -o triplets.csv --ray 10.0.0.1:6379 --workers 16
+
+The journal, the deadline and the fallback stay with the driver. An actor that dies with its node is started elsewhere;
+where there is no room for it, the others do its work.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from submission.errors import MissingExtra, UserError, first_line
+from submission.fleet import Event, Inbox, Member, Method, Spread, divided, gathered, load_words, work
+from submission.hardware import Fleet
+from submission.progress import say
+
+if TYPE_CHECKING:
+    from submission.backends import ModelSpec
+
+_CONNECT_SECONDS = 5.0
+_PLACE_SECONDS = 15.0  # for an actor to find room
+_PORT = 6379
+
+
+@dataclass(slots=True, eq=False)
+class Actor(Member):
+    """An actor's handle, the stream of what it tells, and the task that becomes ready when its model is loaded."""
+
+    handle: Any = None
+    told: Any = None
+
+
+class Worker:
+    """What runs on the cluster: holds a `Backend`; `serve` runs as long as the actor does, the others beside it."""
+
+    def __init__(self) -> None:
+        self._inbox = Inbox()
+        self._backend: Any = None
+
+    def node(self) -> str:
+        """Where it runs."""
+        return socket.gethostname()
+
+    def load(self, spec: ModelSpec) -> str:
+        """Load the model; returns what is wrong, or nothing."""
+        try:
+            self._backend = spec.load()
+        except Exception as error:
+            return f"on node {self.node()}: {load_words(error)}"
+        return ""
+
+    def put(self, call: int, method: Method, items: list[Any]) -> None:
+        """Take requests."""
+        self._inbox.put(call, method, items)
+
+    def stop(self, call: int) -> None:
+        """Give a call up."""
+        self._inbox.stopped = call
+
+    def serve(self) -> Iterator[list[Event]]:
+        """Answer, for ever."""
+        yield from gathered(work(self._backend, self._inbox))
+
+
+class Cluster(Spread):
+    """A `Backend` of actors with a copy of the model each.
+
+    Args:
+        spec: the model; its path must be there on every node.
+        fleet: how many and where.
+
+    Raises:
+        UserError: no cluster, another version of Ray or Python there, too few resources, or a model that is missing on
+            a node; said within seconds.
+    """
+
+    def __init__(self, spec: ModelSpec, fleet: Fleet) -> None:
+        super().__init__()
+        ray = connect(fleet)
+        self._ray = ray
+        there = ray.cluster_resources()
+        gpus = fleet.gpus if fleet.gpus is not None else (1.0 if there.get("GPU", 0) else 0.0)
+        count = fleet.workers or max(1, int(there.get("GPU", 0)))
+        cpus = fleet.cpus or max(1, int(there.get("CPU", 1)) // count)
+        for name, each in (("CPU", cpus), ("GPU", gpus)):
+            if each * count > there.get(name, 0):
+                raise UserError(
+                    f"{count} workers of {each:g} {name}s are too many for this cluster, which has "
+                    f"{there.get(name, 0):g}: lower --workers or the {name}s of each"
+                )
+        self._spec = divided(spec, 1, cpus)
+        # Four threads: `serve` never ends, `put`, `stop` and `node` come in beside it.
+        self._make = ray.remote(num_cpus=cpus, num_gpus=gpus, max_concurrency=4, max_restarts=0)(Worker)
+        self._members = [Actor(number) for number in range(count)]
+        for member in self._members:
+            self._start(member)
+        loading = [(member, member.handle.load.remote(self._spec)) for member in self._members]
+        for member, loaded in loading:
+            if not self._placed(member):
+                raise UserError(
+                    f"the cluster has no room for worker {member.number + 1} of {count} now ({cpus} CPUs, {gpus:g} "
+                    "GPUs each): others use it; wait, or lower --workers"
+                )
+            self._loaded(member, loaded)
+
+    def close(self) -> None:
+        """End the actors; and a cluster that was started for this run."""
+        for member in self._members:
+            with suppress(Exception):
+                self._ray.kill(_handle(member))
+
+    def _ask(self, member: Member, call: int, method: Method, items: Sequence[Any]) -> None:
+        _handle(member).put.remote(call, method, list(items))
+
+    def _stop(self, member: Member, call: int) -> None:
+        _handle(member).stop.remote(call)
+
+    def _listen(self, members: Sequence[Member]) -> Iterator[tuple[Member, Event | None]]:
+        by_stream = {_told(member): member for member in members}
+        ready, _ = self._ray.wait(list(by_stream), num_returns=1)
+        for stream in ready:
+            member = by_stream[stream]
+            try:
+                events = self._ray.get(next(stream))
+            except (StopIteration, self._ray.exceptions.RayError):
+                yield member, None
+                continue
+            for event in events:
+                yield member, event
+
+    def _replace(self, member: Member) -> str:
+        assert isinstance(member, Actor)
+        words = f"worker {member.number} on the cluster died"
+        self._start(member)
+        loaded = member.handle.load.remote(self._spec)
+        if self._placed(member):
+            self._loaded(member, loaded)
+            say(f"{words}: another took its place")
+            return words
+        self._ray.kill(member.handle)
+        self._members.remove(member)
+        if not self._members:
+            raise UserError(f"{words}, and the cluster has room for no other: start more nodes and run again")
+        say(f"{words}, and there is no room for another: {len(self._members)} are left")
+        return words
+
+    def _start(self, member: Member) -> None:
+        assert isinstance(member, Actor)
+        member.handle = self._make.remote()
+
+    def _placed(self, member: Member) -> bool:
+        """Whether the actor runs somewhere, soon."""
+        try:
+            self._ray.get(_handle(member).node.remote(), timeout=_PLACE_SECONDS)
+        except self._ray.exceptions.RayError:
+            return False
+        return True
+
+    def _loaded(self, member: Member, loaded: Any) -> None:
+        assert isinstance(member, Actor)
+        try:
+            wrong = self._ray.get(loaded)
+        except self._ray.exceptions.RayError as error:
+            raise UserError(f"worker {member.number} died while it loaded the model: {first_line(error)}") from None
+        if wrong:
+            raise UserError(wrong)
+        member.told = member.handle.serve.options(num_returns="streaming").remote()
+
+
+def connect(fleet: Fleet) -> Any:
+    """The module ray, connected to the cluster.
+
+    Raises:
+        UserError: there is none at that address, or it runs another version.
+        MissingExtra: Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise MissingExtra("--ray", "ray", "ray") from None
+    if ray.is_initialized():
+        return ray
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no network but the cluster's
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    more: dict[str, Any] = {}
+    if fleet.ray == "local":
+        more = {"num_cpus": max(os.cpu_count() or 1, fleet.workers * max(1, fleet.cpus)), "include_dashboard": False}
+    elif fleet.ray != "auto":
+        _check_reachable(fleet.ray)
+    failed: list[Exception] = []
+
+    def start() -> None:
+        try:
+            ray.init(address=fleet.ray, log_to_driver=False, logging_level="ERROR", **more)
+        except Exception as error:
+            failed.append(error)
+
+    # In a thread, since a cluster that takes the connection and does not answer would hold us for minutes.
+    thread = threading.Thread(target=start, daemon=True)
+    thread.start()
+    thread.join(60.0 if fleet.ray == "local" else _PLACE_SECONDS)
+    if failed:
+        raise UserError(f"--ray {fleet.ray}: {_about(failed[0])}")
+    if thread.is_alive():
+        raise UserError(f"--ray {fleet.ray} does not answer: is it the address of `ray start --head`?")
+    return ray
+
+
+def _check_reachable(address: str) -> None:
+    host, _, port = address.removeprefix("ray://").partition(":")
+    try:
+        socket.create_connection((host, int(port or _PORT)), _CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--ray {address}: no cluster answers there ({first_line(error)})\n"
+            "Start one with `ray start --head`, which tells its address, or use --ray local."
+        ) from None
+
+
+def _about(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if "ersion mismatch" in str(error):
+        return "the cluster runs another version of Ray or Python: " + " ".join(lines)[:300]
+    return first_line(error)
+
+
+def _handle(member: Member) -> Any:
+    assert isinstance(member, Actor)
+    return member.handle
+
+
+def _told(member: Member) -> Any:
+    assert isinstance(member, Actor)
+    return member.told

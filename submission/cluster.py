@@ -9,6 +9,7 @@ where there is no room for it, the others do its work.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -48,6 +49,10 @@ class Worker:
     def node(self) -> str:
         """Where it runs."""
         return socket.gethostname()
+
+    def process(self) -> int:
+        """The id of its process."""
+        return os.getpid()
 
     def load(self, spec: ModelSpec) -> str:
         """Load the model; returns what is wrong, or nothing."""
@@ -102,7 +107,7 @@ class Cluster(Spread):
         self._members = [Actor(number) for number in range(count)]
         for member in self._members:
             self._start(member)
-        loading = [(member, member.handle.load.remote(self._spec)) for member in self._members]
+        loading = [(member, _handle(member).load.remote(self._spec)) for member in self._members]
         for member, loaded in loading:
             if not self._placed(member):
                 raise UserError(
@@ -199,7 +204,7 @@ def connect(fleet: Fleet) -> Any:
 
     def start() -> None:
         try:
-            ray.init(address=fleet.ray, log_to_driver=False, logging_level="ERROR", **more)
+            ray.init(address=fleet.ray, log_to_driver=False, logging_level=logging.ERROR, **more)
         except Exception as error:
             failed.append(error)
 

@@ -1,0 +1,150 @@
+"""A real Ray cluster of two nodes on this machine: the same rows as one process, whatever dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from submission.backends import ModelSpec, model_spec
+from submission.cluster import Cluster, Worker, connect
+from submission.errors import MissingExtra, UserError
+from submission.hardware import Fleet
+from submission.templates import get_template
+from submission.types import Pair, Request, Sampling
+from tests.conftest import ROOT, Cli
+
+ray = pytest.importorskip("ray")
+utils = pytest.importorskip("ray.cluster_utils")
+
+TABLE = ROOT / "examples" / "test.csv"
+PAIRS = [Pair(str(number), f"text {number}", f"rewrite {number}") for number in range(300)]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    """Two nodes of two CPUs."""
+    cluster = utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    cluster.add_node(num_cpus=2)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def scripted(*settings: str) -> ModelSpec:
+    return model_spec("scripted", settings=list(settings))
+
+
+def requests() -> list[Request]:
+    template = get_template("short")
+    return [Request(pair.id, template.render(pair), Sampling()) for pair in PAIRS]
+
+
+def numbers(backend: Cluster, after: int = -1, harm: Any = None) -> list[int]:
+    found = []
+    for count, (key, _) in enumerate(backend.generate(requests())):
+        found.append(int(key))
+        if count == after:
+            harm()
+    return sorted(found)
+
+
+def process_of(backend: Cluster, number: int) -> int:
+    member: Any = backend._members[number]
+    return int(ray.get(member.handle.process.remote()))
+
+
+def test_a_cluster_gives_the_answers_of_one_process(nodes: Any, cli: Cli, tmp_path: Path) -> None:
+    plain = cli("predict", TABLE, "-o", "plain.csv", "--backend", "scripted")
+    there = cli("predict", TABLE, "-o", "ray.csv", "--backend", "scripted", "--ray", nodes.address, "--workers", 2)
+    assert (plain.code, there.code) == (0, 0), there.err
+    assert (tmp_path / "plain.csv").read_text() == (tmp_path / "ray.csv").read_text()
+
+
+def test_the_embedded_model_answers_on_a_cluster(nodes: Any, cli: Cli) -> None:
+    done = cli("predict", TABLE, "-o", "out.csv", "--ray", nodes.address, "--workers", 2, "--limit", 4, "--json")
+    assert done.code == 0, done.err
+    assert done.summary["fallbacks"] == 0
+
+
+@pytest.mark.parametrize("kill", ["worker", "node"])
+def test_what_dies_on_the_cluster_loses_no_row_and_doubles_none(nodes: Any, kill: str) -> None:
+    ray.init(address=nodes.address, log_to_driver=False, ignore_reinit_error=True)
+    more = nodes.add_node(num_cpus=2) if kill == "node" else None
+    backend = Cluster(scripted("seconds_per_row=0.01"), Fleet(6 if more else 2, nodes.address, cpus=1))
+
+    def harm() -> None:
+        if more is None:
+            os.kill(process_of(backend, 0), signal.SIGKILL)
+        else:
+            nodes.remove_node(more, allow_graceful=False)
+
+    try:
+        assert numbers(backend, 40, harm) == list(range(300))
+        assert numbers(backend) == list(range(300))  # the next call, with those that are left
+    finally:
+        backend.close()
+
+
+def test_likelihoods_come_from_the_cluster(nodes: Any) -> None:
+    backend = Cluster(scripted(), Fleet(2, nodes.address, cpus=1))
+    template = get_template("short")
+    items = ((pair.id, template.render(pair), "a b c") for pair in PAIRS)
+    try:
+        assert {found.tokens for _, found in backend.loglikelihood(items)} == {3}
+    finally:
+        backend.close()
+
+
+def test_too_few_resources_are_said_at_once(nodes: Any) -> None:
+    with pytest.raises(UserError, match="lower --workers"):
+        Cluster(scripted(), Fleet(64, nodes.address, cpus=1))
+    with pytest.raises(UserError, match="GPUs are too many"):
+        Cluster(scripted(), Fleet(1, nodes.address, gpus=1.0))
+
+
+def test_a_model_that_is_missing_on_a_node_names_the_node(tmp_path: Path) -> None:
+    model = tmp_path / "gone.gguf"
+    model.write_bytes(b"GGUF" + bytes(64))
+    spec = model_spec("llama_cpp", str(model))
+    model.unlink()
+    assert f"on node {socket.gethostname()}" in Worker().load(spec)
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_cluster_that_is_not_there_is_said_within_seconds(cli: Cli, listens: bool) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        if listens:  # and never answers
+            server.listen()
+        began = time.monotonic()
+        done = cli("predict", TABLE, "-o", "out.csv", "--backend", "scripted", "--ray", address)
+        seconds = time.monotonic() - began
+    assert done.code == 2, done.err
+    assert f"--ray {address}" in done.err
+    assert "Traceback" not in done.err
+    assert seconds < 25  # 15 for the cluster, the rest for Python and Ray to start
+
+
+def test_without_ray_the_option_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    import submission.backends as backends
+
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"prompt-recovery\[ray\]"):
+        model_spec("scripted", fleet=Fleet(2, "local"))
+
+
+def test_connecting_twice_is_connecting_once(nodes: Any) -> None:
+    threads = [threading.Thread(target=connect, args=(Fleet(2, nodes.address),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert ray.is_initialized()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from submission.errors import UserError
 from submission.likelihoods import Likelihoods
 from submission.templates import LETTERS
 from submission.types import Chat, LogLikelihood, Pair
-from tests.conftest import ROOT, Cli, read_csv, runner, write_csv
+from tests.conftest import ROOT, Cli, command, environment, read_csv, runner, write_csv
 
 EXAMPLES = ROOT / "examples"
 PAIR = Pair("1", "The cat sat.", "Upon the mat, a cat!")
@@ -327,6 +329,26 @@ def test_candidates_of_the_embedded_model_become_a_submission_and_a_report(run: 
     page = (tmp_path / "e" / "report.html").read_text()
     assert "Are errors correlated?" in page
     assert "Does anybody know?" in page
+
+
+def test_sampling_goes_on_after_kills_as_if_there_had_been_none(run: Cli, tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(
+        '[[source]]\nname = "a"\nbackend = "scripted"\nsettings = ["seconds_per_row=0.02"]\nn = 2\n'
+        '[[source]]\nname = "b"\nbackend = "scripted"\nsettings = ["seconds_per_row=0.02"]\ntemplate = "detailed"\n'
+    )
+    drawn = ("sample", EXAMPLES / "test.csv", "--sources", "s.toml", "--near", "1", "-o")
+    assert run(*drawn, "whole.parquet").code == 0
+    for tries in range(4):
+        again = command(*drawn, "killed.parquet", room="ensemble")
+        process = subprocess.Popen(again, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
+        lines = 1 + 25 * tries  # of the journals: the second source is reached by the third try
+        while sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("killed.parquet.*.jsonl")) < lines:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "killed.parquet").exists()
+    assert run(*drawn, "killed.parquet").code == 0
+    assert read_candidates(tmp_path / "killed.parquet") == read_candidates(tmp_path / "whole.parquet")
 
 
 def test_weights_are_refused_for_the_rows_that_they_were_fitted_on(run: Cli, tmp_path: Path) -> None:

@@ -274,7 +274,10 @@ def _compare_with_transformers(
     found = [_logits(llama, row)[0] for row in ids]
     apart = max(_apart(ours[:, : theirs.shape[1]], theirs) for ours, theirs in zip(found, expected, strict=True))
     if not apart <= _MOST_APART:
-        raise UserError(f"the file's logits are {apart:.3f} apart from those of transformers: not written")
+        raise UserError(
+            f"the file's logits are {apart:.3f} apart from those of transformers, more than {_MOST_APART}: not written\n"
+            "Computing with 16 bits changes this model: use its folder as it is, with --backend transformers."
+        )
     return apart, found, ids
 
 

@@ -275,7 +275,7 @@ def _compare_with_transformers(
     apart = max(_apart(ours[:, : theirs.shape[1]], theirs) for ours, theirs in zip(found, expected, strict=True))
     if not apart <= _MOST_APART:
         raise UserError(
-            f"the logits are {apart:.3f} from those of transformers, more than {_MOST_APART}: not written\n"
+            f"the logits are {apart:.3f} off those of transformers, more than {_MOST_APART}: not written\n"
             "Computing with 16 bits changes this model: use its folder as it is, with --backend transformers."
         )
     return apart, found, ids

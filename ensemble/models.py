@@ -28,13 +28,14 @@ class Model:
     backend: str = ""
     adapter: str = ""
     settings: tuple[str, ...] = ()
+    workers: int = 1
 
     def spec(self) -> ModelSpec:
         """Check it; see `submission.backends.model_spec`."""
         path = Path(self.model).expanduser()
         backend = self.backend or ("transformers" if (path / "config.json").is_file() else "llama_cpp")
         adapter = Path(self.adapter).expanduser() if self.adapter else None
-        return model_spec(backend, self.model, adapter, list(self.settings))
+        return model_spec(backend, self.model, adapter, list(self.settings), Fleet(self.workers))
 
 
 def read_models(path: Path | None, given: Mapping[str, str]) -> dict[str, Model]:
@@ -83,7 +84,7 @@ def open_models(
     Raises:
         UserError: a model is missing or wrong; said before any is loaded.
     """
-    specs = {role: replace(model.spec(), fleet=fleet) for role, model in models.items() if role in with_gate(roles)}
+    specs = {role: _spread(model.spec(), fleet) for role, model in models.items() if role in with_gate(roles)}
     opened: dict[str, Likelihoods] = {}
     with ExitStack() as stack:
         shared: dict[ModelSpec, Likelihoods] = {}
@@ -93,6 +94,10 @@ def open_models(
                 shared[spec] = stack.enter_context(journalled(spec, place, fresh=fresh))
             opened[role] = shared[spec]
         yield opened
+
+
+def _spread(spec: ModelSpec, fleet: Fleet) -> ModelSpec:
+    return spec if fleet == ALONE else replace(spec, fleet=fleet)
 
 
 def tools(encoder: Encoder, opened: Mapping[str, Likelihoods], **more: Any) -> Tools:

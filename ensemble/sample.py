@@ -50,7 +50,10 @@ def sample(
         UserError: something is missing or wrong; said before anything is drawn.
     """
     check_writable(output)
-    prepared = [(source, replace(source.spec(), fleet=fleet), source.layout()) for source in sources]
+    prepared = [
+        (source, replace(source.spec(), fleet=fleet) if fleet != ALONE else source.spec(), source.layout())
+        for source in sources
+    ]
     drawn: Drawn = {pair.id: [] for pair in pairs}
     # A rewrite of blanks tells nothing of its prompt: such a pair has no candidate.
     asked = [pair for pair in pairs if says_something(pair.rewritten_text)]

@@ -22,6 +22,7 @@ from typing import Any
 from submission.backends import ModelSpec, model_spec
 from submission.config import from_mapping, read_toml, split_settings
 from submission.errors import UserError
+from submission.hardware import Fleet
 from submission.models import EMBEDDED
 from submission.plan import choose_template
 from submission.tables import read_triplets
@@ -41,6 +42,7 @@ class Source:
         n: samples of a pair.
         greedy: whether a greedy answer comes before them.
         temperature, top_p, min_p, max_new_tokens, seed: of the samples.
+        workers: copies of the model; 0: one for each GPU.
     """
 
     name: str = ""
@@ -58,6 +60,7 @@ class Source:
     min_p: float = 0.0
     max_new_tokens: int = 40
     seed: int = 0
+    workers: int = 1
 
     @property
     def _adapter(self) -> Path | None:
@@ -65,7 +68,7 @@ class Source:
 
     def spec(self) -> ModelSpec:
         """Check the model; see `submission.backends.model_spec`."""
-        return model_spec(self.backend, self.model, self._adapter, list(self.settings))
+        return model_spec(self.backend, self.model, self._adapter, list(self.settings), Fleet(self.workers))
 
     def layout(self) -> tuple[Template, list[Triplet]]:
         """Template and shots.

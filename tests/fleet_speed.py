@@ -2,8 +2,8 @@
 
     python -m tests.fleet_speed PAIRS.csv --rows 400
 
-Rows per second of computing, as `predict` sums them up, of one process with all threads, of `--ray local` with one worker,
-of two processes with half the threads each, and of the same on Ray; each as a ratio to the first, run in turns.
+Rows per second of computing, as `predict` sums them up, of one process with all threads, of `--ray local` with one
+worker, of two processes with half the threads each, and of the same on Ray; each as a ratio to the first, in turns.
 """
 
 from __future__ import annotations

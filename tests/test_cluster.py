@@ -74,6 +74,12 @@ def test_the_embedded_model_answers_on_a_cluster(nodes: Any, cli: Cli) -> None:
     assert done.summary["fallbacks"] == 0
 
 
+def test_a_cluster_is_started_for_the_run(cli: Cli, tmp_path: Path) -> None:
+    done = cli("predict", TABLE, "-o", "out.csv", "--backend", "scripted", "--ray", "local", "--workers", 2, "--json")
+    assert done.code == 0, done.err
+    assert done.summary["fallbacks"] == 0
+
+
 @pytest.mark.parametrize("kill", ["worker", "node"])
 def test_what_dies_on_the_cluster_loses_no_row_and_doubles_none(nodes: Any, kill: str) -> None:
     ray.init(address=nodes.address, log_to_driver=False, ignore_reinit_error=True)
@@ -135,9 +141,7 @@ def test_a_cluster_that_is_not_there_is_said_within_seconds(cli: Cli, listens: b
 
 
 def test_without_ray_the_option_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    import submission.backends as backends
-
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"prompt-recovery\[ray\]"):
         model_spec("scripted", fleet=Fleet(2, "local"))
 

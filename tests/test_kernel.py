@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 
 from submission import kernel
+from submission.answers import _READ_AS_NULL
 from submission.errors import UserError
 from submission.publish.bundle import BundleConfig, bundle, check_replaceable, model_instance, roots, write_contents
 from submission.publish.dry_run import LAYOUTS, Outcome, dry_run, lay_out, network_cut, run_kernel
 from submission.publish.image import kaggle_image
-from submission.publish.wheels import distribution, lacking, needs_glibc, own_wheel
+from submission.publish.wheels import distribution, lacking, newest_needed, own_wheel
 from submission.recover import DEFAULT_PROMPT
 from submission.validation import validate
 from tests.conftest import PAIR_HEADER, ROOT
@@ -141,6 +142,7 @@ def test_the_embedded_model_answers_in_a_kernel(tmp_path: Path, wheel: Path) -> 
         ("deadline = \"soon\"\n", {}, "deadline"),
         ("recover = [\n", {}, "kernel.toml cannot be read"),
         (SCRIPTED + "deadline = 0\n", {}, "deadline was over"),
+        ('fallback = "NaN"\n', {}, "reads as null"),
     ],
 )  # fmt: skip
 def test_what_cannot_start_leaves_the_fallback_and_its_reason(
@@ -232,6 +234,18 @@ def test_unexpected_ids_come_back_as_they_are(tmp_path: Path, wheel: Path) -> No
     check_valid(tmp_path, ids)
 
 
+def test_a_test_set_that_is_not_utf_8_gets_the_fallback(tmp_path: Path, wheel: Path) -> None:
+    root = tmp_path / "run" / "kaggle"
+    made = make_bundle(tmp_path / "bundle", wheel, SCRIPTED)
+    lay_out(root, "flat", make_table(tmp_path / "table.csv", ["1", "2"]), made, ())
+    table = root / "input/llm-prompt-recovery/test.csv"
+    table.write_bytes(table.read_bytes().replace(b"plain", b"caf\xe9"))
+    done = run_script(root)
+    assert done.returncode == 0
+    assert "not" in done.stdout
+    assert validate(root / "working/submission.csv", ["1", "2"]) == []
+
+
 def test_ids_that_are_there_twice_get_the_fallback(tmp_path: Path, wheel: Path) -> None:
     made = make_bundle(tmp_path / "bundle", wheel, SCRIPTED)
     make_table(tmp_path / "table.csv", ["1", "1", "2"])
@@ -293,6 +307,7 @@ def test_the_kernel_needs_nothing_but_the_standard_library() -> None:
 
 def test_the_kernel_s_constants_are_those_of_the_package() -> None:
     assert kernel.FALLBACK == DEFAULT_PROMPT
+    assert set(kernel.NULLS) == set(_READ_AS_NULL)
     assert kernel.COMPETITION in json.loads((ROOT / "kernel-metadata.json").read_text())["competition_sources"]
 
 
@@ -326,6 +341,19 @@ def test_two_gpus_get_a_worker_each_and_weights_that_fit(attached: Path, tmp_pat
     assert options(large, "--set") == ["batch=64"]
     one_row = kernel.arguments(kernel.Settings(), attached, [15360, 15360], 1, tmp_path, kernel.Report())
     assert options(one_row, "--workers") == ["1"]
+
+
+def test_a_gguf_file_of_the_bundle_goes_before_an_attached_folder(attached: Path, tmp_path: Path) -> None:
+    (attached / "tuned.gguf").write_bytes(b"GGUF")
+    command = kernel.arguments(kernel.Settings(), attached, [15360, 15360], 1400, tmp_path, kernel.Report())
+    assert options(command, "--model") == [str(attached / "tuned.gguf")]
+
+
+def test_a_way_of_predicting_of_one_s_own_gets_the_model_too(attached: Path, tmp_path: Path) -> None:
+    settings = kernel.Settings(recover="mine:Mine", settings=["context=1024"])
+    command = kernel.arguments(settings, attached, [], 5, tmp_path, kernel.Report())
+    assert options(command, "--model")[0].endswith("7b-it/3")
+    assert "context=1024" in options(command, "--set")
 
 
 def test_without_a_gpu_a_gguf_file_goes_before_a_folder(attached: Path, tmp_path: Path) -> None:
@@ -406,7 +434,7 @@ def test_a_model_folder_becomes_a_kaggle_model(tmp_path: Path) -> None:
 
 def test_wheels_tell_what_they_need(wheel: Path, tmp_path: Path) -> None:
     assert distribution(wheel) == "prompt-recovery"
-    assert needs_glibc(wheel) == (0, 0)
+    assert newest_needed(wheel, "GLIBC") == ()
 
 
 def test_a_rehearsal_has_no_network(tmp_path: Path) -> None:
@@ -427,7 +455,7 @@ def test_a_dry_run_passes_in_both_layouts_and_names_a_wheel_that_is_gone(tmp_pat
     assert [(outcome.layout, outcome.rows, outcome.problem) for outcome in outcomes] == [
         ("flat", 1, ""), ("flat", 26, ""), ("nested", 1, ""), ("nested", 26, ""),
     ]  # fmt: skip
-    (made / wheel.name).unlink()
+    (made / wheel.name).unlink()  # and a wheel for another Python makes no copy of what is left
     outcomes = dry_run(made, [], CODE_FILE, said.append)
     assert all(wheel.name in outcome.problem for outcome in outcomes)
 

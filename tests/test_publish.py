@@ -19,7 +19,7 @@ import pytest
 from submission.errors import UserError
 from submission.publish.client import KaggleError, configured_user, run_client
 from submission.publish.credentials import hide
-from submission.publish.datasets import push_dataset
+from submission.publish.datasets import push_dataset, wait_until_ready
 from submission.publish.follow import Status, log_lines, status, wait_for
 from submission.publish.metadata import read_metadata
 from submission.publish.push import Pushed, output, push, submit
@@ -219,6 +219,24 @@ def test_a_dataset_that_exists_gets_a_new_version(server: KaggleServer, wheels: 
     assert sent["body"]["versionNotes"] == "second; with care"
     assert len(sent["body"]["files"]) == 2
     assert server.calls("CreateDataset") == []
+
+
+@needs_client
+def test_a_dataset_is_waited_for_until_it_is_ready(server: KaggleServer, said: list[str]) -> None:
+    server.answer("GetDatasetStatus", {"status": "BLOBS_RECEIVED"})
+    with pytest.raises(KaggleError) as caught:
+        wait_until_ready(DATASET, said.append, poll_seconds=0.1, timeout=0.1)
+    assert explained(caught.value, "is not ready", "push --no-dataset")
+    server.answer("GetDatasetStatus", {"status": "READY"})
+    wait_until_ready(DATASET, said.append, poll_seconds=0.1)
+
+
+@needs_client
+def test_a_dataset_that_cannot_be_unpacked_is_a_failure(server: KaggleServer, said: list[str]) -> None:
+    server.answer("GetDatasetStatus", {"status": "FAILED"})
+    with pytest.raises(KaggleError) as caught:
+        wait_until_ready(DATASET, said.append, poll_seconds=0.1)
+    assert explained(caught.value, "could not unpack", "push it again")
 
 
 @needs_client
@@ -441,10 +459,10 @@ def test_show_prints_commands_for_a_shell_and_sends_nothing(
         *[["kaggle", "kernels", "status", KERNEL]] * 3,
         ["kaggle", "kernels", "output", KERNEL, "-p", str(tmp_path / "my output")],
         shlex.split(f"kaggle competitions submit llm-prompt-recovery -k {KERNEL} -v 3 -f submission.csv -m X -q"),
-        ["kaggle", "datasets", "create", "-p", str(wheels)],
-        ["kaggle", "datasets", "version", "-p", str(wheels), "-m", "m"],
-        ["kaggle", "datasets", "create", "-p", str(copied)],
-        ["kaggle", "datasets", "version", "-p", str(copied), "-m", "m"],
+        ["kaggle", "datasets", "create", "-p", str(wheels), "-t"],
+        ["kaggle", "datasets", "version", "-p", str(wheels), "-m", "m", "-t"],
+        ["kaggle", "datasets", "create", "-p", str(copied), "-t"],
+        ["kaggle", "datasets", "version", "-p", str(copied), "-m", "m", "-t"],
     ]
     assert sorted(path.name for path in copied.iterdir()) == ["dataset-metadata.json", "one.whl", "two.whl"]
     assert said == []

@@ -23,7 +23,7 @@ from submission import kernel
 from submission.errors import UserError
 from submission.models import EMBEDDED, check_gguf_adapter, check_peft_adapter, is_gguf, resolve_folder
 from submission.publish.image import Image, kaggle_image
-from submission.publish.wheels import LLAMA, OURS, distribution, fetch, lacking, needs_glibc, own_wheel
+from submission.publish.wheels import LLAMA, OURS, distribution, fetch, lacking, newest_needed, own_wheel, version_of
 from submission.tables import write_json
 
 DATASET = "prompt-recovery-bundle"
@@ -216,7 +216,7 @@ def _put_files(config: BundleConfig, folder: Path) -> None:
     if config.settings is not None:
         shutil.copyfile(config.settings, folder / kernel.SETTINGS)
     else:
-        known = EMBEDDED if model == EMBEDDED else "auto"
+        known = EMBEDDED if model == EMBEDDED else "auto" if model == ATTACHED else Path(model).name
         (folder / kernel.SETTINGS).write_text(_PLAIN_SETTINGS.format(model=known), encoding="utf-8")
 
 
@@ -253,14 +253,14 @@ def _put(path: Path, folder: Path) -> None:
 
 
 def _check_wheels(folder: Path, image: Image) -> None:
-    newest = tuple(int(part) for part in image.glibc.split("."))
     for wheel in folder.glob("*.whl"):
-        needed = needs_glibc(wheel)
-        if needed > newest:
-            raise UserError(
-                f"{wheel.name} needs glibc {needed[0]}.{needed[1]}, and Kaggle's image has {image.glibc}: build it "
-                "on an older system and give it with --wheel"
-            )
+        for library, there in (("GLIBC", image.glibc), ("GLIBCXX", image.glibcxx)):
+            needed = newest_needed(wheel, library)
+            if needed > version_of(there):
+                raise UserError(
+                    f"{wheel.name} needs {library} {'.'.join(map(str, needed))}, and Kaggle's image has {there}: build "
+                    "it on an older system and give it with --wheel"
+                )
     names = sorted(wheel.name for wheel in folder.glob("*.whl"))
     double = [pair for pair in pairwise(names) if distribution(Path(pair[0])) == distribution(Path(pair[1]))]
     if double:

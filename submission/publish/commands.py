@@ -15,6 +15,10 @@ _BUNDLE = Path("bundle")
 _PUBLIC_TEST = Path("examples/test.csv")
 
 Metadata = Annotated[Path, typer.Option(help="kernel-metadata.json of the kernel.")]
+TestOption = Annotated[list[Path] | None, typer.Option(help="CSV of pairs for the larger test; again for more.")]
+AttachOption = Annotated[
+    list[Path] | None, typer.Option(help="Folder or file to attach as a model in the rehearsal; again for more.")
+]
 Show = Annotated[bool, typer.Option("--print", help="Print the client's commands instead of running them.")]
 
 
@@ -57,10 +61,8 @@ def bundle(
 def dry_run(
     bundle: Annotated[Path | None, typer.Option(help="A bundle; without it a plain one is made.")] = None,
     metadata: Metadata = _METADATA,
-    test: Annotated[list[Path] | None, typer.Option(help="Table of pairs for the larger test; again for more.")] = None,
-    model: Annotated[
-        list[Path] | None, typer.Option(help="Folder or file to attach as a model; again for more.")
-    ] = None,
+    test: TestOption = None,
+    model: AttachOption = None,
     shorten: Annotated[float, typer.Option(min=1, help="Divide the deadline by this.")] = 1.0,
 ) -> None:
     """Run the kernel as Kaggle does: its folders in both layouts, its packages, no network. Exit code 0 or 1."""
@@ -71,6 +73,8 @@ def push(
     bundle: Annotated[Path, typer.Option(help="The bundle to upload; made if it does not exist.")] = _BUNDLE,
     metadata: Metadata = _METADATA,
     message: Annotated[str, typer.Option("-m", help="Of the dataset's version.")] = "new bundle",
+    test: TestOption = None,
+    model: AttachOption = None,
     rehearse: Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Rehearse first.")] = True,
     dataset: Annotated[bool, typer.Option("--dataset/--no-dataset", help="Upload the bundle first.")] = True,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the run to its end.")] = True,
@@ -80,7 +84,7 @@ def push(
     """Check, rehearse, upload bundle and kernel, and follow its run."""
     from submission.publish import bundle as made
     from submission.publish.client import configured_user
-    from submission.publish.datasets import push_dataset
+    from submission.publish.datasets import push_dataset, wait_until_ready
     from submission.publish.metadata import KERNEL_FILE, check_metadata, raise_problems, read_object, with_owner
     from submission.publish.push import push as push_kernel
 
@@ -90,11 +94,12 @@ def push(
     if not show:
         if not bundle.exists():
             made.bundle(made.BundleConfig(bundle), say)
-        if rehearse and not _rehearse(bundle, metadata, None, None, 1.0):
+        if rehearse and not _rehearse(bundle, metadata, test, model, 1.0):
             say("nothing was pushed: the rehearsal failed (--no-dry-run pushes all the same)")
             raise typer.Exit(1)
     if dataset:
         push_dataset(bundle, message, say, owner=owner, show=show)
+        wait_until_ready(f"{owner}/{made.DATASET}", say, show=show)
     push_kernel(folder, owner=owner, accelerator=accelerator, wait=wait, say=say, show=show)
     if not show:
         say("next: python -m submission output; then submit --version N -m MESSAGE")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,15 +73,44 @@ def push_dataset(
     if reply.exit_code != 0 or not made:
         raise failure(f"upload of {dataset}", reply)
     url = str(reply.said("url") or f"https://www.kaggle.com/datasets/{dataset}")
-    say(f"{url}: Kaggle unpacks it for some minutes; {shell_line(['datasets', 'status', dataset])} then says ready")
+    say(f"{url}: uploaded; Kaggle unpacks it for some minutes")
     return url
+
+
+def wait_until_ready(
+    dataset: str, say: Say, poll_seconds: float = 20.0, timeout: float = 3600.0, *, show: bool = False
+) -> None:
+    """Wait until Kaggle has unpacked a dataset: a kernel that starts before would see the version before, or none.
+
+    Raises:
+        KaggleError: it failed, or is not ready in time.
+    """
+    if show:
+        print(f"{shell_line(['datasets', 'status', dataset])}  # until it says ready")
+        return
+    began = time.monotonic()
+    while True:
+        time.sleep(poll_seconds)
+        reply = run_client(["datasets", "status", dataset])
+        state = (reply.text.split() or [""])[-1].lower()
+        if reply.exit_code == 0 and state == "ready":
+            return
+        passed = time.monotonic() - began
+        if state in ("error", "failed", "deleted"):
+            raise KaggleError(f"Kaggle could not unpack {dataset}: {state}\nLook at its page, and push it again.")
+        if passed > timeout:
+            raise KaggleError(
+                f"{dataset} is not ready after {passed:.0f} s: {state or reply.text}\n"
+                f"Ask again with {shell_line(['datasets', 'status', dataset])}, then push --no-dataset."
+            )
+        say(f"{dataset}: {state or 'no answer'}, {passed:.0f} s")
 
 
 def _commands(folder: Path, message: str) -> tuple[list[str], list[str]]:
     """What creates the dataset, and what adds a version to it."""
     return (
-        ["datasets", "create", "-p", str(folder)],
-        ["datasets", "version", "-p", str(folder), "-m", message],
+        ["datasets", "create", "-p", str(folder), "-t"],  # -t: files stay as they are
+        ["datasets", "version", "-p", str(folder), "-m", message, "-t"],
     )
 
 

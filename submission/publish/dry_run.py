@@ -89,14 +89,18 @@ def dry_run(
     Raises:
         UserError: the bundle cannot be used.
     """
-    contents = read_contents(bundle)
+    read_contents(bundle)
     image = kaggle_image()
     with tempfile.TemporaryDirectory(prefix="prompt-recovery-rehearsal-") as folder:
         here = Path(folder)
-        for line in _missing_wheels(bundle, contents):
-            say(line)
+        try:
+            kernel.check_bundle(bundle, kernel.Report())
+            harmed = ""
+        except kernel.Failure as error:
+            harmed = str(error)
         python = image_environment(_used(bundle, image), image, say)
-        usable = _for_this_python(bundle, here / "rebuilt", image, say)
+        # A harmed bundle is run as it is: a copy would be whole again.
+        usable = bundle if harmed else _for_this_python(bundle, here / "rebuilt", image, say)
         public = here / "public.csv"
         _write_pairs(public, _PUBLIC)
         cut, how = network_cut(here)
@@ -209,10 +213,6 @@ def network_cut(folder: Path) -> tuple[list[str], str]:
     return [], "blocked in Python only (network namespaces are not allowed here)"
 
 
-def _missing_wheels(bundle: Path, contents: Mapping[str, Any]) -> list[str]:
-    return [f"the bundle lacks {name}" for name in contents["files"] if not (bundle / name).is_file()]
-
-
 def _used(bundle: Path, image: Image) -> list[str]:
     """What of the image this bundle's wheels need."""
     from email.parser import Parser
@@ -244,9 +244,12 @@ def _for_this_python(bundle: Path, folder: Path, image: Image, say: Callable[[st
     tagged = [] if here == image.python else [one for one in bundle.glob("*.whl") if _tag(image.python) in one.name]
     if not tagged:
         return bundle
-    shutil.copytree(bundle, folder)
+    folder.mkdir()
+    for path in bundle.iterdir():
+        if path not in tagged:
+            (folder / path.name).symlink_to(path.resolve())
+    (folder / kernel.CONTENTS).unlink()
     for wheel in tagged:
-        (folder / wheel.name).unlink()
         try:
             fetch([distribution(wheel)], folder, here, lambda _: None)
         except PromptRecoveryError as error:

@@ -12,16 +12,17 @@ from importlib import resources
 class Image:
     """Attributes:
     python: version, such as 3.12.
-    glibc: version; what is compiled for a newer one does not load there.
+    glibc, glibcxx: versions of the C and C++ libraries; what is compiled for newer ones does not load there.
     packages: version by name.
     """
 
     python: str
     glibc: str
+    glibcxx: str
     packages: Mapping[str, str]
 
 
 def kaggle_image() -> Image:
     """The image, from image.toml."""
     content = tomllib.loads(resources.files("submission.publish").joinpath("image.toml").read_text("utf-8"))
-    return Image(content["python"], content["glibc"], content["packages"])
+    return Image(content["python"], content["glibc"], content["glibcxx"], content["packages"])

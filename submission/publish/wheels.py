@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -119,17 +120,20 @@ def distribution(wheel: Path) -> str:
     return canonical(wheel.name.split("-")[0])
 
 
-def needs_glibc(wheel: Path) -> tuple[int, int]:
-    """The newest glibc version that the compiled files of a wheel ask for; (0, 0) if there are none."""
-    import zipfile
-
-    newest = (0, 0)
+def newest_needed(wheel: Path, library: str) -> tuple[int, ...]:
+    """The newest version of GLIBC or GLIBCXX that the compiled files of a wheel ask for; empty if they ask for none."""
+    newest: tuple[int, ...] = ()
     with zipfile.ZipFile(wheel) as content:
         for name in content.namelist():
             if ".so" in Path(name).name:
-                for major, minor in re.findall(rb"GLIBC_(\d+)\.(\d+)", content.read(name)):
-                    newest = max(newest, (int(major), int(minor)))
+                for found in re.findall(rb"\b" + library.encode() + rb"_(\d+(?:\.\d+)+)", content.read(name)):
+                    newest = max(newest, version_of(found.decode()))
     return newest
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """A version's numbers."""
+    return tuple(int(part) for part in text.split("."))
 
 
 def _pip(*arguments: str, **environment: str) -> None:

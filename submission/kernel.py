@@ -195,7 +195,12 @@ def arguments(settings: Settings, bundle: Path, gpus: list[int], rows: int, scra
     if settings.recover == "constant" or settings.recover.startswith("ensemble."):
         return command  # no model, or models of its own configuration
     command += ["--max-new-tokens", str(settings.max_new_tokens)]
-    model = find_model(settings, bundle, gpus)
+    try:
+        model = find_model(settings, bundle, gpus)
+    except Failure:
+        if ":" in settings.recover and settings.model == "auto":
+            return command  # a module of one's own may need none
+        raise
     is_folder = model != "embedded" and Path(model).is_dir()
     backend = settings.backend if settings.backend != "auto" else "transformers" if is_folder else "llama_cpp"
     adapter = find_adapter(settings, bundle, is_folder)

@@ -480,3 +480,32 @@ def test_a_log_is_read_in_any_form() -> None:
     events = [{"stream_name": "stdout", "time": 1.5, "data": "one\ntw"}, {"time": 2, "data": "o\n\n"}]
     assert log_lines(json.dumps(events)) == ["one", "two"]
     assert log_lines("plain\n\ntext") == ["plain", "text"]
+
+
+@needs_client
+def test_the_command_pushes_bundle_and_kernel_and_brings_the_output_back(
+    server: KaggleServer, wheels: Path, tmp_path: Path
+) -> None:
+    for _ in range(2):  # we ask, and the client asks once more
+        server.answer("GetDatasetStatus", {"code": 404, "message": "no"}, status=404)
+    server.answer("GetDatasetStatus", {"status": "READY"})
+    server.answer("GetKernelSessionStatus", {"status": "COMPLETE"})
+    content = DATASET_METADATA | {"id": "OWNER/prompt-recovery-bundle", "title": "prompt-recovery bundle"}
+    (wheels / "dataset-metadata.json").write_text(json.dumps(content))
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "submission", *arguments], cwd=ROOT, capture_output=True, text=True, check=False,
+            timeout=120,
+        )  # fmt: skip
+
+    done = run("push", "--no-dry-run", "--bundle", str(wheels))
+    assert done.returncode == 0, done.stderr
+    assert KEY not in done.stdout + done.stderr
+    (sent,) = server.calls("SaveKernel")
+    assert sent["text"] == (ROOT / "submission/kernel.py").read_text()
+    assert sent["datasetDataSources"] == [f"{USER}/prompt-recovery-bundle"]
+    assert sent["enableInternet"] is False
+    stands = run("status")
+    assert (stands.returncode, stands.stdout.strip()) == (0, "complete")
+    assert run("submit", "--version", "3", "-m", "first").returncode == 0

@@ -78,7 +78,7 @@ def push_dataset(
 
 
 def wait_until_ready(
-    dataset: str, say: Say, poll_seconds: float = 20.0, timeout: float = 3600.0, *, show: bool = False
+    dataset: str, say: Say, poll_seconds: float = 10.0, timeout: float = 3600.0, *, show: bool = False
 ) -> None:
     """Wait until Kaggle has unpacked a dataset: a kernel that starts before would see the version before, or none.
 

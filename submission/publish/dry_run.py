@@ -23,6 +23,7 @@ from typing import Any
 
 from submission import kernel
 from submission.errors import PromptRecoveryError, UserError
+from submission.manifest import installed_version
 from submission.models import cache_folder
 from submission.publish.bundle import DATASET, read_contents, write_contents
 from submission.publish.image import Image, kaggle_image
@@ -181,7 +182,9 @@ def image_environment(names: Sequence[str], image: Image, say: Callable[[str], N
         say(
             f"Python {here} stands for Kaggle's {image.python}: wheels for {image.python} alone are fetched anew for it"
         )
-    wanted = [f"{name}=={image.packages[name]}" for name in names]
+    # torch for CUDA has gigabytes, and there is hardly a GPU here: the one that is installed stands for it.
+    versions = {**image.packages, **({"torch": torch} if (torch := installed_version("torch")) else {})}
+    wanted = [f"{name}=={versions[name]}" for name in names]
     folder = cache_folder("image") / f"{here}-{_short_hash(wanted)}"
     python = folder / "bin" / "python"
     if not (folder / "complete").is_file():

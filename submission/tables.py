@@ -77,7 +77,7 @@ def read_table(path: Path, columns: Sequence[str], encoding: str = "utf-8", *, e
     """Read `columns` of a CSV or Parquet file (told apart by content) as text; nulls become blanks.
 
     Args:
-        path: the file.
+        path: the file, or a folder of Parquet files, which are read in the order of their names.
         columns: names of the columns to read, in the order wanted.
         encoding: of a CSV file.
         exact: refuse a table with other columns, or another order of them.
@@ -85,6 +85,12 @@ def read_table(path: Path, columns: Sequence[str], encoding: str = "utf-8", *, e
     Raises:
         UserError: see `read_pairs`.
     """
+    if path.is_dir():
+        return [
+            Row(f"{part.relative_to(path)}, {row.where}", row.cells)
+            for part in _parts(path)
+            for row in read_table(part, columns, encoding, exact=exact)
+        ]
     content = _read_bytes(path)
     if content.startswith(_PARQUET):
         return _parse_parquet(path, content, columns, exact=exact)
@@ -100,7 +106,7 @@ def header_of(path: Path) -> list[str]:
     Raises:
         UserError: it cannot be read.
     """
-    content = _read_bytes(path)
+    content = _read_bytes(_parts(path)[0] if path.is_dir() else path)
     if not content.startswith(_PARQUET):
         reader = csv.reader(io.StringIO(_decode(path, content, "utf-8"), newline=""))
         return next((cells for cells in reader if cells), [])
@@ -259,9 +265,15 @@ def digest_pairs(pairs: Iterable[Pair]) -> str:
     return digest.hexdigest()
 
 
+def _parts(folder: Path) -> list[Path]:
+    """The Parquet files of a folder, as programs for large data write them."""
+    parts = sorted(path for path in folder.rglob("*.parquet") if path.is_file())
+    if not parts:
+        raise UserError(f"{folder} is a folder without *.parquet files: name a CSV or Parquet file, or such a folder")
+    return parts
+
+
 def _read_bytes(path: Path) -> bytes:
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name a CSV or Parquet file")
     try:
         content = path.read_bytes()
     except FileNotFoundError:

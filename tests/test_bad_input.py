@@ -95,7 +95,7 @@ def answers_file(folder: Path) -> None:
 
 
 OPTIONS: dict[str, tuple[tuple[str, ...], Callable[[Path], None], tuple[str, ...]]] = {
-    "input is a folder": (("predict", ".", "-o", "out.csv"), no_setup, (". is a folder: name a CSV or Parquet file",)),
+    "input is a folder": (("predict", ".", "-o", "out.csv"), no_setup, (". is a folder without *.parquet files",)),
     "output is a folder": (("-o", "."), no_setup, ("output . is a folder",)),
     "output folder missing": (("-o", "no/out.csv"), no_setup, ("output folder no does not exist", "mkdir -p no")),
     "output cannot be written": (("-o", "/proc/out.csv"), no_setup, ("output /proc/out.csv cannot be written",)),

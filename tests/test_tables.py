@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from submission.errors import UserError
-from submission.tables import atomic_writer, digest_pairs, read_pairs, read_table, read_triplets, write_table
+from submission.tables import atomic_writer, digest_pairs, header_of, read_pairs, read_table, read_triplets, write_table
 from submission.types import Pair
 from submission.validation import validate
 from tests.conftest import write_csv
@@ -150,3 +150,15 @@ def test_validate_sees_wrong_order_and_wrong_columns(tmp_path: Path) -> None:
     assert "does not exist" in validate(tmp_path / "none.csv", ["1"])[0]
     pd.DataFrame({"id": ["1"], "rewrite_prompt": ["a"]}).to_parquet(path)
     assert "is a Parquet file" in validate(path, ["1"])[0]
+
+
+def test_a_folder_of_parquet_files_is_one_table(tmp_path: Path) -> None:
+    folder = tmp_path / "pairs"
+    (folder / "part=1").mkdir(parents=True)
+    for place, ids in (("part-0.parquet", ["a", "b"]), ("part=1/part-1.parquet", ["c"])):
+        pd.DataFrame({"id": ids, "original_text": ids, "rewritten_text": ids}).to_parquet(folder / place)
+    assert [pair.id for pair in read_pairs(folder)] == ["a", "b", "c"]
+    assert header_of(folder) == ["id", "original_text", "rewritten_text"]
+    pd.DataFrame({"id": ["a"], "original_text": ["x"], "rewritten_text": ["y"]}).to_parquet(folder / "z.parquet")
+    with pytest.raises(UserError, match=r"duplicate id on z\.parquet, row 1 .* first on part-0\.parquet, row 1"):
+        read_pairs(folder)

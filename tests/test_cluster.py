@@ -81,7 +81,10 @@ def test_a_cluster_is_started_for_the_run(cli: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kill", ["worker", "node"])
-def test_what_dies_on_the_cluster_loses_no_row_and_doubles_none(nodes: Any, kill: str) -> None:
+def test_what_dies_on_the_cluster_loses_no_row_and_doubles_none(
+    nodes: Any, kill: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("submission.cluster._PLACE_SECONDS", 5.0)
     ray.init(address=nodes.address, log_to_driver=False, ignore_reinit_error=True)
     more = nodes.add_node(num_cpus=2) if kill == "node" else None
     backend = Cluster(scripted("seconds_per_row=0.01"), Fleet(6 if more else 2, nodes.address, cpus=1))

@@ -453,7 +453,7 @@ def test_show_prints_commands_for_a_shell_and_sends_nothing(
     lines = [shlex.split(line, comments=True) for line in capsys.readouterr().out.splitlines()]
     assert lines[5].count("it's a try") == 1
     lines[5][lines[5].index("it's a try")] = "X"
-    pushed, copied = Path(lines[0][-1]), Path(lines[8][-1])
+    pushed, copied = Path(lines[0][-1]), Path(lines[8][-2])
     assert lines == [
         ["kaggle", "kernels", "push", "-p", str(pushed)],
         *[["kaggle", "kernels", "status", KERNEL]] * 3,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def open_models(
     Raises:
         UserError: a model is missing or wrong; said before any is loaded.
     """
-    specs = {role: _spread(model.spec(), fleet) for role, model in models.items() if role in with_gate(roles)}
+    specs = {role: model.spec().held_by(fleet) for role, model in models.items() if role in with_gate(roles)}
     opened: dict[str, Likelihoods] = {}
     with ExitStack() as stack:
         shared: dict[ModelSpec, Likelihoods] = {}
@@ -94,10 +94,6 @@ def open_models(
                 shared[spec] = stack.enter_context(journalled(spec, place, fresh=fresh))
             opened[role] = shared[spec]
         yield opened
-
-
-def _spread(spec: ModelSpec, fleet: Fleet) -> ModelSpec:
-    return spec if fleet == ALONE else replace(spec, fleet=fleet)
 
 
 def tools(encoder: Encoder, opened: Mapping[str, Likelihoods], **more: Any) -> Tools:

@@ -6,7 +6,6 @@ python -m ensemble sample pairs.csv -o candidates.parquet --sources sources.toml
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from ensemble.candidates import Draw, Row, merge, write_candidates
@@ -50,10 +49,7 @@ def sample(
         UserError: something is missing or wrong; said before anything is drawn.
     """
     check_writable(output)
-    prepared = [
-        (source, replace(source.spec(), fleet=fleet) if fleet != ALONE else source.spec(), source.layout())
-        for source in sources
-    ]
+    prepared = [(source, source.spec().held_by(fleet), source.layout()) for source in sources]
     drawn: Drawn = {pair.id: [] for pair in pairs}
     # A rewrite of blanks tells nothing of its prompt: such a pair has no candidate.
     asked = [pair for pair in pairs if says_something(pair.rewritten_text)]

@@ -209,13 +209,9 @@ class Inbox:
             yield from block[2]
 
 
-def work(backend: Backend, inbox: Inbox) -> Iterator[Event | None]:
-    """A worker's life: what it has to tell, and None each time before it waits."""
-    while True:
-        yield None
-        block = inbox.next()
-        if block is None:
-            return
+def work(backend: Backend, inbox: Inbox) -> Iterator[Event]:
+    """A worker's life: what it has to tell."""
+    while (block := inbox.next()) is not None:
         call, method, items = block
         try:
             for key, answer in getattr(backend, method)(inbox.stream(call, items)):
@@ -233,7 +229,7 @@ def load_words(error: Exception) -> str:
     return str(error) if isinstance(error, UserError) else first_line(error)
 
 
-def gathered(events: Iterable[Event | None], most: int = 64, seconds: float = 0.1) -> Iterator[list[Event]]:
+def gathered(events: Iterable[Event], most: int = 64, seconds: float = 0.1) -> Iterator[list[Event]]:
     """Events in groups, none of which waits longer than `seconds` for the next: a message costs a millisecond on a
     cluster, whatever is in it.
     """
@@ -241,8 +237,7 @@ def gathered(events: Iterable[Event | None], most: int = 64, seconds: float = 0.
 
     def tell() -> None:
         for event in events:
-            if event is not None:
-                told.put(event)
+            told.put(event)
         told.put(None)
 
     threading.Thread(target=tell, daemon=True).start()

@@ -146,8 +146,7 @@ def _serve(spec: ModelSpec, environment: Mapping[str, str], line: Connection) ->
     with suppress(OSError):  # the driver has gone
         line.send(("ready", 0))
         for event in work(backend, inbox):
-            if event is not None:
-                line.send(event)
+            line.send(event)
 
 
 def _read(line: Connection, inbox: Inbox) -> None:

@@ -18,14 +18,13 @@ from submission.cluster import Cluster, Worker, connect
 from submission.errors import MissingExtra, UserError
 from submission.hardware import Fleet
 from submission.templates import get_template
-from submission.types import Pair, Request, Sampling
 from tests.conftest import ROOT, Cli
+from tests.test_workers import PAIRS, requests
 
 ray = pytest.importorskip("ray")
 utils = pytest.importorskip("ray.cluster_utils")
 
 TABLE = ROOT / "examples" / "test.csv"
-PAIRS = [Pair(str(number), f"text {number}", f"rewrite {number}") for number in range(300)]
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +41,9 @@ def scripted(*settings: str) -> ModelSpec:
     return model_spec("scripted", settings=list(settings))
 
 
-def requests() -> list[Request]:
-    template = get_template("short")
-    return [Request(pair.id, template.render(pair), Sampling()) for pair in PAIRS]
-
-
 def numbers(backend: Cluster, after: int = -1, harm: Any = None) -> list[int]:
     found = []
-    for count, (key, _) in enumerate(backend.generate(requests())):
+    for count, (key, _) in enumerate(backend.generate(requests(PAIRS))):
         found.append(int(key))
         if count == after:
             harm()

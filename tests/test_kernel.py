@@ -25,7 +25,7 @@ from submission.publish.image import kaggle_image
 from submission.publish.wheels import distribution, lacking, newest_needed, own_wheel
 from submission.recover import DEFAULT_PROMPT
 from submission.validation import validate
-from tests.conftest import PAIR_HEADER, ROOT
+from tests.conftest import ROOT, write_csv
 
 CODE_FILE = ROOT / "submission" / "kernel.py"
 SCRIPTED = 'backend = "scripted"\n'
@@ -90,11 +90,7 @@ def make_bundle(folder: Path, wheel: Path, settings: str, files: dict[str, str |
 
 
 def make_table(path: Path, ids: Sequence[str]) -> Path:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(PAIR_HEADER)
-        writer.writerows((row_id, "A plain text of some words.", f"A poem, {row_id}.") for row_id in ids)
-    return path
+    return write_csv(path, [(row_id, "A plain text of some words.", f"A poem, {row_id}.") for row_id in ids])
 
 
 def run(folder: Path, bundle: Path, ids: Sequence[str], *, layout: str = "flat", shorten: float = 1) -> Outcome:

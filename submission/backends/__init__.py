@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -63,6 +63,10 @@ class ModelSpec:
 
             return Workers(self, self.fleet.count)
         return _module(self.backend).load(self)
+
+    def held_by(self, fleet: Fleet) -> ModelSpec:
+        """The same in these copies, if more is asked for than the one that anybody has."""
+        return self if fleet == ALONE else replace(self, fleet=fleet)
 
     def load_encoder(self) -> ChatEncoder:
         """Load the tokenizer and chat template only."""

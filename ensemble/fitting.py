@@ -17,7 +17,7 @@ from ensemble.selectors.combine import standardised
 from eval.grouping import plain_text
 from eval.scoring import Truth
 from submission.errors import UserError
-from submission.tables import write_json
+from submission.files import write_json
 
 _RIDGE = 1e-3
 

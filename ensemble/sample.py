@@ -12,9 +12,10 @@ from ensemble.candidates import Draw, Row, merge, write_candidates
 from ensemble.sources import Source
 from eval.encoders import Encoder
 from submission.answers import is_blank, storable
+from submission.files import check_writable
 from submission.generation import Job, answer
 from submission.hardware import ALONE, Fleet
-from submission.tables import check_writable, says_something
+from submission.tables import says_something
 from submission.templates import Template
 from submission.types import Completion, Pair, Triplet
 

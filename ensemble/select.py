@@ -14,10 +14,11 @@ from ensemble.choose import answer_of, score_rows
 from ensemble.models import Model, open_models, roles_needed, tools
 from ensemble.selectors import make_selectors
 from eval.encoders import Encoder
+from submission.files import check_writable
 from submission.hardware import ALONE, Fleet
 from submission.manifest import write_manifest
 from submission.models import content_hash
-from submission.tables import check_writable, write_predictions
+from submission.tables import write_predictions
 
 
 def select(

@@ -206,7 +206,7 @@ def report(
     from eval.encoders import find_encoder
     from eval.report import write_report
     from eval.sections import Subject, sections
-    from submission.tables import check_writable
+    from submission.files import check_writable
 
     check_writable(output)
     chosen = find_encoder(encoder)

@@ -21,10 +21,11 @@ from eval.encoders import Encoder
 from eval.scoring import Truth, read_truth
 from submission.answers import storable
 from submission.errors import UserError
+from submission.files import atomic_writer
 from submission.models import EMBEDDED
 from submission.plan import RunConfig
 from submission.run import predict
-from submission.tables import atomic_writer, read_triplets
+from submission.tables import read_triplets
 from submission.types import Sampling
 
 EXPLOIT = "constant_exploit"

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from submission.files import atomic_path
 from submission.models import cache_folder
 from submission.progress import tell
-from submission.tables import atomic_path
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 from submission.backends import require
-from submission.tables import atomic_path, atomic_writer
+from submission.files import atomic_path, atomic_writer
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,9 +24,14 @@ _TEMPLATES = "short, detailed or few_shot; default: short, or few_shot with --sh
 def predict(
     input: Annotated[
         Path,
-        typer.Argument(metavar="INPUT", help="CSV or Parquet with the columns id, original_text, rewritten_text."),
+        typer.Argument(
+            metavar="INPUT",
+            help="CSV, Parquet or a folder of Parquet, here or on s3:// or gs://: id, original_text, rewritten_text.",
+        ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="CSV to write: id, rewrite_prompt.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="CSV to write (Parquet if it ends so): id, rewrite_prompt.")
+    ],
     backend: Annotated[str, typer.Option(help=_BACKENDS)] = "llama_cpp",
     model: Annotated[str, typer.Option(help="GGUF file, transformers folder, or 'embedded'.")] = "embedded",
     adapter: Annotated[
@@ -126,18 +131,19 @@ def validate(
     encoding: Annotated[str, typer.Option(help="Of INPUT.")] = "utf-8",
 ) -> None:
     """Check a submission: ids and order of INPUT, nothing null, blank or twice. Exit code 0 or 1."""
-    from submission.tables import read_pairs
+    from submission.files import shown
+    from submission.pairs import Pairs
     from submission.validation import validate as problems_of
 
-    pairs = read_pairs(input, encoding)[: limit or None]
-    problems = problems_of(submission, [pair.id for pair in pairs])
+    pairs = Pairs(input, encoding, limit)
+    problems = problems_of(submission, pairs.ids)
     for problem in problems[:50]:
         print(problem)
     if len(problems) > 50:
         print(f"and {len(problems) - 50} more")
     if problems:
         raise typer.Exit(1)
-    print(f"{submission} is valid: {len(pairs)} rows")
+    print(f"{shown(submission)} is valid: {len(pairs)} rows")
 
 
 @app.command(context_settings={"ignore_unknown_options": True})  # an id may be -1

@@ -56,10 +56,10 @@ class Timetable:
     def until(cls, seconds: float, start: float, rows: int) -> Timetable:
         """A timetable for a deadline `seconds` after `start`.
 
-        A tenth of it, from 2 s to 30 s but no more than half, and 15 s per million rows are kept back for
+        A tenth of it, from 2 s to 30 s but no more than half, and 45 s per million rows are kept back for
         writing and checking the file.
         """
-        reserve = min(min(max(2.0, 0.1 * seconds), 30.0, seconds / 2) + 15e-6 * rows, 0.9 * seconds)
+        reserve = min(min(max(2.0, 0.1 * seconds), 30.0, seconds / 2) + 45e-6 * rows, 0.9 * seconds)
         end = start + seconds
         return cls(end - reserve, end - 0.9 * reserve, end - 0.5 * reserve, end - min(0.2 * reserve, 1.0))
 

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from submission.backends import ModelSpec
+from submission.files import remove_leftovers
 from submission.journal import Journal, journal_path
 from submission.progress import show_progress
 from submission.retry import answer_all
-from submission.tables import remove_leftovers
 from submission.types import Backend, Budget, Chat, Completion, Pair, Prediction, Request, Sampling
 
 
@@ -93,12 +93,12 @@ def answer(
                         journal.append(prediction)
                         computed += 1
                         progress.advance(fell_back=prediction.status != "ok")
+        done = {job.id: journal.finished[job.id] for job in jobs}
     except KeyboardInterrupt:
         say(f"stopped: {len(journal.finished)} of {len(jobs)} are safe in {journal.path}; the same command goes on")
         raise
     finally:
         journal.close()
-    done = {job.id: journal.finished[job.id] for job in jobs}
     return Answers(
         {key: completions_of(one) for key, one in done.items() if one.status == "ok"},
         {key: one.reason for key, one in done.items() if one.status != "ok"},

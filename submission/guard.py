@@ -12,10 +12,11 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -33,13 +34,13 @@ class Orders:
     started: float
     act_at: float
     last_call: float  # when to act although the run says that it is finishing by itself
-    ids: list[str]
     output: str
     fallback: str
     max_failures: float
     as_json: bool
     resumed: int  # rows that were finished before this run
     fingerprint: dict[str, str]
+    ids: int = -1  # a file descriptor: one JSON string a line
 
 
 class Guard:
@@ -57,19 +58,24 @@ class Guard:
 
 
 @contextmanager
-def guarded(orders: Orders | None) -> Iterator[Guard]:
+def guarded(orders: Orders | None, ids: Iterable[str]) -> Iterator[Guard]:
     """Keep a guard process while the block runs; none without orders."""
     if orders is None:
         yield Guard(None)
         return
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "submission.guard"],
-        stdin=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
-        start_new_session=True,  # a Ctrl-C at the terminal is for the run
-    )
+    with tempfile.TemporaryFile() as listed:
+        listed.writelines(json.dumps(row_id).encode() + b"\n" for row_id in ids)
+        listed.flush()
+        orders = replace(orders, ids=listed.fileno())
+        process = subprocess.Popen(
+            [sys.executable, "-m", "submission.guard"],
+            stdin=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
+            pass_fds=(orders.ids,),
+            start_new_session=True,  # a Ctrl-C at the terminal is for the run
+        )
     assert process.stdin is not None
     try:
         with suppress(OSError):  # a guard that cannot start leaves the two other defences
@@ -81,6 +87,19 @@ def guarded(orders: Orders | None) -> Iterator[Guard]:
             process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             process.wait(5)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ids:
+    """The ids of a run, from the file that it left open."""
+
+    file: int
+
+    def __iter__(self) -> Iterator[str]:
+        os.lseek(self.file, 0, os.SEEK_SET)
+        with open(self.file, encoding="ascii", closefd=False) as lines:
+            for line in lines:
+                yield json.loads(line)
 
 
 def main() -> int:
@@ -123,11 +142,11 @@ def _take_over(orders: Orders) -> None:
         finished = read_finished(journal_path(output), orders.fingerprint)
         summary = finish(
             output,
-            orders.ids,
+            _Ids(orders.ids),
             finished,
             fallback=orders.fallback,
             max_failures=orders.max_failures,
-            computed=max(0, sum(row_id in finished for row_id in orders.ids) - orders.resumed),
+            computed=max(0, len(finished) - orders.resumed),
             seconds=time.monotonic() - orders.started,
             computing_seconds=0.0,
         )

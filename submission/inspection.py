@@ -5,6 +5,7 @@ python -m submission inspect ID --run submission.csv
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from submission.backends import model_spec
 from submission.errors import UserError
 from submission.journal import journal_path, read_finished
 from submission.manifest import read_manifest
-from submission.tables import PREDICTION_COLUMNS, digest_pairs, read_pairs, read_table, read_triplets
+from submission.pairs import Pairs
+from submission.tables import PREDICTION_COLUMNS, read_triplets, stream_table
 from submission.templates import get_template
 from submission.types import Pair
 
@@ -29,13 +31,13 @@ def inspect_row(row_id: str, output: Path) -> str:
     """
     manifest = read_manifest(output)
     config = manifest["config"]
-    pairs = read_pairs(Path(config["input"]), config["encoding"])
+    pairs = Pairs(Path(config["input"]), config["encoding"])
     pair = next((pair for pair in pairs if pair.id == row_id), None)
     if pair is None:
         raise UserError(
-            f"id {row_id!r} is not in {config['input']}; its ids begin with {', '.join(p.id for p in pairs[:5])}"
+            f"id {row_id!r} is not in {config['input']}; its ids begin with {', '.join(islice(pairs.ids, 5))}"
         )
-    if digest_pairs(pairs) != manifest["fingerprint"]["input"]:
+    if pairs.digest != manifest["fingerprint"]["input"]:
         raise UserError(f"{config['input']} was changed after the run that made {output}: run predict again")
     sections = [
         ("id", row_id),
@@ -71,7 +73,7 @@ def _prompt(pair: Pair, manifest: dict[str, Any]) -> tuple[str, int, str]:
 def _written(row_id: str, output: Path) -> str:
     if not output.exists():
         return f"{output} is not written yet"
-    for row in read_table(output, PREDICTION_COLUMNS):
+    for row in stream_table(output, PREDICTION_COLUMNS):
         if row.cells[0] == row_id:
             return row.cells[1]
     return f"{output} has no row with this id"

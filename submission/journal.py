@@ -13,12 +13,14 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from submission.errors import PromptRecoveryError, UserError
+from submission.files import beside
+from submission.scratch import key_of, room_for, scratch, text_of
 from submission.types import Prediction
 
 _VERSION = 1
@@ -28,11 +30,50 @@ _LOCK_SECONDS = 3.0  # a process that was just killed may hold its lock a moment
 
 def journal_path(output: Path) -> Path:
     """Where the journal of an output lies."""
-    return output.with_name(output.name + ".journal.jsonl")
+    return beside(output, ".journal.jsonl")
+
+
+class Finished(Mapping[str, Prediction]):
+    """The finished rows of a journal by id. Only where they stand in it is kept: they are read when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """None yet, of the journal at `path`."""
+        self._file = path.open("rb", buffering=0)
+        self._mutex = threading.Lock()
+        self._places = scratch("CREATE TABLE places (id BLOB PRIMARY KEY, start INT, length INT) WITHOUT ROWID")
+
+    def note(self, row_id: str, start: int, length: int) -> None:
+        """A row's line is so many bytes from `start`; an earlier line of it counts no more."""
+        with room_for("the index of the journal"):
+            self._places.execute("REPLACE INTO places VALUES (?, ?, ?)", (key_of(row_id), start, length))
+
+    def __getitem__(self, row_id: str) -> Prediction:
+        place = self._places.execute("SELECT start, length FROM places WHERE id = ?", (key_of(row_id),)).fetchone()
+        if place is None:
+            raise KeyError(row_id)
+        with self._mutex:
+            self._file.seek(place[0])
+            return Prediction(**json.loads(self._file.read(place[1])))
+
+    def __contains__(self, row_id: object) -> bool:
+        asked = (key_of(str(row_id)),)
+        return self._places.execute("SELECT 1 FROM places WHERE id = ?", asked).fetchone() is not None
+
+    def __iter__(self) -> Iterator[str]:
+        for (key,) in self._places.execute("SELECT id FROM places"):
+            yield text_of(key)
+
+    def __len__(self) -> int:
+        (count,) = self._places.execute("SELECT count(*) FROM places").fetchone()
+        return int(count)
 
 
 class Journal:
-    """An open, locked journal. `finished` holds the predictions it knows, by id.
+    """An open, locked journal.
+
+    Attributes:
+        finished: the rows it knows.
+        damaged: lines that could not be read.
 
     Nothing is written before `begin`: a run that cannot start leaves an older journal as it is.
     """
@@ -51,7 +92,6 @@ class Journal:
         """
         self.path = path
         self.damaged = 0
-        self.finished: dict[str, Prediction] = {}
         self._fingerprint = dict(fingerprint)
         self._mutex = threading.RLock()
         self._unsynced = False
@@ -59,16 +99,15 @@ class Journal:
         self._existed = path.exists()
         self._file = _open_locked(path)
         try:
-            content = path.read_bytes()
-            header, self.finished, self.damaged, self._keep = _parse(content)
+            header, self.finished, self.damaged, self._keep = _parse(path)
             if fresh or header is None:
-                self.finished, self.damaged, self._keep = {}, 0, 0
+                self.finished, self.damaged, self._keep = Finished(path), 0, 0
             else:
                 _compare(path, header, self._fingerprint)
         except BaseException:
             self._abandon()
             raise
-        self._torn = self._keep < len(content)
+        self._torn = self._keep < path.stat().st_size
 
     def begin(self) -> None:
         """Get ready to append: drop a torn last line, or everything on a fresh start; write the header."""
@@ -83,8 +122,8 @@ class Journal:
     def append(self, prediction: Prediction) -> None:
         """Add a finished row."""
         with self._mutex:
-            self._write(asdict(prediction))
-            self.finished[prediction.id] = prediction
+            start, length = self._write(asdict(prediction))
+            self.finished.note(prediction.id, start, length)
             self.sync_if_due()
 
     def sync_if_due(self) -> None:
@@ -98,11 +137,6 @@ class Journal:
             os.fsync(self._file)
             self._unsynced = False
             self._synced_at = time.monotonic()
-
-    def snapshot(self) -> dict[str, Prediction]:
-        """The finished rows at this moment, for another thread."""
-        with self._mutex:
-            return dict(self.finished)
 
     def close(self) -> None:
         """Sync and release the lock; a journal that was never begun and is new disappears."""
@@ -122,9 +156,11 @@ class Journal:
         os.close(self._file)
         self._file = -1
 
-    def _write(self, record: Mapping[str, Any]) -> None:
+    def _write(self, record: Mapping[str, Any]) -> tuple[int, int]:
+        """Add a line; where it begins, and its length in bytes."""
         # One write call a line: a kill leaves it whole or absent, a full disk leaves a torn end.
         line = json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        place = os.lseek(self._file, 0, os.SEEK_END), len(line)
         try:
             while line:
                 line = line[os.write(self._file, line) :]
@@ -134,9 +170,10 @@ class Journal:
                 "The rows before are safe; make room and run the same command again."
             ) from error
         self._unsynced = True
+        return place
 
 
-def read_finished(path: Path, fingerprint: Mapping[str, str] | None = None) -> dict[str, Prediction]:
+def read_finished(path: Path, fingerprint: Mapping[str, str] | None = None) -> Mapping[str, Prediction]:
     """The finished rows of a journal, without locking it; none if there is no journal.
 
     Args:
@@ -144,30 +181,33 @@ def read_finished(path: Path, fingerprint: Mapping[str, str] | None = None) -> d
         fingerprint: if given, the journal of a run with another one counts as none.
     """
     try:
-        header, finished, _, _ = _parse(path.read_bytes())
+        header, finished, _, _ = _parse(path)
     except FileNotFoundError:
         return {}
     return finished if fingerprint is None or header == dict(fingerprint) else {}
 
 
-def _parse(content: bytes) -> tuple[dict[str, str] | None, dict[str, Prediction], int, int]:
+def _parse(path: Path) -> tuple[dict[str, str] | None, Finished, int, int]:
     """Header's fingerprint, finished rows, number of damaged lines, and how many bytes are whole lines."""
     header: dict[str, str] | None = None
-    finished: dict[str, Prediction] = {}
-    damaged = 0
-    whole = content[: content.rfind(b"\n") + 1]
-    for number, line in enumerate(whole.splitlines()):
-        try:
-            record = json.loads(line)
-            if number == 0:
-                header = dict(record["fingerprint"]) if record["journal"] == _VERSION else {}
-            else:
-                finished[record["id"]] = Prediction(**record)
-        except (ValueError, KeyError, TypeError):
-            damaged += 1
-            if number == 0:
-                header = {}
-    return header, finished, damaged, len(whole)
+    finished = Finished(path)
+    damaged = end = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):  # torn by a kill
+                break
+            start, end = end, end + len(line)
+            try:
+                record = json.loads(line)
+                if start == 0:
+                    header = dict(record["fingerprint"]) if record["journal"] == _VERSION else {}
+                else:
+                    finished.note(Prediction(**record).id, start, len(line))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                damaged += 1
+                if start == 0:
+                    header = {}
+    return header, finished, damaged, end
 
 
 def _compare(path: Path, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:

@@ -51,8 +51,7 @@ class Likelihoods:
         self._load = load
         self._journal = journal
         self._backend: Backend | None = None
-        finished = journal.finished if journal else {}
-        self._known = {key: _parse(prediction.text) for key, prediction in finished.items()}
+        self._known: dict[str, Known] = {}  # without a journal
 
     def of(self, asked: Sequence[Question], done: Callable[[], None] = lambda: None) -> list[Known]:
         """The likelihood of each text behind its chat.
@@ -62,7 +61,8 @@ class Likelihoods:
             done: is called for each one, known or computed.
         """
         keys = [_digest(chat, text) for chat, text in asked]
-        missing = {key: item for key, item in zip(keys, asked, strict=True) if key not in self._known}
+        known = self._known if self._journal is None else self._journal.finished
+        missing = {key: item for key, item in zip(keys, asked, strict=True) if key not in known}
         for _ in range(len(asked) - len(missing)):
             done()
         if missing:
@@ -71,13 +71,16 @@ class Likelihoods:
             before = time.perf_counter()
             for key, found in self._backend.loglikelihood(items):
                 now = time.perf_counter()
-                known = Known(found.sum, found.tokens, found.prompt_tokens, now - before)
+                this = Known(found.sum, found.tokens, found.prompt_tokens, now - before)
                 before = now
-                self._known[key] = known
-                if self._journal is not None:
-                    self._journal.append(Prediction(key, _line(known)))
+                if self._journal is None:
+                    self._known[key] = this
+                else:
+                    self._journal.append(Prediction(key, _line(this)))
                 done()
-        return [self._known[key] for key in keys]
+        if self._journal is None:
+            return [self._known[key] for key in keys]
+        return [_parse(self._journal.finished[key].text) for key in keys]
 
 
 @contextmanager

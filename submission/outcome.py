@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from submission.errors import PromptRecoveryError
+from submission.files import shown
 from submission.journal import journal_path
 from submission.progress import tell
 from submission.tables import write_predictions
@@ -63,7 +64,7 @@ class Summary:
                 "computed": self.computed,
                 "seconds": round(self.seconds, 3),
                 "rows_per_second": round(self.rows_per_second, 4),
-                "output": str(self.output),
+                "output": shown(self.output),
                 "journal": str(journal_path(self.output)),
                 "exit_code": self.exit_code,
             }
@@ -76,7 +77,7 @@ class Summary:
         lines += [f"           {count} x {reason}" for reason, count in self.reasons.items()]
         lines.append(f"truncated  {self.truncated}")
         lines.append(f"time       {self.seconds:.1f} s, {self.rows_per_second:.2f} rows/s")
-        lines.append(f"output     {self.output} (valid)")
+        lines.append(f"output     {shown(self.output)} (valid)")
         if self.too_many_failed:
             lines.append("Too many rows failed: look at one with `inspect ID`, then run again with --fresh.")
         return "\n".join(lines)
@@ -84,7 +85,7 @@ class Summary:
 
 def finish(
     output: Path,
-    ids: Sequence[str],
+    ids: Iterable[str],
     finished: Mapping[str, Prediction],
     *,
     fallback: str,
@@ -96,6 +97,7 @@ def finish(
     """Write the output for all `ids` and validate it by reading it back.
 
     Args:
+        ids: in order; they are gone through more than once.
         finished: the rows that were tried; the others count as stopped by the deadline.
         fallback: takes the place of failed and missing answers.
         max_failures: the share of tried rows, 0 to 1, above which too many failed.
@@ -104,33 +106,49 @@ def finish(
         PromptRecoveryError: what was read back is not valid (a fault of the disk or of this program).
         OSError: the file could not be written.
     """
-    reasons: Counter[str] = Counter()
-    rows = []
-    for row_id in ids:
-        prediction = finished.get(row_id)
-        if prediction is not None and prediction.status == "ok":
-            rows.append((row_id, prediction.text))
-        else:
-            reasons[DEADLINE if prediction is None else prediction.reason] += 1
-            rows.append((row_id, fallback))
-    write_predictions(output, rows)
+    count = _Count(finished, fallback)
+    write_predictions(output, count.rows(ids))
     problems = validate(output, ids)
     if problems:
-        raise PromptRecoveryError(f"{output} was written but is not valid: {problems[0]}")
-    tried = [finished[row_id] for row_id in ids if row_id in finished]
-    asked = [row for row in tried if row.reason != BLANK_INPUT]
-    failed = sum(row.status == "failed" for row in asked)
+        raise PromptRecoveryError(f"{shown(output)} was written but is not valid: {problems[0]}")
     return Summary(
-        rows=len(rows),
-        fallbacks=sum(reasons.values()),
-        reasons=dict(reasons.most_common()),
-        truncated=sum(row.truncated for row in tried),
+        rows=count.written,
+        fallbacks=sum(count.reasons.values()),
+        reasons=dict(count.reasons.most_common()),
+        truncated=count.truncated,
         computed=computed,
         seconds=seconds,
         rows_per_second=computed / computing_seconds if computed and computing_seconds > 0 else 0.0,
         output=output,
-        too_many_failed=failed > max_failures * len(asked),
+        too_many_failed=count.failed > max_failures * count.asked,
     )
+
+
+class _Count:
+    """Goes through the rows once, so that what is written and what is told agree while the journal still grows."""
+
+    def __init__(self, finished: Mapping[str, Prediction], fallback: str) -> None:
+        self._finished, self._fallback = finished, fallback
+        self.reasons: Counter[str] = Counter()
+        self.written = self.truncated = self.asked = self.failed = 0
+
+    def rows(self, ids: Iterable[str]) -> Iterator[tuple[str, str]]:
+        """What is to be written."""
+        for row_id in ids:
+            self.written += 1
+            prediction = self._finished.get(row_id)
+            if prediction is None:
+                self.reasons[DEADLINE] += 1
+                yield row_id, self._fallback
+                continue
+            failed = prediction.status != "ok"
+            self.truncated += prediction.truncated
+            if prediction.reason != BLANK_INPUT:
+                self.asked += 1
+                self.failed += failed
+            if failed:
+                self.reasons[prediction.reason] += 1
+            yield row_id, self._fallback if failed else prediction.text
 
 
 def print_summary(summary: Summary, *, as_json: bool) -> None:

@@ -9,10 +9,12 @@ from submission.answers import is_blank, storable
 from submission.backends import ModelSpec, model_spec
 from submission.config import read_toml
 from submission.errors import UserError
+from submission.files import check_writable
 from submission.hardware import ALONE, Fleet
 from submission.models import EMBEDDED, noted_template
+from submission.pairs import Pairs
 from submission.recover import DEFAULT_PROMPT, RecoverSource, Setup, find_recover
-from submission.tables import check_writable, digest_pairs, read_pairs, read_triplets
+from submission.tables import digest_pairs, read_triplets
 from submission.templates import Template, get_template
 from submission.types import Backend, Pair, Sampling, Triplet
 
@@ -48,7 +50,7 @@ class Plan:
     """A run whose every input was checked; nothing is loaded or written yet."""
 
     config: RunConfig
-    pairs: list[Pair]
+    pairs: Pairs
     recover: RecoverSource
     spec: ModelSpec | None
     template: Template
@@ -92,7 +94,7 @@ def plan(config: RunConfig) -> Plan:
         )
     template = choose_template(config.template, config.model, config.adapter, shots=config.shots is not None)
     recover_config = read_toml(config.recover_config, "--recover-config") if config.recover_config else {}
-    pairs = read_pairs(config.input, config.encoding)
+    pairs = Pairs(config.input, config.encoding, config.limit)
     shots = read_triplets(config.shots, config.encoding)[: config.n_shots] if config.shots else []
     spec = (
         model_spec(config.backend, config.model, config.adapter, config.settings, config.fleet)
@@ -104,7 +106,7 @@ def plan(config: RunConfig) -> Plan:
             f"--max-new-tokens {config.sampling.max_new_tokens} leaves too little of the context of "
             f"{spec.options.context} tokens to the prompt: lower it, or raise --set context=N"
         )
-    fingerprint = {"input": digest_pairs(pairs), "recover": recover.name}
+    fingerprint = {"input": pairs.digest, "recover": recover.name}
     if recover_config:
         fingerprint["recover_config"] = repr(sorted(recover_config.items()))
     fingerprint |= recover.fingerprint(recover_config)
@@ -112,7 +114,7 @@ def plan(config: RunConfig) -> Plan:
         fingerprint |= spec.fingerprint()
         fingerprint |= {"template": template.fingerprint(), "shots": _shots_mark(shots)}
         fingerprint["sampling"] = _sampling_mark(config.sampling)
-    checked = Plan(config, pairs[: config.limit or None], recover, spec, template, shots, recover_config, fingerprint)
+    checked = Plan(config, pairs, recover, spec, template, shots, recover_config, fingerprint)
     if not recover.uses_model:
         recover.make(checked.setup())  # costs nothing, and its options are checked now
     return checked

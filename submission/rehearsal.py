@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterator
 
 from submission.errors import BackendError, UserError
 from submission.journal import journal_path, read_finished
 from submission.plan import RunConfig, plan
 from submission.retry import answer_all
 from submission.tables import says_something
-from submission.types import Budget
+from submission.types import Budget, Pair
 
 _SAMPLE = 5  # rows that are answered to measure the speed
 
@@ -31,22 +32,28 @@ def rehearse(config: RunConfig, say: Callable[[str], None]) -> dict[str, float]:
     """
     checked = plan(config)
     finished = {} if config.fresh else read_finished(journal_path(config.output), checked.fingerprint)
-    left = [pair for pair in checked.pairs if pair.id not in finished and says_something(pair.rewritten_text)]
-    figures: dict[str, float] = {"rows": len(checked.pairs), "rows_left": len(left)}
+
+    def left() -> Iterator[Pair]:
+        return (pair for pair in checked.pairs if pair.id not in finished and says_something(pair.rewritten_text))
+
+    rows_left = sum(1 for _ in left())
+    figures: dict[str, float] = {"rows": len(checked.pairs), "rows_left": rows_left}
     if checked.spec is None:
         say("no model is used: the run takes no time to speak of")
         return figures
     encoder = checked.spec.load_encoder()
+    lengths, truncated = array("I"), 0
     try:
-        encoded = [
-            encoder.encode_for(checked.template.render(pair, checked.shots), config.sampling.max_new_tokens)
-            for pair in left
-        ]
+        for pair in left():
+            prompt = encoder.encode_for(checked.template.render(pair, checked.shots), config.sampling.max_new_tokens)
+            lengths.append(len(prompt.ids))
+            truncated += prompt.truncated
     except BackendError as error:
         raise UserError(str(error)) from None
-    lengths = sorted(range(len(left)), key=lambda index: len(encoded[index].ids))
-    step = max(1, len(lengths) // _SAMPLE)
-    sample = [left[index] for index in lengths[step // 2 :: step][:_SAMPLE]]
+    by_length = sorted(range(rows_left), key=lengths.__getitem__)
+    step = max(1, rows_left // _SAMPLE)
+    chosen = set(by_length[step // 2 :: step][:_SAMPLE])
+    sample = [pair for number, pair in enumerate(left()) if number in chosen]
     began = time.monotonic()
     recover = checked.recover.make(checked.setup())
     loading = time.monotonic() - began
@@ -54,15 +61,15 @@ def rehearse(config: RunConfig, say: Callable[[str], None]) -> dict[str, float]:
     answers = list(answer_all(recover, sample, Budget()))
     each = (time.monotonic() - began) / len(answers) if answers else 0.0
     figures |= {
-        "tokens": sum(len(prompt.ids) for prompt in encoded),
-        "longest": max((len(prompt.ids) for prompt in encoded), default=0),
-        "truncated": sum(prompt.truncated for prompt in encoded),
+        "tokens": sum(lengths),
+        "longest": max(lengths, default=0),
+        "truncated": truncated,
         "memory_mb": round(_peak_memory() / 1e6),
-        "seconds": round(loading + each * len(left), 1),
+        "seconds": round(loading + each * rows_left, 1),
     }
-    say(f"rows       {len(left)} to compute of {len(checked.pairs)}")
+    say(f"rows       {rows_left} to compute of {len(checked.pairs)}")
     say(f"tokens     {figures['tokens']:.0f} in the prompts, {figures['longest']:.0f} in the longest, up to "
-        f"{config.sampling.max_new_tokens * len(left)} new ones")  # fmt: skip
+        f"{config.sampling.max_new_tokens * rows_left} new ones")  # fmt: skip
     say(f"truncated  {figures['truncated']:.0f} rows have texts cut to fit a context of {encoder.context} tokens")
     say(f"memory     {figures['memory_mb']:.0f} MB at the peak of {len(sample)} sample rows")
     say(f"time       about {figures['seconds']:.0f} s ({loading:.1f} s loading, {each:.2f} s a row)")

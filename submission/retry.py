@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 
 from submission.answers import is_blank, storable
 from submission.errors import UserError, first_line
@@ -12,28 +13,30 @@ from submission.types import Budget, Pair, Prediction, Recover
 _REASON_CHARS = 200
 
 
+_BLOCK = 64  # rows that are suspected when a way of predicting fails before it took one
+
+
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    pairs: Sequence[Pair]
-    again: bool  # these pairs have failed before, in other company
+    pairs: Iterator[Pair]
+    rows: int = 0  # of pairs that have failed before, in other company; 0 for untried ones
 
 
-def answer_all(recover: Recover, pairs: Sequence[Pair], budget: Budget) -> Iterator[Prediction]:
+def answer_all(recover: Recover, pairs: Iterable[Pair], budget: Budget) -> Iterator[Prediction]:
     """Yield one prediction per pair, in any order; rows that fail alone, twice, come out as `failed`.
 
-    When the way of predicting raises, the rows that it had taken without answering are split into halves
-    and tried again before it goes on with the rest.
+    Pairs are taken as the way of predicting takes them. When it raises, the rows that it had taken without answering
+    are split into halves and tried again before it goes on with the rest.
 
     Raises:
         UserError: passed on, since trying again would not help.
     """
-    work = [_Attempt(pairs, again=False)]
+    work = [_Attempt(iter(pairs))]
     while work:
         attempt = work.pop()
         taken: dict[str, Pair] = {}
-        rest = iter(attempt.pairs)
 
-        def feed(rest: Iterator[Pair] = rest, taken: dict[str, Pair] = taken) -> Iterator[Pair]:
+        def feed(rest: Iterator[Pair] = attempt.pairs, taken: dict[str, Pair] = taken) -> Iterator[Pair]:
             for pair in rest:
                 taken[pair.id] = pair
                 yield pair
@@ -49,18 +52,17 @@ def answer_all(recover: Recover, pairs: Sequence[Pair], budget: Budget) -> Itera
         except Exception as error:
             # Only its words are kept: its frames may hold a GPU's memory, which the next try needs.
             trouble = first_line(error)[:_REASON_CHARS]
-        untouched = list(rest)
-        failed = list(taken.values())
-        if trouble is None or (attempt.again and len(attempt.pairs) == 1):
-            for pair in [*failed, *untouched]:
+        if trouble is None or attempt.rows == 1:
+            for pair in chain(taken.values(), attempt.pairs):
                 yield Prediction(pair.id, "", "failed", trouble or "no answer")
             continue
-        if not failed:  # it failed before it took a row: the rows ahead are what to divide
-            failed, untouched = untouched, []
-        if untouched:
-            work.append(_Attempt(untouched, again=False))
+        # If it failed before it took a row, the rows ahead are what to divide.
+        failed = list(taken.values()) or list(islice(attempt.pairs, _BLOCK))
+        ahead = list(islice(attempt.pairs, 1))
+        if ahead:
+            work.append(_Attempt(chain(ahead, attempt.pairs)))
         half = (len(failed) + 1) // 2
-        work += [_Attempt(part, again=True) for part in (failed[half:], failed[:half]) if part]
+        work += [_Attempt(iter(part), len(part)) for part in (failed[half:], failed[:half]) if part]
 
 
 def _checked(prediction: Prediction) -> Prediction:

@@ -13,19 +13,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from submission.deadline import Interrupted, Timetable, Watchdog, process_start
+from submission.files import remove_leftovers
 from submission.guard import Guard, Orders, guarded
 from submission.journal import Journal, journal_path
 from submission.manifest import Manifest
 from submission.outcome import BLANK_INPUT, Summary, finish, print_summary
 from submission.plan import Plan, RunConfig, plan
-from submission.progress import show_progress, tell
+from submission.progress import Progress, show_progress, tell
 from submission.retry import answer_all
-from submission.tables import remove_leftovers, says_something
-from submission.types import Budget, Prediction, Recover
+from submission.tables import says_something
+from submission.types import Budget, Pair, Prediction, Recover
 
 
 def predict(config: RunConfig, say: Callable[[str], None]) -> Summary:
@@ -63,8 +64,9 @@ class _Run:
         self._journal = Journal(journal_path(self._config.output), run_plan.fingerprint, fresh=self._config.fresh)
         remove_leftovers(self._config.output)  # of a run that was killed while it wrote
         self._manifest = Manifest(run_plan)
-        self._ids = [pair.id for pair in run_plan.pairs]
-        self._resumed = self._done()
+        known = self._journal.finished
+        self._resumed = sum(row_id in known for row_id in run_plan.pairs.ids) if known else 0
+        self._added = 0  # to the journal, by this process
         self._computed = 0
         self._computing_since: float | None = None
         self._computing_seconds = 0.0
@@ -85,7 +87,7 @@ class _Run:
             tick=self._journal.sync_if_due,
         )
         try:
-            with guarded(self._orders()) as guard, watchdog:
+            with guarded(self._orders(), self._plan.pairs.ids) as guard, watchdog:
                 self._guard = guard
                 late = self._compute()
                 # Beyond this point the watchdog thread finds the lock taken; the guard still stands by.
@@ -105,30 +107,38 @@ class _Run:
 
     def _compute(self) -> bool:
         """Answer all rows that are not in the journal; True if the deadline came first."""
-        todo = [pair for pair in self._plan.pairs if pair.id not in self._journal.finished]
-        ask = [pair for pair in todo if says_something(pair.rewritten_text)]
+        first = next(self._to_ask(), None)
         # The model is loaded before the journal is touched: a run that cannot start changes nothing.
-        recover: Recover | None = self._plan.recover.make(self._plan.setup()) if ask else None
+        recover: Recover | None = self._plan.recover.make(self._plan.setup()) if first else None
         self._journal.begin()
         self._manifest.write("running")
         budget = Budget(self._times.stop if self._times else None)
         with show_progress(len(self._plan.pairs), self._resumed) as progress:
-            for pair in todo:
-                if not says_something(pair.rewritten_text):
-                    self._journal.append(Prediction(pair.id, "", "failed", BLANK_INPUT))
-                    progress.advance(fell_back=True)
+            for pair in self._plan.pairs:
+                if not says_something(pair.rewritten_text) and pair.id not in self._journal.finished:
+                    self._add(Prediction(pair.id, "", "failed", BLANK_INPUT), progress)
             if recover is None:
                 return False
             self._computing_since = time.monotonic()
-            for prediction in answer_all(recover, ask, budget):
+            for prediction in answer_all(recover, self._to_ask(), budget):
                 if prediction.status != "unfinished":
-                    self._journal.append(prediction)
+                    self._add(prediction, progress)
                     self._computed += 1
-                    progress.advance(fell_back=prediction.status == "failed")
                 if budget.remaining() == 0:
                     return True
             self._stop_clock()
         return False
+
+    def _to_ask(self) -> Iterator[Pair]:
+        """The pairs that are not in the journal and can be asked about."""
+        for pair in self._plan.pairs:
+            if says_something(pair.rewritten_text) and pair.id not in self._journal.finished:
+                yield pair
+
+    def _add(self, prediction: Prediction, progress: Progress) -> None:
+        self._journal.append(prediction)
+        self._added += 1
+        progress.advance(fell_back=prediction.status == "failed")
 
     def _stop_clock(self) -> None:
         if self._computing_since is not None:
@@ -140,8 +150,8 @@ class _Run:
         self._guard.stand_by()
         summary = finish(
             self._config.output,
-            self._ids,
-            self._journal.snapshot(),
+            self._plan.pairs.ids,
+            self._journal.finished,
             fallback=self._config.fallback,
             max_failures=self._config.max_failures,
             computed=self._computed,
@@ -174,12 +184,9 @@ class _Run:
         tell(self._how_to_resume(), sys.stderr)
         os._exit(exit_code)
 
-    def _done(self) -> int:
-        return sum(row_id in self._journal.finished for row_id in self._ids)
-
     def _how_to_resume(self) -> str:
         return (
-            f"stopped: {self._done()} of {len(self._plan.pairs)} rows are safe in {self._journal.path}\n"
+            f"stopped: {self._resumed + self._added} of {len(self._plan.pairs)} rows are safe in {self._journal.path}\n"
             "Run the same command again to go on from there."
         )
 
@@ -189,7 +196,7 @@ class _Run:
         config = self._config
         return Orders(
             pid=os.getpid(), started=self._started, act_at=self._times.guard, last_call=self._times.last_call,
-            ids=self._ids, output=str(config.output), fallback=config.fallback,
+            output=str(config.output), fallback=config.fallback,
             max_failures=config.max_failures, as_json=config.as_json, resumed=self._resumed,
             fingerprint=self._plan.fingerprint,
         )  # fmt: skip

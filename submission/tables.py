@@ -1,4 +1,4 @@
-"""The one reader and writer of tables for the whole project: CSV or Parquet in, CSV out.
+"""The one reader and writer of tables for the whole project: CSV or Parquet, here or on an object store.
 
 A real row of the competition's public test set, shortened:
 
@@ -10,23 +10,22 @@ Ids are text, kept to the letter (`-1`, `007`, UUIDs); texts are never interpret
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
-import glob
 import hashlib
 import io
-import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, BinaryIO
 
-from submission.errors import UserError
+from submission.errors import UserError, first_line
+from submission.files import atomic_path, files_in, is_folder, open_binary, shown
+from submission.scratch import key_of, scratch
 from submission.types import Pair, Triplet
 
 PAIR_COLUMNS = ("id", "original_text", "rewritten_text")
@@ -34,6 +33,8 @@ TRIPLET_COLUMNS = (*PAIR_COLUMNS, "rewrite_prompt")
 PREDICTION_COLUMNS = ("id", "rewrite_prompt")
 
 _PARQUET = b"PAR1"
+_CHUNK = 1 << 20  # bytes
+_BLOCK = 2048  # rows of Parquet that are in memory at once
 _SHOWN = 5  # how many offending lines an error lists
 
 
@@ -52,9 +53,7 @@ def read_pairs(path: Path, encoding: str = "utf-8") -> list[Pair]:
         UserError: the file is missing, empty, undecodable or malformed, a column is missing, an id is
             null or appears twice. The message names the lines.
     """
-    rows = read_table(path, PAIR_COLUMNS, encoding)
-    check_ids(path, rows)
-    return [Pair(*row.cells) for row in rows]
+    return [Pair(*row.cells) for row in checked(path, stream_table(path, PAIR_COLUMNS, encoding))]
 
 
 def read_triplets(path: Path, encoding: str = "utf-8") -> list[Triplet]:
@@ -69,15 +68,21 @@ def read_triplets(path: Path, encoding: str = "utf-8") -> list[Triplet]:
         Triplet(Pair(*row.cells[:3]), row.cells[3]) for row in rows if row.cells[2].strip() and row.cells[3].strip()
     ]
     if not triplets:
-        raise UserError(f"{path}: no row has both a rewritten_text and a rewrite_prompt")
+        raise UserError(f"{shown(path)}: no row has both a rewritten_text and a rewrite_prompt")
     return triplets
 
 
 def read_table(path: Path, columns: Sequence[str], encoding: str = "utf-8", *, exact: bool = False) -> list[Row]:
-    """Read `columns` of a CSV or Parquet file (told apart by content) as text; nulls become blanks.
+    """All rows of a table; see `stream_table`."""
+    return list(stream_table(path, columns, encoding, exact=exact))
+
+
+def stream_table(path: Path, columns: Sequence[str], encoding: str = "utf-8", *, exact: bool = False) -> Iterator[Row]:
+    """Read `columns` of a CSV or Parquet file (told apart by content) as text, row by row; nulls become blanks.
 
     Args:
-        path: the file, or a folder of Parquet files, which are read in the order of their names.
+        path: the file, or a folder of Parquet files, which are read in the order of their names; here or on an
+            object store.
         columns: names of the columns to read, in the order wanted.
         encoding: of a CSV file.
         exact: refuse a table with other columns, or another order of them.
@@ -85,19 +90,21 @@ def read_table(path: Path, columns: Sequence[str], encoding: str = "utf-8", *, e
     Raises:
         UserError: see `read_pairs`.
     """
-    if path.is_dir():
-        return [
-            Row(f"{part.relative_to(path)}, {row.where}", row.cells)
-            for part in _parts(path)
-            for row in read_table(part, columns, encoding, exact=exact)
-        ]
-    content = _read_bytes(path)
-    if content.startswith(_PARQUET):
-        return _parse_parquet(path, content, columns, exact=exact)
-    for magic, kind, tool in ((b"PK\x03\x04", "a zip archive", "unzip"), (b"\x1f\x8b", "gzipped", "gunzip")):
-        if content.startswith(magic):
-            raise UserError(f"{path} is {kind}, not a CSV or Parquet file: {tool} it first")
-    return _parse_csv(path, _decode(path, content, encoding), columns, exact=exact)
+    if is_folder(path):
+        for part in _parts(path):
+            for row in stream_table(part, columns, encoding, exact=exact):
+                yield Row(f"{part.relative_to(path)}, {row.where}", row.cells)
+        return
+    with open_binary(path) as file:
+        magic = _first_bytes(path, file)
+        if magic == _PARQUET:
+            yield from _parquet_rows(path, file, columns, exact=exact)
+            return
+        for mark, kind, tool in ((b"PK\x03\x04", "a zip archive", "unzip"), (b"\x1f\x8b", "gzipped", "gunzip")):
+            if magic.startswith(mark):
+                raise UserError(f"{shown(path)} is {kind}, not a CSV or Parquet file: {tool} it first")
+        with _decoded(path, file, encoding) as text:
+            yield from _csv_rows(path, text, columns, exact=exact)
 
 
 def header_of(path: Path) -> list[str]:
@@ -106,18 +113,18 @@ def header_of(path: Path) -> list[str]:
     Raises:
         UserError: it cannot be read.
     """
-    content = _read_bytes(_parts(path)[0] if path.is_dir() else path)
-    if not content.startswith(_PARQUET):
-        reader = csv.reader(io.StringIO(_decode(path, content, "utf-8"), newline=""))
-        return next((cells for cells in reader if cells), [])
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    with open_binary(_parts(path)[0] if is_folder(path) else path) as file:
+        if _first_bytes(path, file) != _PARQUET:
+            with _decoded(path, file, "utf-8") as text:
+                return next((cells for cells in csv.reader(text) if cells), [])
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
-    try:
-        names: list[str] = pq.read_schema(pa.BufferReader(content)).names
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable Parquet file: {error}") from None
-    return names
+        try:
+            names: list[str] = pq.read_schema(file).names
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise UserError(f"{shown(path)} is not a readable Parquet file: {error}") from None
+        return names
 
 
 def has_columns(path: Path, columns: Sequence[str]) -> bool:
@@ -127,37 +134,60 @@ def has_columns(path: Path, columns: Sequence[str]) -> bool:
 
 def is_parquet(path: Path) -> bool:
     """True if the file begins with Parquet's magic bytes."""
-    with path.open("rb") as file:
+    with open_binary(path) as file:
         return file.read(len(_PARQUET)) == _PARQUET
 
 
-def check_ids(path: Path, rows: Sequence[Row]) -> None:
+def check_ids(path: Path, rows: Iterable[Row]) -> None:
     """Refuse null ids and ids that appear twice; the first cell of each row is its id.
 
     Raises:
         UserError: names the lines, and for a duplicate the line of its first appearance.
     """
-    null = [row.where for row in rows if not row.cells[0].strip()]
+    for _ in checked(path, rows):
+        pass
+
+
+def checked(path: Path, rows: Iterable[Row]) -> Iterator[Row]:
+    """The same rows, with their ids checked when the last one was taken; see `check_ids`."""
+    first = scratch("CREATE TABLE first (id BLOB PRIMARY KEY, place TEXT) WITHOUT ROWID")
+    null, twice = Listed(), Listed()
+    for row in rows:
+        row_id = row.cells[0]
+        if not row_id.strip():
+            null.add(row.where)
+        elif not first.execute("INSERT OR IGNORE INTO first VALUES (?, ?)", (key_of(row_id), row.where)).rowcount:
+            (place,) = first.execute("SELECT place FROM first WHERE id = ?", (key_of(row_id),)).fetchone()
+            twice.add(f"{row.where} (id {row_id!r}, first on {place})")
+        yield row
     if null:
-        raise UserError(f"{path}: null id on {some(null)}\nEvery row needs an id; fill it in or drop the row.")
-    first: dict[str, str] = {}
-    duplicates = [
-        f"{row.where} (id {row.cells[0]!r}, first on {first[row.cells[0]]})"
-        for row in rows
-        if first.setdefault(row.cells[0], row.where) != row.where
-    ]
-    if duplicates:
-        raise UserError(f"{path}: duplicate id on {some(duplicates)}\nEvery id must appear once.")
+        raise UserError(f"{shown(path)}: null id on {null}\nEvery row needs an id; fill it in or drop the row.")
+    if twice:
+        raise UserError(f"{shown(path)}: duplicate id on {twice}\nEvery id must appear once.")
 
 
 def write_predictions(path: Path, predictions: Iterable[tuple[str, str]]) -> None:
-    """Write `(id, rewrite_prompt)` rows as a CSV that appears whole or not at all."""
+    """Write `(id, rewrite_prompt)` rows as a table that appears whole or not at all."""
     write_table(path, PREDICTION_COLUMNS, predictions)
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a UTF-8 CSV that appears whole or not at all; reading it back gives the same cells."""
-    with atomic_writer(path) as file:
+    """Write a table of texts that appears whole or not at all; reading it back gives the same cells.
+
+    Args:
+        path: Parquet if its name ends in `.parquet`, else a UTF-8 CSV; here or on an object store.
+        columns: their names.
+        rows: are taken one by one.
+    """
+    with atomic_path(path) as temporary:
+        if path.suffix == ".parquet":
+            _write_parquet(temporary, columns, rows)
+        else:
+            _write_csv(temporary, columns, rows)
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
         plain = csv.writer(file, lineterminator="\n")
         # The csv module leaves a lone carriage return bare, which reads back as a line break.
         quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
@@ -166,87 +196,16 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]
             (quoted if any("\r" in cell for cell in row) else plain).writerow(row)
 
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """The name of an empty file beside `path` that takes its place, synced to disk, when the block ends well."""
-    handle, temporary = _temporary_beside(path)
-    os.close(handle)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def _write_parquet(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path` that takes its place when the block ends well; what was there before goes."""
-    part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        yield part
-        for file in part.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as content:
-                    os.fsync(content.fileno())
-        part.chmod(0o777 & ~_umask())
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(part, path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-@contextmanager
-def atomic_writer(path: Path) -> Iterator[IO[str]]:
-    """Open a text file beside `path` that takes its place, synced to disk, when the block ends well."""
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        yield file
-
-
-def write_json(path: Path, content: Any, default: Callable[[Any], Any] | None = None) -> None:
-    """Write a JSON file for people and programs, whole or not at all; `default` as in `json.dump`."""
-    with atomic_writer(path) as file:
-        json.dump(content, file, indent=2, default=default)
-        file.write("\n")
-
-
-def _temporary_beside(path: Path) -> tuple[int, Path]:
-    """A new file, open for writing, under a name that `remove_leftovers` knows."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    return handle, Path(name)
-
-
-def remove_leftovers(path: Path) -> None:
-    """Remove what `atomic_path` left beside `path`, or files named after it, when its process was killed."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*tmp"):
-        leftover.unlink(missing_ok=True)
-
-
-def check_writable(path: Path) -> None:
-    """Refuse an output path that could not be written at the end of a run.
-
-    Raises:
-        UserError: the path is a folder, its folder does not exist or cannot be written to.
-    """
-    if path.is_dir():
-        raise UserError(f"output {path} is a folder: name a file, such as {path / 'submission.csv'}")
-    if path.exists() and not path.is_file():
-        raise UserError(f"output {path} is a device or a pipe: the output must be a file that can appear as a whole")
-    if not path.parent.is_dir():
-        raise UserError(f"output folder {path.parent} does not exist: create it with mkdir -p {path.parent}")
-    try:
-        handle, temporary = _temporary_beside(path)
-        os.close(handle)
-        temporary.unlink(missing_ok=True)
-        if path.exists():
-            with path.open("ab"):
-                pass
-    except OSError as error:
-        raise UserError(f"output {path} cannot be written: {error.strerror}") from error
+    schema = pa.schema([(name, pa.string()) for name in columns])
+    source = iter(rows)
+    with pq.ParquetWriter(path, schema) as writer:
+        while block := list(islice(source, _BLOCK)):
+            cells = zip(*block, strict=True)
+            writer.write_table(pa.table([pa.array(column, pa.string()) for column in cells], schema=schema))
 
 
 def says_something(text: str) -> bool:
@@ -267,81 +226,118 @@ def digest_pairs(pairs: Iterable[Pair]) -> str:
 
 def _parts(folder: Path) -> list[Path]:
     """The Parquet files of a folder, as programs for large data write them."""
-    parts = sorted(path for path in folder.rglob("*.parquet") if path.is_file())
+    parts = files_in(folder, ".parquet")
     if not parts:
-        raise UserError(f"{folder} is a folder without *.parquet files: name a CSV or Parquet file, or such a folder")
+        raise UserError(
+            f"{shown(folder)} is a folder without *.parquet files: name a CSV or Parquet file, or such a folder"
+        )
     return parts
 
 
-def _read_bytes(path: Path) -> bytes:
+def _first_bytes(path: Path, file: BinaryIO) -> bytes:
+    """The first four bytes; the file is at its beginning again.
+
+    Raises:
+        UserError: there is nothing in it but blanks, or it cannot be read.
+    """
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+        first = file.read(_CHUNK)
+        more = first
+        while more and not more.strip():
+            more = file.read(_CHUNK)
+        file.seek(0)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    if not content.strip():
-        raise UserError(f"{path} is empty: a header line with {', '.join(PAIR_COLUMNS)} is expected")
-    return content
+        raise UserError(f"{shown(path)} cannot be read: {error.strerror or first_line(error)}") from error
+    if not more:
+        raise UserError(f"{shown(path)} is empty: a header line with {', '.join(PAIR_COLUMNS)} is expected")
+    return first[: len(_PARQUET)]
 
 
-def _decode(path: Path, content: bytes, encoding: str) -> str:
+@contextmanager
+def _decoded(path: Path, file: BinaryIO, encoding: str) -> Iterator[IO[str]]:
+    """The file as text, line breaks as they are; what is not in this encoding is an error that says where."""
+    # "utf-8-sig" is UTF-8 that also takes a byte order mark.
+    codec = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
     try:
-        # "utf-8-sig" is UTF-8 that also takes a byte order mark.
-        return content.decode("utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding)
+        text = io.TextIOWrapper(file, codec, newline="")
     except LookupError:
         raise UserError(f"unknown --encoding {encoding!r}: try utf-8, cp1252, latin-1 or utf-16") from None
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        guess = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
-        raise UserError(
-            f"{path}: line {line}, byte offset {error.start}: {content[error.start : error.start + 1]!r} "
-            f"is not valid {encoding}\nIf the file has another encoding, name it: --encoding {guess}"
-        ) from None
-    except UnicodeError as error:
-        raise UserError(f"{path} is not valid {encoding}: {error}") from None
+    try:
+        yield text
+    except UnicodeError:
+        raise UserError(_undecodable(path, file, codec, encoding)) from None
+    except OSError as error:
+        raise UserError(f"{shown(path)} cannot be read: {error.strerror or first_line(error)}") from error
+    finally:
+        text.detach()  # the file is for its owner to close
 
 
-def _parse_csv(path: Path, text: str, columns: Sequence[str], *, exact: bool) -> list[Row]:
+def _undecodable(path: Path, file: BinaryIO, codec: str, encoding: str) -> str:
+    """Where a file is not in an encoding, found by reading it again."""
+    decoder = codecs.getincrementaldecoder(codec)()
+    file.seek(0)
+    lines, start, mark = 1, 0, b""
+    while True:
+        chunk = file.read(_CHUNK)
+        mark = mark or chunk[:2]
+        try:
+            decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            # What the decoder looked at ends where the chunk does, and may begin before it.
+            offset = start + len(chunk) - len(error.object) + error.start
+            line = lines + chunk.count(b"\n", 0, max(0, offset - start))
+            guess = "utf-16" if mark in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
+            return (
+                f"{shown(path)}: line {line}, byte offset {offset}: {error.object[error.start : error.start + 1]!r} "
+                f"is not valid {encoding}\nIf the file has another encoding, name it: --encoding {guess}"
+            )
+        except UnicodeError as error:
+            return f"{shown(path)} is not valid {encoding}: {error}"
+        if not chunk:
+            return f"{shown(path)} is not valid {encoding}"
+        lines += chunk.count(b"\n")
+        start += len(chunk)
+
+
+def _csv_rows(path: Path, text: IO[str], columns: Sequence[str], *, exact: bool) -> Iterator[Row]:
     # The standard module tells line numbers and takes NUL, CRLF, embedded newlines and megabyte cells.
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows: list[Row] = []
+    reader = csv.reader(text, strict=True)
     line = 1
     try:
-        header = next(reader)
-        while not header:
-            header = next(reader)
+        header = next((cells for cells in reader if cells), None)
+        if header is None:
+            raise UserError(f"{shown(path)} is empty: a header line with {', '.join(columns)} is expected")
         where = _columns_in(path, header, columns, exact=exact)
         line = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(header):
                 raise UserError(
-                    f"{path}: line {line} has {len(cells)} fields, the header has {len(header)}\n"
+                    f"{shown(path)}: line {line} has {len(cells)} fields, the header has {len(header)}\n"
                     "Texts that hold commas, quotes or newlines must be quoted."
                 )
             if cells:
-                rows.append(Row(f"line {line}", tuple(cells[index] for index in where)))
+                yield Row(f"line {line}", tuple(cells[index] for index in where))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}: the row that starts on line {line} is not valid CSV: {error}") from None
-    except StopIteration:
-        raise UserError(f"{path} is empty: a header line with {', '.join(columns)} is expected") from None
-    return rows
+        raise UserError(f"{shown(path)}: the row that starts on line {line} is not valid CSV: {error}") from None
 
 
-def _parse_parquet(path: Path, content: bytes, columns: Sequence[str], *, exact: bool) -> list[Row]:
+def _parquet_rows(path: Path, file: BinaryIO, columns: Sequence[str], *, exact: bool) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     try:
-        file = pq.ParquetFile(pa.BufferReader(content))
-        _columns_in(path, file.schema_arrow.names, columns, exact=exact)
-        table = file.read(columns=list(columns))
-        cells = [[_text(value) for value in table.column(name).to_pylist()] for name in columns]
+        table = pq.ParquetFile(file, buffer_size=_CHUNK, pre_buffer=False)
+        _columns_in(path, table.schema_arrow.names, columns, exact=exact)
+        for batch in table.iter_batches(_BLOCK, columns=list(columns)):
+            cells = ([_text(value) for value in batch.column(name).to_pylist()] for name in columns)
+            for row in zip(*cells, strict=True):
+                number += 1
+                yield Row(f"row {number}", row)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise UserError(f"{path} is not a readable Parquet file: {error}") from None
-    return [Row(f"row {number}", row) for number, row in enumerate(zip(*cells, strict=True), start=1)]
+        raise UserError(f"{shown(path)} is not a readable Parquet file: {error}") from None
 
 
 def _text(value: object) -> str:
@@ -358,24 +354,41 @@ def _columns_in(path: Path, header: Sequence[str], columns: Sequence[str], *, ex
         close = {name: difflib.get_close_matches(name, header, n=1, cutoff=0.7) for name in missing}
         hints = "".join(f"; is {match[0]!r} meant to be {name!r}?" for name, match in close.items() if match)
         found = ", ".join(repr(name[:60]) for name in header[:20])
-        raise UserError(f"{path}: missing column {', '.join(missing)}\nFound: {found}{hints}")
+        raise UserError(f"{shown(path)}: missing column {', '.join(missing)}\nFound: {found}{hints}")
     twice = [name for name in columns if list(header).count(name) > 1]
     if twice:
-        raise UserError(f"{path}: column {', '.join(twice)} appears more than once in the header")
+        raise UserError(f"{shown(path)}: column {', '.join(twice)} appears more than once in the header")
     if exact and list(header) != list(columns):
         raise UserError(
-            f"{path}: the columns must be {','.join(columns)} and no others\nFound: {','.join(header[:20])}"
+            f"{shown(path)}: the columns must be {','.join(columns)} and no others\nFound: {','.join(header[:20])}"
         )
     return [list(header).index(name) for name in columns]
 
 
 def some(items: Sequence[str]) -> str:
     """The first few of a list, and how many more there are."""
-    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return ", ".join(items[:_SHOWN]) + more
+    listed = Listed()
+    for item in items:
+        listed.add(item)
+    return str(listed)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+class Listed:
+    """Things to be named in an error: the first few, and how many more there are."""
+
+    def __init__(self) -> None:
+        self._first: list[str] = []
+        self._count = 0
+
+    def add(self, item: str) -> None:
+        """One more."""
+        self._count += 1
+        if self._count <= _SHOWN:
+            self._first.append(item)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __str__(self) -> str:
+        more = f" and {self._count - _SHOWN} more" if self._count > _SHOWN else ""
+        return ", ".join(self._first) + more

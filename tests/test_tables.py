@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from submission.errors import UserError
-from submission.tables import atomic_writer, digest_pairs, header_of, read_pairs, read_table, read_triplets, write_table
+from submission.files import atomic_writer
+from submission.tables import digest_pairs, header_of, read_pairs, read_table, read_triplets, write_table
 from submission.types import Pair
 from submission.validation import validate
 from tests.conftest import write_csv

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from submission.backends.hf_loading import load_model, load_tokenizer, stay_offline_and_quiet
 from submission.errors import UserError, first_line
+from submission.files import atomic_folder
 from submission.manifest import write_manifest
 from submission.models import cache_folder, content_hash, resolve_folder
 from submission.progress import tell
-from submission.tables import atomic_folder
 
 
 def base_folder(model: str) -> Path:

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from submission.errors import UserError
+from submission.files import atomic_folder
 from submission.manifest import installed_version
 from submission.models import cache_folder, content_hash
 from submission.progress import tell
-from submission.tables import atomic_folder
 
 _MODEL, _LORA = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 _NEEDED = (_MODEL, _LORA, "conversion", "gguf-py", "LICENSE")

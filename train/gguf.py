@@ -23,9 +23,9 @@ from submission.backends.common import thread_count
 from submission.backends.hf_loading import load_model, load_tokenizer, stay_offline_and_quiet
 from submission.backends.llama_library import encode_weights, library
 from submission.errors import UserError
+from submission.files import atomic_path, check_writable
 from submission.manifest import manifest_path, write_manifest
 from submission.models import check_peft_adapter, content_hash, noted_template, resolve_folder
-from submission.tables import atomic_path, check_writable
 from train.bases import base_folder
 from train.converter import Converter, find_converter
 from train.merge import named_base

@@ -15,9 +15,9 @@ from typing import Any
 from submission.backends import require
 from submission.backends.hf_loading import load_config, load_model, load_tokenizer, stay_offline_and_quiet
 from submission.errors import UserError, first_line
+from submission.files import atomic_folder
 from submission.manifest import write_manifest
 from submission.models import NOTE, check_peft_adapter, content_hash, noted_template
-from submission.tables import atomic_folder
 from train.bases import base_folder
 
 _PROBES = (

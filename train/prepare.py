@@ -19,11 +19,12 @@ from typing import Any
 
 from eval.encoders import Encoder
 from submission.errors import UserError
+from submission.files import atomic_path
 from submission.likelihoods import journalled
 from submission.manifest import manifest_path, write_manifest
 from submission.models import content_hash
 from submission.progress import show_progress
-from submission.tables import atomic_path, some, write_table
+from submission.tables import some, write_table
 from train import card, screens
 from train.cleaning import Cleaner, Row
 from train.recipe import Recipe, Source

@@ -20,9 +20,9 @@ from eval.encoders import Encoder, find_encoder
 from submission.backends import model_spec
 from submission.config import from_mapping, read_toml
 from submission.errors import UserError
+from submission.files import write_json
 from submission.manifest import manifest_path, read_manifest
 from submission.models import content_hash, resolve_folder
-from submission.tables import write_json
 from train.gguf import Gguf, export
 from train.merge import merge
 from train.prepare import prepare

@@ -20,10 +20,11 @@ from typing import Any
 from submission.backends import require
 from submission.backends.hf_loading import load_tokenizer, stay_offline_and_quiet
 from submission.errors import UserError, first_line
+from submission.files import atomic_folder, atomic_path
 from submission.manifest import write_manifest
 from submission.models import NOTE, content_hash
 from submission.progress import show_progress
-from submission.tables import atomic_folder, atomic_path, read_triplets
+from submission.tables import read_triplets
 from submission.templates import get_template
 from submission.types import Triplet
 from train.bases import base_folder

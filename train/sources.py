@@ -11,8 +11,9 @@ from pathlib import Path
 
 from submission.backends import require
 from submission.errors import UserError
+from submission.files import atomic_folder
 from submission.models import cache_folder
-from submission.tables import atomic_folder, header_of, read_table
+from submission.tables import header_of, read_table
 
 KAGGLE = "kaggle:"
 _TABLES = (".csv", ".parquet", ".jsonl", ".ndjson")

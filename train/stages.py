@@ -16,10 +16,11 @@ from typing import Any
 from eval.encoders import Encoder
 from submission.backends import ModelSpec
 from submission.errors import UserError
+from submission.files import check_writable, on_store
 from submission.generation import answer
 from submission.manifest import manifest_path, write_manifest
 from submission.models import content_hash
-from submission.tables import check_writable, read_table, says_something, write_table
+from submission.tables import read_table, says_something, write_table
 from submission.types import Sampling
 from train import prompts, rewrites, texts
 
@@ -176,7 +177,7 @@ class _Stage:
         try:
             found = json.loads(manifest_path(self._output).read_text(encoding="utf-8"))
             same = bool(found["made_from"] == self._told and found["hash"] == content_hash(self._output))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, UserError):
             return False
         if same:
             say(f"{self._output} is there, made of the same: nothing to do (--fresh makes it anew)")
@@ -192,6 +193,6 @@ def _model_marks(spec: ModelSpec | None) -> dict[str, Any]:
 
 
 def _hash_of(path: Path) -> str:
-    if not path.is_file():
+    if not path.is_file() and not on_store(path):
         raise UserError(f"{path} does not exist")
     return content_hash(path)

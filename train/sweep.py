@@ -15,8 +15,9 @@ from typing import Any
 
 from submission.config import from_mapping, split_list
 from submission.errors import UserError
+from submission.files import atomic_path, write_json
 from submission.manifest import manifest_path
-from submission.tables import atomic_path, write_json, write_table
+from submission.tables import write_table
 from train.sft import sft
 from train.sft_config import Sft, read_sft
 

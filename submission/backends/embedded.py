@@ -23,9 +23,9 @@ from pathlib import Path
 
 from submission.backends.common import thread_count
 from submission.backends.llama_library import encode_weights, library
+from submission.files import atomic_path, atomic_writer, remove_leftovers
 from submission.models import EMBEDDED, cache_folder, content_hash, resolve_gguf
 from submission.progress import tell
-from submission.tables import atomic_path, atomic_writer, remove_leftovers
 
 _FILE_TYPES = {"BF16": 32, "F16": 1}  # llama_ftype in llama.h
 

@@ -21,11 +21,11 @@ from typing import Any
 import submission
 from submission import kernel
 from submission.errors import UserError
+from submission.files import atomic_folder, write_json
 from submission.manifest import manifest_path
 from submission.models import EMBEDDED, check_gguf_adapter, check_peft_adapter, is_gguf, resolve_folder
 from submission.publish.image import Image, kaggle_image
 from submission.publish.wheels import LLAMA, OURS, distribution, fetch, lacking, newest_needed, own_wheel, version_of
-from submission.tables import atomic_folder, write_json
 
 DATASET = "prompt-recovery-bundle"
 ATTACHED = "attached"

@@ -14,6 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from submission.files import write_json
 from submission.publish.client import (
     CALL_SECONDS,
     TRANSFER_SECONDS,
@@ -32,7 +33,6 @@ from submission.publish.metadata import (
     read_object,
     with_owner,
 )
-from submission.tables import write_json
 
 _SOURCES = {
     "invalidDatasetSources": "dataset",

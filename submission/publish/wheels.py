@@ -13,10 +13,10 @@ from importlib import metadata
 from pathlib import Path
 
 from submission.errors import PromptRecoveryError, UserError
+from submission.files import atomic_folder
 from submission.manifest import installed_version
 from submission.models import cache_folder
 from submission.publish.image import Image
-from submission.tables import atomic_folder
 
 OURS = "prompt-recovery"
 LLAMA = "llama-cpp-python"

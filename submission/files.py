@@ -1,0 +1,246 @@
+"""Files that appear whole or not at all, and paths on object stores.
+
+    with atomic_path(Path("submission.csv")) as temporary: ...
+
+`s3://` and `gs://` paths go through the file systems of pyarrow; a `Path` writes them as `s3:/`.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+from submission.errors import PromptRecoveryError, UserError, first_line
+
+_STORE = re.compile(r"(s3|gs|gcs):/+(.+)")
+
+
+def on_store(path: Path) -> bool:
+    """Whether a path is of an object store (`s3://`, `gs://`) and not of this machine."""
+    return _STORE.fullmatch(path.as_posix()) is not None
+
+
+def shown(path: Path) -> str:
+    """A path as its user wrote it."""
+    return _STORE.sub(r"\1://\2", path.as_posix()) if on_store(path) else str(path)
+
+
+def beside(output: Path, ending: str) -> Path:
+    """Where what belongs to an output lies: beside it, or in the working directory for one on an object store."""
+    return (Path(output.name) if on_store(output) else output).with_name(output.name + ending)
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """Open a file of this machine or of an object store for reading, from any place in it.
+
+    Raises:
+        UserError: it is missing or cannot be read.
+    """
+    try:
+        if on_store(path):
+            store, name = _store(path)
+            return cast(BinaryIO, store.open_input_file(name))
+        file = path.open("rb")
+        if file.seekable():
+            return file
+        with file:  # a pipe, which can be read once
+            copy = tempfile.TemporaryFile()  # noqa: SIM115 - for the caller to close
+            shutil.copyfileobj(file, copy)
+            copy.seek(0)
+            return cast(BinaryIO, copy)
+    except FileNotFoundError:
+        raise UserError(f"{shown(path)} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{shown(path)} cannot be read: {error.strerror or first_line(error)}") from error
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder, here or on an object store.
+
+    Raises:
+        UserError: the object store cannot be asked.
+    """
+    if not on_store(path):
+        return path.is_dir()
+    from pyarrow import fs
+
+    store, name = _store(path)
+    try:
+        return bool(store.get_file_info(name).type == fs.FileType.Directory)
+    except OSError as error:
+        raise UserError(f"{shown(path)} cannot be read: {first_line(error)}") from error
+
+
+def files_in(folder: Path, ending: str) -> list[Path]:
+    """Files below a folder whose names end so, sorted.
+
+    Raises:
+        UserError: the object store cannot be asked.
+    """
+    if not on_store(folder):
+        return sorted(path for path in folder.rglob(f"*{ending}") if path.is_file())
+    from pyarrow import fs
+
+    store, name = _store(folder)
+    root = folder.as_posix()[: -len(name)]
+    try:
+        found = store.get_file_info(fs.FileSelector(name, recursive=True))
+    except OSError as error:
+        raise UserError(f"{shown(folder)} cannot be read: {first_line(error)}") from error
+    return sorted(Path(root + info.path) for info in found if info.is_file and info.path.endswith(ending))
+
+
+def _store(path: Path) -> tuple[Any, str]:
+    """The pyarrow file system of a path, and the name in it."""
+    try:
+        from pyarrow import ArrowException, fs
+    except ImportError:
+        raise UserError(f"{shown(path)} needs pyarrow: pip install pyarrow") from None
+    try:
+        store, name = fs.FileSystem.from_uri(shown(path))
+    except (ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{shown(path)} cannot be reached: {first_line(error)}") from error
+    return store, name
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """The name of an empty file beside `path` that takes its place, synced to disk, when the block ends well.
+
+    For a path on an object store it is a file of this machine, which is uploaded then.
+    """
+    if on_store(path):
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / path.name
+            local.touch()
+            yield local
+            _upload(local, path)
+        return
+    handle, temporary = _temporary_beside(path)
+    os.close(handle)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` that takes its place when the block ends well; what was there before goes."""
+    part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield part
+        for file in part.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as content:
+                    os.fsync(content.fileno())
+        part.chmod(0o777 & ~_umask())
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[IO[str]]:
+    """Open a text file beside `path` that takes its place, synced to disk, when the block ends well."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        yield file
+
+
+def write_json(path: Path, content: Any, default: Callable[[Any], Any] | None = None) -> None:
+    """Write a JSON file for people and programs, whole or not at all; `default` as in `json.dump`."""
+    with atomic_writer(path) as file:
+        json.dump(content, file, indent=2, default=default)
+        file.write("\n")
+
+
+def _upload(local: Path, path: Path) -> None:
+    """Copy a file to an object store, where it appears whole.
+
+    Raises:
+        PromptRecoveryError: it could not be written.
+    """
+    store, name = _store(path)
+    try:
+        with local.open("rb") as source, store.open_output_stream(name) as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+    except OSError as error:
+        raise PromptRecoveryError(
+            f"{shown(path)} cannot be written: {first_line(error)}\n"
+            f"What is finished is safe in the journal: run the same command again, or with -o {path.name}"
+        ) from error
+
+
+def _temporary_beside(path: Path) -> tuple[int, Path]:
+    """A new file, open for writing, under a name that `remove_leftovers` knows."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    return handle, Path(name)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what `atomic_path` left beside `path`, or files named after it, when its process was killed."""
+    if on_store(path):
+        return
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse an output path that could not be written at the end of a run.
+
+    Raises:
+        UserError: the path is a folder, its folder does not exist or cannot be written to.
+    """
+    if on_store(path):
+        _check_store(path)
+        return
+    if path.is_dir():
+        raise UserError(f"output {path} is a folder: name a file, such as {path / 'submission.csv'}")
+    if path.exists() and not path.is_file():
+        raise UserError(f"output {path} is a device or a pipe: the output must be a file that can appear as a whole")
+    if not path.parent.is_dir():
+        raise UserError(f"output folder {path.parent} does not exist: create it with mkdir -p {path.parent}")
+    try:
+        handle, temporary = _temporary_beside(path)
+        os.close(handle)
+        temporary.unlink(missing_ok=True)
+        if path.exists():
+            with path.open("ab"):
+                pass
+    except OSError as error:
+        raise UserError(f"output {path} cannot be written: {error.strerror}") from error
+
+
+def _check_store(path: Path) -> None:
+    from pyarrow import fs
+
+    store, name = _store(path)
+    bucket = name.split("/", 1)[0]
+    try:
+        if is_folder(path):
+            raise UserError(f"output {shown(path)} is a folder: name a file")
+        if store.get_file_info(bucket).type == fs.FileType.NotFound:
+            raise UserError(f"output {shown(path)} cannot be written: there is no bucket {bucket}")
+    except OSError as error:
+        raise UserError(f"output {shown(path)} cannot be written: {first_line(error)}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,57 @@
+"""What a row costs the driver in memory and time, with a model that costs nothing. A study, not a test.
+
+    python -m tests.driver_memory --rows 10000,100000,1000000
+    python -m tests.driver_memory --rows 10000,100000 -- --workers 2
+
+What comes behind `--` goes to `predict`. Peak memory is that of the driver's process alone; what a row adds is told
+beside the run with the fewest rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from submission.tables import PAIR_COLUMNS, read_pairs, write_table
+from tests.conftest import ROOT, command, environment
+
+
+def measure(pairs: Path, output: Path, more: Sequence[str]) -> tuple[float, float, float]:
+    """Rows per second of computing, seconds from start to end, and peak bytes of one run of `predict`."""
+    arguments = command("predict", pairs, "-o", output, "--backend", "scripted", "--set", "batch=32", "--json", *more)
+    with (output.parent / "told").open("w+") as told, (output.parent / "log").open("w") as log:
+        process = subprocess.Popen(arguments, env=environment(), stdout=told, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0, (output.parent / "log").read_text()[-2000:]
+        told.seek(0)
+        summary = json.loads(told.read().splitlines()[-1])
+    return summary["rows_per_second"], summary["seconds"], usage.ru_maxrss * 1024
+
+
+def main() -> None:
+    """Print a line for each number of rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="10000,100000,1000000")
+    parser.add_argument("more", nargs="*")
+    asked = parser.parse_args()
+    examples = read_pairs(ROOT / "examples" / "test.csv")
+    first: tuple[int, float] | None = None
+    for rows in map(int, asked.rows.split(",")):
+        with tempfile.TemporaryDirectory() as folder:
+            pairs = Path(folder) / "pairs.csv"
+            chosen = ((str(number), examples[number % len(examples)]) for number in range(rows))
+            write_table(pairs, PAIR_COLUMNS, ((key, p.original_text, p.rewritten_text) for key, p in chosen))
+            speed, seconds, peak = measure(pairs, Path(folder) / "submission.csv", asked.more)
+        first = first or (rows, peak)
+        more = (peak - first[1]) / (rows - first[0]) if rows > first[0] else 0.0
+        print(f"{rows:>9} rows  {seconds:7.1f} s  {rows / seconds:7.0f} rows/s in all, {speed:7.0f} while computing  "
+              f"{peak / 1e6:6.0f} MB at the peak  {more:6.1f} bytes a row more", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -12,11 +12,12 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from submission.errors import MissingExtra, UserError, first_line
 from submission.fleet import Event, Inbox, Member, Method, Spread, divided, gathered, load_words, work
@@ -75,6 +76,10 @@ class Worker:
         yield from gathered(work(self._backend, self._inbox))
 
 
+class _DiedError(UserError):
+    """A worker died before it was ready."""
+
+
 class Cluster(Spread):
     """A `Backend` of actors with a copy of the model each.
 
@@ -107,17 +112,28 @@ class Cluster(Spread):
         self._members = [Actor(number) for number in range(count)]
         for member in self._members:
             self._start(member)
-        loading = [(member, _handle(member).load.remote(self._spec)) for member in self._members]
-        for member, loaded in loading:
-            if not self._placed(member):
-                raise UserError(
-                    f"the cluster has no room for worker {member.number + 1} of {count} now ({cpus} CPUs, {gpus:g} "
-                    "GPUs each): others use it; wait, or lower --workers"
-                )
-            self._loaded(member, loaded)
+        loading = {member: _handle(member).load.remote(self._spec) for member in self._members}
+        self._members = self._placed(self._members)
+        each_takes = f"{cpus} CPUs, {gpus:g} GPUs each"
+        if not self._members:
+            raise UserError(
+                f"the cluster has no room for a worker now ({each_takes}): others use it; wait, or ask for less"
+            )
+        if len(self._members) < count:
+            say(f"the cluster has room for {len(self._members)} of {count} workers now ({each_takes}): they begin")
+        for member in list(self._members):
+            try:
+                self._loaded(member, loading[member])
+            except _DiedError as error:
+                self._members.remove(member)
+                if not self._members:
+                    raise
+                say(f"{error}: the others begin")
 
     def close(self) -> None:
         """End the actors; a cluster that was started for this run ends with the process."""
+        if not self._ray.is_initialized():  # the process ends: a call to Ray would connect again, and hang
+            return
         for member in self._members:
             with suppress(Exception):
                 self._ray.kill(_handle(member))
@@ -147,7 +163,7 @@ class Cluster(Spread):
         self._start(member)
         loaded = member.handle.load.remote(self._spec)
         why = "there is no room for another"
-        if self._placed(member):
+        if self._placed([member]):
             try:
                 self._loaded(member, loaded)
             except UserError as error:  # its node died as well, or is out of memory
@@ -166,20 +182,25 @@ class Cluster(Spread):
         assert isinstance(member, Actor)
         member.handle = self._make.remote()
 
-    def _placed(self, member: Member) -> bool:
-        """Whether the actor runs somewhere, soon."""
-        try:
-            self._ray.get(_handle(member).node.remote(), timeout=_PLACE_SECONDS)
-        except self._ray.exceptions.RayError:
-            return False
-        return True
+    def _placed(self, members: Sequence[Member]) -> list[Member]:
+        """Those of these actors that run somewhere, soon; the others are ended."""
+        asked = {_handle(member).node.remote(): member for member in members}
+        self._ray.wait(list(asked), num_returns=len(asked), timeout=_PLACE_SECONDS)
+        found = []
+        for where, member in asked.items():
+            try:
+                self._ray.get(where, timeout=0)
+                found.append(member)
+            except self._ray.exceptions.RayError:
+                self._ray.kill(_handle(member))
+        return found
 
     def _loaded(self, member: Member, loaded: Any) -> None:
         assert isinstance(member, Actor)
         try:
             wrong = self._ray.get(loaded)
         except self._ray.exceptions.RayError as error:
-            raise UserError(f"worker {member.number} died while it loaded the model: {first_line(error)}") from None
+            raise _DiedError(f"worker {member.number} died while it loaded the model: {first_line(error)}") from None
         if wrong:
             raise UserError(wrong)
         member.told = member.handle.serve.options(num_returns="streaming").remote()
@@ -192,12 +213,15 @@ def connect(fleet: Fleet) -> Any:
         UserError: there is none at that address, or it runs another version.
         MissingExtra: Ray is not installed.
     """
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # what is held back is printed by our own thread: see _WithoutRay
     try:
         import ray
     except ImportError:
         raise MissingExtra("--ray", "ray", "ray") from None
     if ray.is_initialized():
         return ray
+    if not isinstance(sys.stdout, _WithoutRay):
+        sys.stdout = cast(TextIO, _WithoutRay(sys.stdout))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no network but the cluster's
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     more: dict[str, Any] = {}
@@ -227,6 +251,23 @@ def connect(fleet: Fleet) -> Any:
     if thread.is_alive():
         raise UserError(f"--ray {fleet.ray} does not answer: is it the address of `ray start --head`?")
     return ray
+
+
+class _WithoutRay:
+    """Standard output, which a program may read, without what Ray's threads print there of the cluster: that goes to
+    standard error.
+    """
+
+    def __init__(self, output: TextIO) -> None:
+        self._output = output
+
+    def write(self, text: str) -> int:
+        """As of a text file."""
+        of_ray = threading.current_thread().name.startswith("ray_")
+        return (sys.stderr if of_ray else self._output).write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._output, name)
 
 
 def _check_reachable(address: str) -> None:

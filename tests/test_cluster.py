@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -135,6 +136,23 @@ def test_a_cluster_that_is_not_there_is_said_within_seconds(cli: Cli, listens: b
     assert f"--ray {address}" in done.err
     assert "Traceback" not in done.err
     assert seconds < 25  # 15 for the cluster, the rest for Python and Ray to start
+
+
+@pytest.mark.parametrize(("name", "version"), [("ray_version", "1.13.0"), ("python_version", "3.8.20")])
+def test_another_version_on_the_cluster_is_said(nodes: Any, cli: Cli, name: str, version: str) -> None:
+    """The cluster says that it is another one: what it tells to those that connect is changed."""
+    stored: Any = ray._raylet.GcsClient(address=nodes.address)
+    key, space = b"CLUSTER_METADATA", b"cluster"
+    before = stored.internal_kv_get(key, space)
+    stored.internal_kv_put(key, json.dumps({**json.loads(before), name: version}).encode(), True, space)
+    try:
+        began = time.monotonic()
+        done = cli("predict", TABLE, "-o", "out.csv", "--backend", "scripted", "--ray", nodes.address)
+        seconds = time.monotonic() - began
+    finally:
+        stored.internal_kv_put(key, before, True, space)
+    assert (done.code, "another version of Ray or Python" in done.err, version in done.err) == (2, True, True), done.err
+    assert seconds < 25
 
 
 def test_without_ray_the_option_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

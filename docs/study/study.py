@@ -1,0 +1,235 @@
+"""The study of docs/STUDY.md from nothing: stages that go on where they were stopped, then its figures.
+
+    make study
+    python docs/study/study.py --list
+    python docs/study/study.py --only tuned --only compare-ways
+
+Everything lies under runs/study; figures, answers and PNGs beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path("docs/study")
+RUNS = Path("runs/study")
+SETS = RUNS / "sets"
+TEST = SETS / "test.parquet"
+
+# What is trained, beside docs/study/tune.toml: settings of [sft].
+TUNED: dict[str, Sequence[str]] = {
+    "tuned": (),
+    "other-seed": ("seed=1",),
+    "size-64": ("rows=64",),
+    "size-128": ("rows=128",),
+    "one-kind": (f"train={RUNS}/one-kind.parquet",),
+    "mixed": (f"train={RUNS}/mixed.parquet",),
+    "rate-1e-4": ("rows=128", "learning_rate=1e-4"),
+    "rate-2e-3": ("rows=128", "learning_rate=2e-3"),
+    "epochs-10": ("rows=128", "epochs=10", "evaluate_every=16", "save_every=16", "evaluation_rows=0"),
+    "attention": ("targets=q_proj,k_proj,v_proj,o_proj",),
+    "half": (f"base={RUNS}/half-base",),
+}
+# What is put beside what: a reference, then the others.
+COMPARED: dict[str, tuple[str, ...]] = {
+    "ways": ("tuned", "constant", "constant_fitted", "zero_shot", "few_shot", "nearest"),
+    "diversity": ("mixed", "one-kind", "zero_shot"),
+    "size": ("tuned", "size-128", "size-64", "zero_shot"),
+    "rates": ("size-128", "rate-1e-4", "rate-2e-3", "epochs-10", "zero_shot"),
+    "layers": ("tuned", "attention", "zero_shot"),
+    "half": ("tuned", "half", "constant", "zero_shot"),
+    "quantizations": ("merged-f16", "merged-q8_0", "merged-q5_k_m", "merged-q4_k_m", "zero_shot"),
+}
+BASELINES = ("constant", "constant_fitted", "nearest", "zero_shot", "few_shot")
+QUANTIZATIONS = ("F16", "Q8_0", "Q5_K_M", "Q4_K_M")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step that makes `product`; done if it is there.
+
+    Attributes:
+        name: to name it by.
+        minutes: that it took on two cores, when it was last run; 0 where it was not.
+        work: runs it.
+    """
+
+    name: str
+    minutes: float
+    product: Path
+    work: Callable[[], None]
+
+
+def stages() -> list[Stage]:
+    """All, in order."""
+    found = [
+        Stage("sets", 0, TEST, lambda: run("train", "run", HERE / "sets.toml")),
+        Stage("kinds", 0, RUNS / "mixed.parquet", one_kind_and_mixed),
+        Stage("baselines", 0, HERE / "answers" / "zero_shot.csv", baselines),
+        Stage("half-base", 0, RUNS / "half-base/config.json", lambda: run(
+            "train", "cut", "embedded", "--layers", 15, "-o", RUNS / "half-base")),
+    ]  # fmt: skip
+    for name, settings in TUNED.items():
+        found.append(Stage(name, 0, HERE / "answers" / f"{name}.csv", tune(name, settings)))
+    found.append(Stage("judge", 0, RUNS / "judge/adapter.gguf", judge))
+    found.append(Stage("quantizations", 0, HERE / "answers/merged-q4_k_m.csv", quantizations))
+    for name, sources in (("ensemble", "sources.toml"), ("small", "small-sources.toml")):
+        found.append(Stage(name, 0, HERE / f"{name}.json", ensemble(name, sources)))
+    found.append(Stage("speed", 0, HERE / "speed.json", speed))
+    for name, systems in COMPARED.items():
+        found.append(Stage(f"compare-{name}", 0, HERE / f"{name}.json", compare(name, systems)))
+    return found
+
+
+def run(room: str, *arguments: object) -> str:
+    """Run a command of this project; its standard output.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    words = [sys.executable, "-m", room, *map(str, arguments)]
+    print("$ python", *words[1:], flush=True)
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return done.stdout
+
+
+def one_kind_and_mixed() -> None:
+    """The most frequent kind of prompt alone, and as many rows of all kinds."""
+    import pandas as pd
+
+    rows = pd.read_parquet(SETS / "train.parquet")
+    kind = rows["kind"].value_counts().index[0]
+    alone = rows[rows["kind"] == kind]
+    alone.to_parquet(RUNS / "one-kind.parquet", index=False)
+    rows.head(len(alone)).to_parquet(RUNS / "mixed.parquet", index=False)
+
+
+def baselines() -> None:
+    """Ways of predicting without tuning."""
+    only = [part for name in BASELINES for part in ("--only", name)]
+    run("eval", "baselines", SETS / "train.parquet", TEST, "-o", RUNS / "baselines", *only)
+    for name in BASELINES:
+        keep(RUNS / "baselines/test" / name / "submission.csv", name)
+
+
+def tune(name: str, settings: Sequence[str]) -> Callable[[], None]:
+    """Tune, export the adapter, predict with it on the base that it was trained on."""
+    folder = RUNS / name
+
+    def work() -> None:
+        chosen = [part for setting in settings for part in ("--set", setting)]
+        run("train", "sft", HERE / "tune.toml", *chosen, "-o", folder / "sft")
+        if name == "half":  # as a GGUF file its logits are off: see docs/LOG.md
+            model: tuple[object, ...] = ("--backend", "transformers", "--model", RUNS / "half-base",
+                                         "--adapter", folder / "sft/adapter")  # fmt: skip
+        else:
+            run("train", "gguf", folder / "sft/adapter", "--adapter", "-o", folder / "adapter.gguf")
+            model = ("--adapter", folder / "adapter.gguf", "--template", "brief")
+        run("submission", "predict", TEST, "-o", folder / "submission.csv", *model)
+        keep(folder / "submission.csv", name)
+        shutil.copyfile(folder / "sft.run.json", HERE / "losses" / f"{name}.json")
+
+    return work
+
+
+def judge() -> None:
+    """A judge that says Yes or No."""
+    run("train", "sft", HERE / "judge.toml", "-o", RUNS / "judge/sft")
+    run("train", "gguf", RUNS / "judge/sft/adapter", "--adapter", "-o", RUNS / "judge/adapter.gguf")
+
+
+def quantizations() -> None:
+    """The tuned model, merged, in several precisions."""
+    merged = RUNS / "tuned/merged"
+    if not (merged / "config.json").is_file():
+        run("train", "merge", RUNS / "tuned/sft/adapter", "-o", merged)
+    run("train", "gguf", merged, "-o", RUNS / "tuned/merged.gguf", "--quantization", ",".join(QUANTIZATIONS))
+    for name in (f"merged-{quantization.lower()}" for quantization in QUANTIZATIONS):
+        file, output = RUNS / f"tuned/{name}.gguf", RUNS / f"tuned/{name}.csv"
+        run("submission", "predict", TEST, "-o", output, "--model", file, "--template", "brief")
+        keep(output, name)
+
+
+def ensemble(name: str, sources: str) -> Callable[[], None]:
+    """Many answers, and every way of choosing among them."""
+
+    def work() -> None:
+        candidates = RUNS / f"{name}.parquet"
+        run("ensemble", "sample", TEST, "-o", candidates, "--sources", HERE / sources)
+        run("ensemble", "experiment", candidates, "--truth", TEST, "-o", RUNS / name, "--models", HERE / "models.toml",
+            "--by", "kind")  # fmt: skip
+        shutil.copyfile(RUNS / name / "experiment.json", HERE / f"{name}.json")
+
+    return work
+
+
+def speed() -> None:
+    """Rows per second beside other programs."""
+    told = run("eval", "throughput", TEST, "--plot", HERE / "speed.png", "--json")
+    write(HERE / "speed.json", told)
+
+
+def compare(name: str, systems: Sequence[str]) -> Callable[[], None]:
+    """Means and paired differences of some answers, and their plot."""
+
+    def work() -> None:
+        answers = [f"{system}={HERE}/answers/{system}.csv" for system in systems]
+        told = run("eval", "compare", *answers, "--truth", TEST, "--reference", systems[0], "--json")
+        print(told)
+        write(HERE / f"{name}.json", told)
+        plot(name)
+
+    return work
+
+
+def plot(name: str) -> None:
+    """Means with their intervals."""
+    from eval.charts import intervals
+    from eval.intervals import Interval
+
+    told = json.loads((HERE / f"{name}.json").read_text())
+    found = {system: Interval(**figures["mean"]) for system, figures in told["systems"].items()}
+    (HERE / f"{name}.png").write_bytes(intervals(found, "sharpened cosine similarity (MiniLM)"))
+
+
+def keep(submission: Path, name: str) -> None:
+    """A copy of answers beside this file: all comparisons are made from these."""
+    (HERE / "answers").mkdir(exist_ok=True)
+    (HERE / "losses").mkdir(exist_ok=True)
+    shutil.copyfile(submission, HERE / "answers" / f"{name}.csv")
+
+
+def write(path: Path, told: str) -> None:
+    """The machine-readable last line of a command, for people as well."""
+    path.write_text(json.dumps(json.loads(told.splitlines()[-1]), indent=1) + "\n")
+
+
+def main() -> None:
+    """Run what is not done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="stages, minutes and whether they are done; runs nothing")
+    parser.add_argument("--only", action="append", help="a stage; again for more")
+    asked = parser.parse_args()
+    for stage in stages():
+        done = stage.product.is_file()
+        if asked.list:
+            print(f"{stage.name:24} {stage.minutes:5.1f} min  {'done' if done else ''}")
+        elif not done and (not asked.only or stage.name in asked.only):
+            print(f"== {stage.name}", flush=True)
+            began = time.monotonic()
+            stage.work()
+            print(f"== {stage.name}: {(time.monotonic() - began) / 60:.1f} min", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import threading
@@ -20,6 +21,7 @@ from submission.errors import MissingExtra, UserError
 from submission.hardware import Fleet
 from submission.templates import get_template
 from tests.conftest import ROOT, Cli
+from tests.fleet_kills import one_run
 from tests.test_workers import PAIRS, requests
 
 ray = pytest.importorskip("ray")
@@ -95,6 +97,23 @@ def test_what_dies_on_the_cluster_loses_no_row_and_doubles_none(
         assert numbers(backend) == list(range(300))  # the next call, with those that are left
     finally:
         backend.close()
+
+
+def test_workers_that_find_room_begin(nodes: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("submission.cluster._PLACE_SECONDS", 3.0)
+    first = Cluster(scripted(), Fleet(3, nodes.address, cpus=1))
+    second = Cluster(scripted(), Fleet(2, nodes.address, cpus=1))
+    try:
+        assert "has room for 1 of 2 workers" in capsys.readouterr().err
+        assert numbers(second) == list(range(300))
+    finally:
+        first.close()
+        second.close()
+
+
+def test_kills_of_anything_lose_no_row(nodes: Any, tmp_path: Path) -> None:
+    killed = one_run(nodes, tmp_path, "scripted", rows=200, kills=2, draw=random.Random(1))
+    assert killed.total() == 2
 
 
 def test_likelihoods_come_from_the_cluster(nodes: Any) -> None:

@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from submission.errors import MissingExtra, UserError, first_line
@@ -36,8 +36,8 @@ _PORT, _CLIENT_PORT = 6379, 10001
 class Actor(Member):
     """An actor's handle, the stream of what it tells, and the task that becomes ready when its model is loaded."""
 
-    handle: Any = None
-    told: Any = None
+    handle: Any = field(init=False)
+    told: Any = field(init=False)
 
 
 class Worker:
@@ -80,7 +80,7 @@ class _DiedError(UserError):
     """A worker died before it was ready."""
 
 
-class Cluster(Spread):
+class Cluster(Spread[Actor]):
     """A `Backend` of actors with a copy of the model each.
 
     Args:
@@ -109,24 +109,24 @@ class Cluster(Spread):
         self._spec = divided(spec, 1, cpus)
         # Four threads: `serve` never ends, `put`, `stop` and `node` come in beside it.
         self._make = ray.remote(num_cpus=cpus, num_gpus=gpus, max_concurrency=4, max_restarts=0)(Worker)
-        self._members = [Actor(number) for number in range(count)]
-        for member in self._members:
+        self.members = [Actor(number) for number in range(count)]
+        for member in self.members:
             self._start(member)
-        loading = {member: _handle(member).load.remote(self._spec) for member in self._members}
-        self._members = self._placed(self._members)
+        loading = {member: member.handle.load.remote(self._spec) for member in self.members}
+        self.members = self._placed(self.members)
         each_takes = f"{cpus} CPUs, {gpus:g} GPUs each"
-        if not self._members:
+        if not self.members:
             raise UserError(
                 f"the cluster has no room for a worker now ({each_takes}): others use it; wait, or ask for less"
             )
-        if len(self._members) < count:
-            say(f"the cluster has room for {len(self._members)} of {count} workers now ({each_takes}): they begin")
-        for member in list(self._members):
+        if len(self.members) < count:
+            say(f"the cluster has room for {len(self.members)} of {count} workers now ({each_takes}): they begin")
+        for member in list(self.members):
             try:
                 self._loaded(member, loading[member])
             except _DiedError as error:
-                self._members.remove(member)
-                if not self._members:
+                self.members.remove(member)
+                if not self.members:
                     raise
                 say(f"{error}: the others begin")
 
@@ -134,18 +134,18 @@ class Cluster(Spread):
         """End the actors; a cluster that was started for this run ends with the process."""
         if not self._ray.is_initialized():  # the process ends: a call to Ray would connect again, and hang
             return
-        for member in self._members:
+        for member in self.members:
             with suppress(Exception):
-                self._ray.kill(_handle(member))
+                self._ray.kill(member.handle)
 
-    def _ask(self, member: Member, call: int, method: Method, items: Sequence[Any]) -> None:
-        _handle(member).put.remote(call, method, list(items))
+    def _ask(self, member: Actor, call: int, method: Method, items: Sequence[Any]) -> None:
+        member.handle.put.remote(call, method, list(items))
 
-    def _stop(self, member: Member, call: int) -> None:
-        _handle(member).stop.remote(call)
+    def _stop(self, member: Actor, call: int) -> None:
+        member.handle.stop.remote(call)
 
-    def _listen(self, members: Sequence[Member]) -> Iterator[tuple[Member, Event | None]]:
-        by_stream = {_told(member): member for member in members}
+    def _listen(self, members: Sequence[Actor]) -> Iterator[tuple[Actor, Event | None]]:
+        by_stream = {member.told: member for member in members}
         ready, _ = self._ray.wait(list(by_stream), num_returns=1)
         for stream in ready:
             member = by_stream[stream]
@@ -157,8 +157,7 @@ class Cluster(Spread):
             for event in events:
                 yield member, event
 
-    def _replace(self, member: Member) -> str:
-        assert isinstance(member, Actor)
+    def _replace(self, member: Actor) -> str:
         words = f"worker {member.number} on the cluster died"
         self._start(member)
         loaded = member.handle.load.remote(self._spec)
@@ -172,19 +171,18 @@ class Cluster(Spread):
                 say(f"{words}: another took its place")
                 return words
         self._ray.kill(member.handle)
-        self._members.remove(member)
-        if not self._members:
+        self.members.remove(member)
+        if not self.members:
             raise UserError(f"{words}, and none is left ({why}): start more nodes and run the same command again")
-        say(f"{words}, and {why}: {len(self._members)} are left")
+        say(f"{words}, and {why}: {len(self.members)} are left")
         return words
 
-    def _start(self, member: Member) -> None:
-        assert isinstance(member, Actor)
+    def _start(self, member: Actor) -> None:
         member.handle = self._make.remote()
 
-    def _placed(self, members: Sequence[Member]) -> list[Member]:
+    def _placed(self, members: Sequence[Actor]) -> list[Actor]:
         """Those of these actors that run somewhere, soon; the others are ended."""
-        asked = {_handle(member).node.remote(): member for member in members}
+        asked = {member.handle.node.remote(): member for member in members}
         self._ray.wait(list(asked), num_returns=len(asked), timeout=_PLACE_SECONDS)
         found = []
         for where, member in asked.items():
@@ -192,11 +190,10 @@ class Cluster(Spread):
                 self._ray.get(where, timeout=0)
                 found.append(member)
             except self._ray.exceptions.RayError:
-                self._ray.kill(_handle(member))
+                self._ray.kill(member.handle)
         return found
 
-    def _loaded(self, member: Member, loaded: Any) -> None:
-        assert isinstance(member, Actor)
+    def _loaded(self, member: Actor, loaded: Any) -> None:
         try:
             wrong = self._ray.get(loaded)
         except self._ray.exceptions.RayError as error:
@@ -287,13 +284,3 @@ def _about(error: Exception) -> str:
     if "ersion mismatch" in str(error):
         return "the cluster runs another version of Ray or Python: " + " ".join(lines)[:300]
     return first_line(error)
-
-
-def _handle(member: Member) -> Any:
-    assert isinstance(member, Actor)
-    return member.handle
-
-
-def _told(member: Member) -> Any:
-    assert isinstance(member, Actor)
-    return member.told

@@ -1,8 +1,8 @@
 """Several copies of a model behind the two methods of a `Backend`: who gets which request, and what a worker does.
 
-Requests are dealt to the worker that has the fewest, answers come back as they are finished, and what a lost worker had
-is asked again: whoever keeps the journal sees one backend. Workers are processes of this machine (`submission.workers`)
-or actors of a Ray cluster (`submission.cluster`).
+Requests are dealt to the worker that has the least to do, answers come back as they are finished, and what a lost
+worker had is asked again: whoever keeps the journal sees one backend. Workers are processes of this machine
+(`submission.workers`) or actors of a Ray cluster (`submission.cluster`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from submission.backends.common import memory_budget, thread_count
 from submission.errors import BackendError, UserError, first_line
@@ -24,8 +24,9 @@ from submission.types import Backend, Chat, Completion, LogLikelihood, Request
 if TYPE_CHECKING:
     from submission.backends import ModelSpec
 
-_BLOCK = 16  # requests that are dealt together: neighbours often share a beginning
+_BLOCK = 8  # requests that are dealt together: neighbours often share a beginning
 _AHEAD = 512  # requests that a worker may have: twice what a backend looks at together, so that none runs dry
+_ANSWER = 250  # characters of a prompt that take as long as an answer, about
 _DEATHS = 3  # of workers in one call, beyond which the rows are suspected and divided
 
 Method = Literal["generate", "loglikelihood"]
@@ -35,18 +36,53 @@ Event = tuple[Any, ...]
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """A worker, as the driver sees it: its number and the requests that it has not answered."""
+    """A worker, as the driver sees it.
+
+    Attributes:
+        number: its own.
+        asked: requests that it has not answered, by key.
+        load: the work that they are, in characters.
+    """
 
     number: int
     asked: dict[str, Any] = field(default_factory=dict)
+    load: int = 0
+
+    def take(self, block: Iterable[tuple[str, Any]]) -> None:
+        """It has been asked these."""
+        for key, item in block:
+            self.asked[key] = item
+            self.load += _load(item)
+
+    def done(self, key: str) -> bool:
+        """Whether this answers what it has been asked: one that was taken for lost had answered already."""
+        item = self.asked.pop(key, None)
+        if item is None:
+            return False
+        self.load -= _load(item)
+        return True
+
+    def leave(self) -> dict[str, Any]:
+        """What it has not answered, which is to be asked of others."""
+        left, self.asked, self.load = self.asked, {}, 0
+        return left
 
 
-class Spread(ABC):
+def _load(item: Any) -> int:
+    """What a request or a (key, chat, continuation) takes, so that nobody is done long before the others."""
+    chat, more = (item.chat, _ANSWER * item.sampling.n) if isinstance(item, Request) else (item[1], len(item[2]))
+    return more + sum(len(part.text) for message in chat.messages for part in message.parts)
+
+
+M = TypeVar("M", bound=Member)
+
+
+class Spread(ABC, Generic[M]):
     """A `Backend` that deals its requests to workers. What carries the messages is for a subclass to say."""
 
     def __init__(self) -> None:
         self._call = 0
-        self._members: list[Member] = []
+        self.members: list[M] = []
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion]]]:
         """See `submission.types.Backend`."""
@@ -65,19 +101,19 @@ class Spread(ABC):
             self.close()
 
     @abstractmethod
-    def _ask(self, member: Member, call: int, method: Method, items: Sequence[Any]) -> None:
+    def _ask(self, member: M, call: int, method: Method, items: Sequence[Any]) -> None:
         """Send requests; a lost worker is found out by `_listen`."""
 
     @abstractmethod
-    def _stop(self, member: Member, call: int) -> None:
+    def _stop(self, member: M, call: int) -> None:
         """Tell a worker that a call is given up."""
 
     @abstractmethod
-    def _listen(self, members: Sequence[Member]) -> Iterator[tuple[Member, Event | None]]:
+    def _listen(self, members: Sequence[M]) -> Iterator[tuple[M, Event | None]]:
         """What some of these have told, after waiting for it; None for a worker that is lost."""
 
     @abstractmethod
-    def _replace(self, member: Member) -> str:
+    def _replace(self, member: M) -> str:
         """Put a new worker in a lost one's place, or leave it out; returns what became of the old one.
 
         Raises:
@@ -90,7 +126,7 @@ class Spread(ABC):
         Raises:
             BackendError: a backend failed, or workers died again and again, on requests that are not answered yet.
         """
-        if any(member.asked for member in self._members):
+        if any(member.asked for member in self.members):
             raise RuntimeError("a call to these workers is still running: end it first")
         self._call += 1
         source = iter(items)
@@ -100,9 +136,10 @@ class Spread(ABC):
         try:
             while True:
                 while homeless or more:
-                    member = min(self._members, key=lambda one: len(one.asked))
-                    if len(member.asked) >= _AHEAD:
+                    free = [member for member in self.members if len(member.asked) < _AHEAD]
+                    if not free:
                         break
+                    member = min(free, key=lambda one: one.load)
                     block: list[tuple[str, Any]] = []
                     if homeless:
                         block = list(islice(homeless.items(), _BLOCK))
@@ -114,10 +151,10 @@ class Spread(ABC):
                         except Exception as error:  # of whoever makes the requests: passed on when all is answered
                             trouble, more = error, False
                         more = more and len(block) == _BLOCK
-                    member.asked |= block
+                    member.take(block)
                     if block:
                         self._ask(member, self._call, method, [item for _, item in block])
-                busy = [member for member in self._members if member.asked]
+                busy = [member for member in self.members if member.asked]
                 if not busy:
                     break
                 for member, event in self._listen(busy):
@@ -126,25 +163,22 @@ class Spread(ABC):
                         words = self._replace(member)
                         if deaths > _DEATHS:
                             raise BackendError(words)
-                        if member in self._members:
+                        if member in self.members:
                             self._ask(member, self._call, method, list(member.asked.values()))
                         else:
-                            homeless |= member.asked
-                            member.asked.clear()
+                            homeless |= member.leave()
                     elif event[1] != self._call:
                         continue  # of a call that was given up
                     elif event[0] == "answer":
-                        # None: a worker that was taken for lost had answered.
-                        if member.asked.pop(event[2], None) is not None:
+                        if member.done(event[2]):
                             yield event[2], event[3]
                     elif event[0] == "refused":
                         raise UserError(event[2])
                     else:
                         raise BackendError(event[2])
         finally:
-            for member in self._members:
-                if member.asked:
-                    member.asked.clear()
+            for member in self.members:
+                if member.leave():
                     self._stop(member, self._call)
         if trouble is not None:
             raise trouble

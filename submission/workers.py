@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 class Process(Member):
     """A process and the line to it."""
 
-    process: BaseProcess | None = None
-    line: Connection | None = None
+    process: BaseProcess = field(init=False)
+    line: Connection = field(init=False)
 
 
-class Workers(Spread):
+class Workers(Spread[Process]):
     """A `Backend` of several processes with a copy of the model each.
 
     Args:
@@ -50,7 +50,6 @@ class Workers(Spread):
         super().__init__()
         self._shares = shares(spec, count)
         self.members = [Process(number) for number in range(count)]
-        self._members = list(self.members)
         for member in self.members:
             self._start(member)
         for member in self.members:
@@ -59,21 +58,21 @@ class Workers(Spread):
     def close(self) -> None:
         """End the processes."""
         for member in self.members:
-            if member.line is not None and member.process is not None:
+            with suppress(AttributeError):  # that was never started
                 member.line.close()
                 member.process.kill()
                 member.process.join()
 
-    def _ask(self, member: Member, call: int, method: Method, items: Sequence[Any]) -> None:
+    def _ask(self, member: Process, call: int, method: Method, items: Sequence[Any]) -> None:
         with suppress(OSError):
-            _line(member).send((call, method, list(items)))
+            member.line.send((call, method, list(items)))
 
-    def _stop(self, member: Member, call: int) -> None:
+    def _stop(self, member: Process, call: int) -> None:
         with suppress(OSError):
-            _line(member).send((call, None, None))
+            member.line.send((call, None, None))
 
-    def _listen(self, members: Sequence[Member]) -> Iterator[tuple[Member, Event | None]]:
-        lines = {_line(member): member for member in members}
+    def _listen(self, members: Sequence[Process]) -> Iterator[tuple[Process, Event | None]]:
+        lines = {member.line: member for member in members}
         for line in wait(list(lines)):
             member = lines[cast(Connection, line)]
             try:
@@ -91,30 +90,23 @@ class Workers(Spread):
         member.process.start()
         there.close()
 
-    def _replace(self, member: Member) -> str:
-        assert isinstance(member, Process)
-        _line(member).close()
+    def _replace(self, member: Process) -> str:
+        member.line.close()
         words = _last_words(member)
         self._start(member)
         try:
             _await_ready(member)
         except UserError as error:  # memory is short: the others go on
-            self._members.remove(member)
-            if not self._members:
+            self.members.remove(member)
+            if not self.members:
                 raise
-            say(f"{words}, and another cannot be started ({first_line(error)}): {len(self._members)} are left")
+            say(f"{words}, and another cannot be started ({first_line(error)}): {len(self.members)} are left")
         return words
-
-
-def _line(member: Member) -> Connection:
-    assert isinstance(member, Process)
-    assert member.line is not None
-    return member.line
 
 
 def _await_ready(member: Process) -> None:
     try:
-        event = _line(member).recv()
+        event = member.line.recv()
     except (EOFError, OSError):
         raise UserError(
             f"{_last_words(member)} while it loaded the model\nThere may be too little memory: use fewer --workers"
@@ -124,7 +116,6 @@ def _await_ready(member: Process) -> None:
 
 
 def _last_words(member: Process) -> str:
-    assert member.process is not None
     member.process.join(5)
     code = member.process.exitcode
     how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"

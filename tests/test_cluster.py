@@ -54,8 +54,7 @@ def numbers(backend: Cluster, after: int = -1, harm: Any = None) -> list[int]:
 
 
 def process_of(backend: Cluster, number: int) -> int:
-    member: Any = backend._members[number]
-    return int(ray.get(member.handle.process.remote()))
+    return int(ray.get(backend.members[number].handle.process.remote()))
 
 
 def test_a_cluster_gives_the_answers_of_one_process(nodes: Any, cli: Cli, tmp_path: Path) -> None:

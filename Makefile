@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: submission test check format examples data kill-loop deadline-loop throughput clean
+.PHONY: submission test check format examples data kill-loop deadline-loop throughput study clean
 .DELETE_ON_ERROR:
 
 submission: .venv/.submission
@@ -22,6 +22,7 @@ check: .venv/.all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy docs/study/study.py
 
 format: .venv/.all
 	$(BIN)/ruff check --fix .
@@ -45,6 +46,10 @@ deadline-loop: .venv/.all
 # Speed beside what would be used instead; `python -m eval throughput --help` for other rows, models and peers.
 throughput: .venv/.all
 	$(BIN)/python -m eval throughput examples/test.csv --plot throughput.png
+
+# Everything that docs/STUDY.md tells, in stages that go on where they were stopped; `--list` shows them.
+study: .venv/.all
+	$(BIN)/python docs/study/study.py
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis submission.csv submission.csv.*

@@ -4,7 +4,8 @@
     python docs/study/study.py --list
     python docs/study/study.py --only tuned --only compare-ways
 
-Everything lies under runs/study; figures, answers and PNGs beside this file.
+What is made lies under runs/study; sets, answers, figures and PNGs are kept beside this file, and what is there is not
+made again: remove it to have it anew.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 
 HERE = Path("docs/study")
 RUNS = Path("runs/study")
-SETS = RUNS / "sets"
+SETS = HERE / "sets"
 TEST = SETS / "test.parquet"
 
 # What is trained, beside docs/study/tune.toml: settings of [sft].
@@ -71,12 +72,11 @@ class Stage:
 def stages() -> list[Stage]:
     """All, in order."""
     found = [
-        Stage("sets", 0, TEST, lambda: run("train", "run", HERE / "sets.toml")),
+        Stage("sets", 0, TEST, sets),
         Stage("kinds", 0, RUNS / "mixed.parquet", one_kind_and_mixed),
         Stage("baselines", 0, HERE / "answers" / "zero_shot.csv", baselines),
-        Stage("half-base", 0, RUNS / "half-base/config.json", lambda: run(
-            "train", "cut", "embedded", "--layers", 15, "-o", RUNS / "half-base")),
-    ]  # fmt: skip
+        Stage("half-base", 0, RUNS / "half-base/config.json", half_base),
+    ]
     for name, settings in TUNED.items():
         found.append(Stage(name, 0, HERE / "answers" / f"{name}.csv", tune(name, settings)))
     found.append(Stage("judge", 0, RUNS / "judge/adapter.gguf", judge))
@@ -103,10 +103,17 @@ def run(room: str, *arguments: object) -> str:
     return done.stdout
 
 
+def sets() -> None:
+    """Prompts, texts and rewrites by the embedded model, screened and divided; they are kept beside this file."""
+    run("train", "run", HERE / "sets.toml")
+    shutil.copytree(RUNS / "sets", SETS, dirs_exist_ok=True)
+
+
 def one_kind_and_mixed() -> None:
     """The most frequent kind of prompt alone, and as many rows of all kinds."""
     import pandas as pd
 
+    RUNS.mkdir(parents=True, exist_ok=True)
     rows = pd.read_parquet(SETS / "train.parquet")
     kind = rows["kind"].value_counts().index[0]
     alone = rows[rows["kind"] == kind]
@@ -120,6 +127,11 @@ def baselines() -> None:
     run("eval", "baselines", SETS / "train.parquet", TEST, "-o", RUNS / "baselines", *only)
     for name in BASELINES:
         keep(RUNS / "baselines/test" / name / "submission.csv", name)
+
+
+def half_base() -> None:
+    """Every second layer of the embedded model."""
+    run("train", "cut", "embedded", "--layers", 15, "-o", RUNS / "half-base")
 
 
 def tune(name: str, settings: Sequence[str]) -> Callable[[], None]:

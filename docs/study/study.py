@@ -4,7 +4,8 @@
     python docs/study/study.py --list
     python docs/study/study.py --only tuned --only compare-ways
 
-Everything lies under runs/study; figures, answers and PNGs beside this file.
+What is made lies under runs/study; sets, answers, figures and PNGs are kept beside this file, and what is there is not
+made again: remove it to have it anew.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 
 HERE = Path("docs/study")
 RUNS = Path("runs/study")
-SETS = RUNS / "sets"
+SETS = HERE / "sets"
 TEST = SETS / "test.parquet"
 
 # What is trained, beside docs/study/tune.toml: settings of [sft].
@@ -48,6 +49,7 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "half": ("tuned", "half", "constant", "zero_shot"),
     "quantizations": ("merged-f16", "merged-q8_0", "merged-q5_k_m", "merged-q4_k_m", "zero_shot"),
 }
+SOURCES = ("tuned", "other-seed", "half")  # of docs/study/sources.toml
 BASELINES = ("constant", "constant_fitted", "nearest", "zero_shot", "few_shot")
 QUANTIZATIONS = ("F16", "Q8_0", "Q5_K_M", "Q4_K_M")
 
@@ -71,18 +73,18 @@ class Stage:
 def stages() -> list[Stage]:
     """All, in order."""
     found = [
-        Stage("sets", 0, TEST, lambda: run("train", "run", HERE / "sets.toml")),
+        Stage("sets", 0, TEST, sets),
         Stage("kinds", 0, RUNS / "mixed.parquet", one_kind_and_mixed),
         Stage("baselines", 0, HERE / "answers" / "zero_shot.csv", baselines),
-        Stage("half-base", 0, RUNS / "half-base/config.json", lambda: run(
-            "train", "cut", "embedded", "--layers", 15, "-o", RUNS / "half-base")),
-    ]  # fmt: skip
+        Stage("half-base", 0, RUNS / "half-base/config.json", half_base),
+    ]
     for name, settings in TUNED.items():
         found.append(Stage(name, 0, HERE / "answers" / f"{name}.csv", tune(name, settings)))
     found.append(Stage("judge", 0, RUNS / "judge/adapter.gguf", judge))
     found.append(Stage("quantizations", 0, HERE / "answers/merged-q4_k_m.csv", quantizations))
-    for name, sources in (("ensemble", "sources.toml"), ("small", "small-sources.toml")):
-        found.append(Stage(name, 0, HERE / f"{name}.json", ensemble(name, sources)))
+    many, small = ensemble("ensemble", "sources.toml", SOURCES), ensemble("small", "small-sources.toml", ["half"])
+    found.append(Stage("ensemble", 0, HERE / "ensemble.json", many))
+    found.append(Stage("small", 0, HERE / "small.json", small))
     found.append(Stage("speed", 0, HERE / "speed.json", speed))
     for name, systems in COMPARED.items():
         found.append(Stage(f"compare-{name}", 0, HERE / f"{name}.json", compare(name, systems)))
@@ -103,10 +105,17 @@ def run(room: str, *arguments: object) -> str:
     return done.stdout
 
 
+def sets() -> None:
+    """Prompts, texts and rewrites by the embedded model, screened and divided; they are kept beside this file."""
+    run("train", "run", HERE / "sets.toml")
+    shutil.copytree(RUNS / "sets", SETS, dirs_exist_ok=True)
+
+
 def one_kind_and_mixed() -> None:
     """The most frequent kind of prompt alone, and as many rows of all kinds."""
     import pandas as pd
 
+    RUNS.mkdir(parents=True, exist_ok=True)
     rows = pd.read_parquet(SETS / "train.parquet")
     kind = rows["kind"].value_counts().index[0]
     alone = rows[rows["kind"] == kind]
@@ -120,6 +129,12 @@ def baselines() -> None:
     run("eval", "baselines", SETS / "train.parquet", TEST, "-o", RUNS / "baselines", *only)
     for name in BASELINES:
         keep(RUNS / "baselines/test" / name / "submission.csv", name)
+
+
+def half_base() -> None:
+    """Every second layer of the embedded model."""
+    if not (RUNS / "half-base/config.json").is_file():
+        run("train", "cut", "embedded", "--layers", 15, "-o", RUNS / "half-base")
 
 
 def tune(name: str, settings: Sequence[str]) -> Callable[[], None]:
@@ -142,6 +157,14 @@ def tune(name: str, settings: Sequence[str]) -> Callable[[], None]:
     return work
 
 
+def made(*names: str) -> None:
+    """Tune again what is not under runs/study, though its answers are here."""
+    for name in names:
+        if not any((RUNS / name / file).exists() for file in ("adapter.gguf", "submission.csv")):
+            half_base()
+            tune(name, TUNED[name])()
+
+
 def judge() -> None:
     """A judge that says Yes or No."""
     run("train", "sft", HERE / "judge.toml", "-o", RUNS / "judge/sft")
@@ -150,6 +173,7 @@ def judge() -> None:
 
 def quantizations() -> None:
     """The tuned model, merged, in several precisions."""
+    made("tuned")
     merged = RUNS / "tuned/merged"
     if not (merged / "config.json").is_file():
         run("train", "merge", RUNS / "tuned/sft/adapter", "-o", merged)
@@ -160,10 +184,11 @@ def quantizations() -> None:
         keep(output, name)
 
 
-def ensemble(name: str, sources: str) -> Callable[[], None]:
+def ensemble(name: str, sources: str, names: Sequence[str]) -> Callable[[], None]:
     """Many answers, and every way of choosing among them."""
 
     def work() -> None:
+        made(*names)
         candidates = RUNS / f"{name}.parquet"
         run("ensemble", "sample", TEST, "-o", candidates, "--sources", HERE / sources)
         run("ensemble", "experiment", candidates, "--truth", TEST, "-o", RUNS / name, "--models", HERE / "models.toml",
@@ -198,7 +223,10 @@ def plot(name: str) -> None:
     from eval.intervals import Interval
 
     told = json.loads((HERE / f"{name}.json").read_text())
-    found = {system: Interval(**figures["mean"]) for system, figures in told["systems"].items()}
+    found = {
+        system: Interval(one["mean"], one["low"], one["high"], (one["high"] - one["low"]) / 3.92)
+        for system, one in told["systems"].items()
+    }
     (HERE / f"{name}.png").write_bytes(intervals(found, "sharpened cosine similarity (MiniLM)"))
 
 

@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: submission test check format examples data kill-loop deadline-loop throughput study clean
+.PHONY: submission test check format examples data kill-loop deadline-loop fleet-kills throughput study clean
 .DELETE_ON_ERROR:
 
 submission: .venv/.submission
@@ -35,13 +35,16 @@ examples: .venv/.submission
 data: .venv/.all
 	$(BIN)/python -m train run train/recipes/small.toml --set output=data/small
 
-# Slow proofs: fifty kills of one run, ten deadlines (see the modules for options).
+# Slow proofs: fifty kills of one run, ten deadlines, kills on a Ray cluster (see the modules for options).
 kill-loop: .venv/.all
 	$(BIN)/python -m tests.kill_loop --backend scripted --kills 50
 	$(BIN)/python -m tests.kill_loop --backend llama_cpp --kills 50
 
 deadline-loop: .venv/.all
 	$(BIN)/python -m tests.deadline_loop --tries 10
+
+fleet-kills: .venv/.all
+	$(BIN)/python -m tests.fleet_kills --runs 10
 
 # Speed beside what would be used instead; `python -m eval throughput --help` for other rows, models and peers.
 throughput: .venv/.all

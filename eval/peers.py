@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from submission.backends.llama_library import library
 from submission.backends.llama_streams import LlamaStreams
 from submission.backends.schedule import PAD, Shape, Text
 from submission.backends.window import common_length, in_order
@@ -40,6 +41,7 @@ class LlamaCppPython:
     """llama-cpp-python's own class, one `create_completion` a row; it reuses what a row shares with the one before."""
 
     def __init__(self, model: Path, threads: int, context: int) -> None:
+        library()
         from llama_cpp import Llama
 
         self._model = Llama(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import submission
 from submission.backends.common import thread_count
+from submission.hardware import nvidia_smi
 from submission.manifest import installed_version
 from submission.models import EMBEDDED_NAME, SENTENCE_T5, embedded_encoder, embedded_gguf, encoders_on_disk
 
@@ -68,16 +68,9 @@ def _lines() -> Iterator[str]:
 
 
 def _gpu() -> str:
-    tool = shutil.which("nvidia-smi")
-    found = "none found by nvidia-smi"
-    if tool:
-        command = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"]
-        try:
-            listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-            found = "; ".join(listed.split("\n")).strip("; ") or found
-        except (OSError, subprocess.SubprocessError):
-            found = "nvidia-smi is there and does not answer"
-    return f"{found}; llama.cpp {_llama_gpu()}"
+    listed = nvidia_smi("name,memory.total")
+    found = "nvidia-smi is there and does not answer" if listed is None else "; ".join(listed)
+    return f"{found or 'none found by nvidia-smi'}; llama.cpp {_llama_gpu()}"
 
 
 def _llama_gpu() -> str:

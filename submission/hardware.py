@@ -13,15 +13,20 @@ def visible_gpus() -> list[str]:
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if allowed is not None:
         return [name for part in allowed.split(",") if (name := part.strip()) and name != "-1"]
+    return nvidia_smi("index") or []
+
+
+def nvidia_smi(query: str) -> list[str] | None:
+    """A line for each GPU with the fields that are asked for; None if the tool is there and does not answer."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
-    command = [tool, "--query-gpu=index", "--format=csv,noheader"]
+    command = [tool, f"--query-gpu={query}", "--format=csv,noheader"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return []
-    return listed.split()
+        return None
+    return [line.strip() for line in listed.splitlines() if line.strip()]
 
 
 @dataclass(frozen=True, slots=True)

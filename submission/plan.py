@@ -9,7 +9,7 @@ from submission.answers import is_blank, storable
 from submission.backends import ModelSpec, model_spec
 from submission.config import read_toml
 from submission.errors import UserError
-from submission.files import check_writable
+from submission.files import check_writable, on_store, shown
 from submission.hardware import ALONE, Fleet
 from submission.models import EMBEDDED, noted_template
 from submission.pairs import Pairs
@@ -81,8 +81,8 @@ def plan(config: RunConfig) -> Plan:
     check_writable(config.output)
     for what, path in (("input", config.input), ("file of shots", config.shots), ("adapter", config.adapter),
                        ("file of --recover-config", config.recover_config), ("model", Path(config.model))):  # fmt: skip
-        if path and path.exists() and config.output.exists() and config.output.samefile(path):
-            raise UserError(f"output {config.output} is the {what}: choose another name")
+        if path and _same_file(path, config.output):
+            raise UserError(f"output {shown(config.output)} is the {what}: choose another name")
     if is_blank(config.fallback) or storable(config.fallback) != config.fallback:
         raise UserError(f"--fallback {config.fallback!r} is blank, reads as null or is not UTF-8: give a prompt")
     if config.shots is not None and config.n_shots < 1:
@@ -118,6 +118,12 @@ def plan(config: RunConfig) -> Plan:
     if not recover.uses_model:
         recover.make(checked.setup())  # costs nothing, and its options are checked now
     return checked
+
+
+def _same_file(path: Path, other: Path) -> bool:
+    if on_store(path):
+        return path == other
+    return path.exists() and other.exists() and path.samefile(other)
 
 
 def choose_template(asked: str, model: str, adapter: Path | None, *, shots: bool) -> Template:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 from submission.backends import ModelSpec, model_spec, names
 from submission.backends.common import stream_seed
+from submission.backends.llama_library import _leave_amx
 from submission.backends.scripted import Options, Scripted
 from submission.errors import BackendError, UserError
 from submission.models import content_hash
@@ -273,3 +275,11 @@ def test_every_backend_is_named_and_checked() -> None:
     with pytest.raises(UserError, match="unknown backend"):
         model_spec("none")
     assert math.isclose(spec.options.seconds_per_row, 0.5)
+
+
+def test_quantised_weights_keep_away_from_amx() -> None:
+    """Compiled by GCC 12 it ends the process: tests/test_export.py decodes such files for real."""
+    modules = [SimpleNamespace(llama_model_default_params=lambda: SimpleNamespace(use_extra_bufts=True)) for _ in "ab"]
+    for _ in range(2):
+        _leave_amx(*modules)
+    assert [module.llama_model_default_params().use_extra_bufts for module in modules] == [False, False]

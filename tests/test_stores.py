@@ -12,6 +12,7 @@ from submission.files import beside, on_store, shown
 from submission.tables import header_of, read_table, write_table
 from tests.conftest import ROOT, Cli, runner
 from tests.s3_server import Objects, s3_server
+from train.sources import read_records, resolve
 
 TABLE = ROOT / "examples" / "test.csv"
 
@@ -85,6 +86,22 @@ def test_a_store_that_cannot_be_reached_is_said(stored: Objects, monkeypatch: py
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"s3://bucket/a\.csv cannot be read"):
         read_table(Path("s3://bucket/a.csv"), ("id",))
+
+
+def test_an_input_is_not_overwritten(stored: Objects, cli: Cli) -> None:
+    stored["bucket/a.csv"] = TABLE.read_bytes()
+    done = cli("predict", "s3://bucket/a.csv", "-o", "s3://bucket/a.csv", "--backend", "scripted")
+    assert (done.code, "is the input" in done.err) == (2, True), done.err
+    assert stored["bucket/a.csv"] == TABLE.read_bytes()
+
+
+def test_sources_of_training_sets_may_lie_there(stored: Objects) -> None:
+    write_table(Path("s3://bucket/sets/a.csv"), ("rewrite_prompt",), [("Make it rhyme.",)])
+    stored["bucket/sets/b.jsonl"] = b'{"rewrite_prompt": "Make it short."}'
+    files = resolve("s3://bucket/sets")
+    assert [read_records(file) for file in files] == [
+        [{"rewrite_prompt": "Make it rhyme."}], [{"rewrite_prompt": "Make it short."}],
+    ]  # fmt: skip
 
 
 def test_the_ensemble_and_training_use_stores_too(stored: Objects, tmp_path: Path) -> None:

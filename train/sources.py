@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from io import TextIOWrapper
 from pathlib import Path
 
 from submission.backends import require
 from submission.errors import UserError
-from submission.files import atomic_folder
+from submission.files import atomic_folder, files_in, is_folder, on_store, open_binary
 from submission.models import cache_folder
 from submission.tables import header_of, read_table
 
@@ -40,6 +41,8 @@ def resolve(source: str) -> list[Path]:
         UserError: there is no such file or folder, or the download failed; says what to do.
     """
     path = _download(source.removeprefix(KAGGLE)) if source.startswith(KAGGLE) else Path(source).expanduser()
+    if on_store(path):
+        return [file for ending in _TABLES for file in files_in(path, ending)] if is_folder(path) else [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _TABLES)
         if not files:
@@ -53,7 +56,7 @@ def resolve(source: str) -> list[Path]:
 def _read_jsonl(path: Path) -> list[dict[str, str]]:
     rows = []
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with open_binary(path) as content, TextIOWrapper(content, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue

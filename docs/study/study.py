@@ -49,6 +49,7 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "half": ("tuned", "half", "constant", "zero_shot"),
     "quantizations": ("merged-f16", "merged-q8_0", "merged-q5_k_m", "merged-q4_k_m", "zero_shot"),
 }
+SOURCES = ("tuned", "other-seed", "half")  # of docs/study/sources.toml
 BASELINES = ("constant", "constant_fitted", "nearest", "zero_shot", "few_shot")
 QUANTIZATIONS = ("F16", "Q8_0", "Q5_K_M", "Q4_K_M")
 
@@ -81,8 +82,9 @@ def stages() -> list[Stage]:
         found.append(Stage(name, 0, HERE / "answers" / f"{name}.csv", tune(name, settings)))
     found.append(Stage("judge", 0, RUNS / "judge/adapter.gguf", judge))
     found.append(Stage("quantizations", 0, HERE / "answers/merged-q4_k_m.csv", quantizations))
-    for name, sources in (("ensemble", "sources.toml"), ("small", "small-sources.toml")):
-        found.append(Stage(name, 0, HERE / f"{name}.json", ensemble(name, sources)))
+    many, small = ensemble("ensemble", "sources.toml", SOURCES), ensemble("small", "small-sources.toml", ["half"])
+    found.append(Stage("ensemble", 0, HERE / "ensemble.json", many))
+    found.append(Stage("small", 0, HERE / "small.json", small))
     found.append(Stage("speed", 0, HERE / "speed.json", speed))
     for name, systems in COMPARED.items():
         found.append(Stage(f"compare-{name}", 0, HERE / f"{name}.json", compare(name, systems)))
@@ -131,7 +133,8 @@ def baselines() -> None:
 
 def half_base() -> None:
     """Every second layer of the embedded model."""
-    run("train", "cut", "embedded", "--layers", 15, "-o", RUNS / "half-base")
+    if not (RUNS / "half-base/config.json").is_file():
+        run("train", "cut", "embedded", "--layers", 15, "-o", RUNS / "half-base")
 
 
 def tune(name: str, settings: Sequence[str]) -> Callable[[], None]:
@@ -154,6 +157,14 @@ def tune(name: str, settings: Sequence[str]) -> Callable[[], None]:
     return work
 
 
+def made(*names: str) -> None:
+    """Tune again what is not under runs/study, though its answers are here."""
+    for name in names:
+        if not any((RUNS / name / file).exists() for file in ("adapter.gguf", "submission.csv")):
+            half_base()
+            tune(name, TUNED[name])()
+
+
 def judge() -> None:
     """A judge that says Yes or No."""
     run("train", "sft", HERE / "judge.toml", "-o", RUNS / "judge/sft")
@@ -162,6 +173,7 @@ def judge() -> None:
 
 def quantizations() -> None:
     """The tuned model, merged, in several precisions."""
+    made("tuned")
     merged = RUNS / "tuned/merged"
     if not (merged / "config.json").is_file():
         run("train", "merge", RUNS / "tuned/sft/adapter", "-o", merged)
@@ -172,10 +184,11 @@ def quantizations() -> None:
         keep(output, name)
 
 
-def ensemble(name: str, sources: str) -> Callable[[], None]:
+def ensemble(name: str, sources: str, names: Sequence[str]) -> Callable[[], None]:
     """Many answers, and every way of choosing among them."""
 
     def work() -> None:
+        made(*names)
         candidates = RUNS / f"{name}.parquet"
         run("ensemble", "sample", TEST, "-o", candidates, "--sources", HERE / sources)
         run("ensemble", "experiment", candidates, "--truth", TEST, "-o", RUNS / name, "--models", HERE / "models.toml",
@@ -210,7 +223,10 @@ def plot(name: str) -> None:
     from eval.intervals import Interval
 
     told = json.loads((HERE / f"{name}.json").read_text())
-    found = {system: Interval(**figures["mean"]) for system, figures in told["systems"].items()}
+    found = {
+        system: Interval(one["mean"], one["low"], one["high"], (one["high"] - one["low"]) / 3.92)
+        for system, one in told["systems"].items()
+    }
     (HERE / f"{name}.png").write_bytes(intervals(found, "sharpened cosine similarity (MiniLM)"))
 
 

@@ -54,7 +54,38 @@ def library() -> Any:
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(f"llama-cpp-python is installed but cannot be loaded: {error}") from error
     LOG.capture(llama_cpp)
+    if _has_amx():
+        _leave_amx(llama_cpp.llama_cpp, llama_cpp)
     return llama_cpp
+
+
+def _has_amx() -> bool:
+    """Whether the processor has tiles for 8-bit integers."""
+    try:
+        return b" amx_int8 " in Path("/proc/cpuinfo").read_bytes()
+    except OSError:
+        return False
+
+
+def _leave_amx(*modules: Any) -> None:
+    """Have models loaded without llama.cpp's own layouts of quantised weights, those for AMX among them.
+
+    Compiled by some versions of GCC it loads a tile configuration that the compiler has left out, and the process ends
+    with a general protection fault at the first quantised product (llama.cpp pull request 26954, open; seen with GCC
+    12.2). 16-bit weights are not concerned.
+    """
+    usual = modules[0].llama_model_default_params
+    if getattr(usual, "leaves_amx", False):
+        return
+
+    def params() -> Any:
+        found = usual()
+        found.use_extra_bufts = False
+        return found
+
+    params.leaves_amx = True  # type: ignore[attr-defined]
+    for module in modules:
+        module.llama_model_default_params = params
 
 
 def load_model(path: Path, *, vocab_only: bool, gpu_layers: int) -> Any:

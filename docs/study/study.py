@@ -51,6 +51,7 @@ COMPARED: dict[str, tuple[str, ...]] = {
 }
 SOURCES = ("tuned", "other-seed", "half")  # of docs/study/sources.toml
 BASELINES = ("constant", "constant_fitted", "nearest", "zero_shot", "few_shot")
+PARTS = ("train", "validation", "test")
 QUANTIZATIONS = ("F16", "Q8_0", "Q5_K_M", "Q4_K_M")
 
 
@@ -73,7 +74,7 @@ class Stage:
 def stages() -> list[Stage]:
     """All, in order."""
     found = [
-        Stage("sets", 0, TEST, sets),
+        Stage("sets", 110, TEST, sets),
         Stage("kinds", 0, RUNS / "mixed.parquet", one_kind_and_mixed),
         Stage("baselines", 0, HERE / "answers" / "zero_shot.csv", baselines),
         Stage("half-base", 0, RUNS / "half-base/config.json", half_base),
@@ -108,7 +109,9 @@ def run(room: str, *arguments: object) -> str:
 def sets() -> None:
     """Prompts, texts and rewrites by the embedded model, screened and divided; they are kept beside this file."""
     run("train", "run", HERE / "sets.toml")
-    shutil.copytree(RUNS / "sets", SETS, dirs_exist_ok=True)
+    SETS.mkdir(exist_ok=True)
+    for name in ("README.md", "data.run.json", "lengths.png", *(f"{part}.parquet" for part in PARTS)):
+        shutil.copyfile(RUNS / "sets" / name, SETS / name)
 
 
 def one_kind_and_mixed() -> None:

@@ -81,7 +81,7 @@ def stages() -> list[Stage]:
     ]
     for name, settings in TUNED.items():
         found.append(Stage(name, 0, HERE / "answers" / f"{name}.csv", tune(name, settings)))
-    found.append(Stage("judge", 0, RUNS / "judge/adapter.gguf", judge))
+    found.append(Stage("judge", 0, RUNS / "judge/sft/sft.json", judge))
     found.append(Stage("quantizations", 0, HERE / "answers/merged-q4_k_m.csv", quantizations))
     many, small = ensemble("ensemble", "sources.toml", SOURCES), ensemble("small", "small-sources.toml", ["half"])
     found.append(Stage("ensemble", 0, HERE / "ensemble.json", many))
@@ -129,7 +129,8 @@ def one_kind_and_mixed() -> None:
 def baselines() -> None:
     """Ways of predicting without tuning."""
     only = [part for name in BASELINES for part in ("--only", name)]
-    run("eval", "baselines", SETS / "train.parquet", TEST, "-o", RUNS / "baselines", *only)
+    run("eval", "baselines", SETS / "train.parquet", TEST, "-o", RUNS / "baselines",
+        "--backend", "transformers", *only)  # fmt: skip
     for name in BASELINES:
         keep(RUNS / "baselines/test" / name / "submission.csv", name)
 
@@ -141,21 +142,17 @@ def half_base() -> None:
 
 
 def tune(name: str, settings: Sequence[str]) -> Callable[[], None]:
-    """Tune, export the adapter, predict with it on the base that it was trained on."""
+    """Tune, and predict with the adapter on the base that it was trained on."""
     folder = RUNS / name
 
     def work() -> None:
         chosen = [part for setting in settings for part in ("--set", setting)]
         run("train", "sft", HERE / "tune.toml", *chosen, "-o", folder / "sft")
-        if name == "half":  # as a GGUF file its logits are off: see docs/LOG.md
-            model: tuple[object, ...] = ("--backend", "transformers", "--model", RUNS / "half-base",
-                                         "--adapter", folder / "sft/adapter")  # fmt: skip
-        else:
-            run("train", "gguf", folder / "sft/adapter", "--adapter", "-o", folder / "adapter.gguf")
-            model = ("--adapter", folder / "adapter.gguf", "--template", "brief")
+        base = RUNS / "half-base" if name == "half" else "embedded"
+        model = ("--backend", "transformers", "--model", base, "--adapter", folder / "sft/adapter")
         run("submission", "predict", TEST, "-o", folder / "submission.csv", *model)
         keep(folder / "submission.csv", name)
-        shutil.copyfile(folder / "sft.run.json", HERE / "losses" / f"{name}.json")
+        shutil.copyfile(folder / "sft/sft.json", HERE / "losses" / f"{name}.json")
 
     return work
 
@@ -163,7 +160,7 @@ def tune(name: str, settings: Sequence[str]) -> Callable[[], None]:
 def made(*names: str) -> None:
     """Tune again what is not under runs/study, though its answers are here."""
     for name in names:
-        if not any((RUNS / name / file).exists() for file in ("adapter.gguf", "submission.csv")):
+        if not (RUNS / name / "sft/adapter").is_dir():
             half_base()
             tune(name, TUNED[name])()
 
@@ -171,7 +168,6 @@ def made(*names: str) -> None:
 def judge() -> None:
     """A judge that says Yes or No."""
     run("train", "sft", HERE / "judge.toml", "-o", RUNS / "judge/sft")
-    run("train", "gguf", RUNS / "judge/sft/adapter", "--adapter", "-o", RUNS / "judge/adapter.gguf")
 
 
 def quantizations() -> None:

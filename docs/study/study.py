@@ -76,7 +76,7 @@ def stages() -> list[Stage]:
     found = [
         Stage("sets", 110, TEST, sets),
         Stage("kinds", 0, RUNS / "mixed.parquet", one_kind_and_mixed),
-        Stage("baselines", 0, HERE / "answers" / "zero_shot.csv", baselines),
+        Stage("baselines", 4.2, HERE / "answers" / "zero_shot.csv", baselines),
         Stage("half-base", 0, RUNS / "half-base/config.json", half_base),
     ]
     for name, settings in TUNED.items():

@@ -99,7 +99,8 @@ class Cluster(Spread[Actor]):
         there = ray.cluster_resources()
         gpus = fleet.gpus if fleet.gpus is not None else (1.0 if there.get("GPU", 0) else 0.0)
         count = fleet.workers or max(1, int(there.get("GPU", 0)))
-        cpus = fleet.cpus or max(1, int(there.get("CPU", 1)) // count)
+        largest = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=1)
+        cpus = fleet.cpus or max(1, min(int(there.get("CPU", 1)) // count, largest))
         for name, each in (("CPU", cpus), ("GPU", gpus)):
             if each * count > there.get(name, 0):
                 raise UserError(

@@ -168,10 +168,10 @@ class Cluster(Spread[Actor]):
                 self._loaded(member, loaded)
             except UserError as error:  # its node died as well, or is out of memory
                 why = first_line(error)
+                self._ray.kill(member.handle)
             else:
                 say(f"{words}: another took its place")
                 return words
-        self._ray.kill(member.handle)
         self.members.remove(member)
         if not self.members:
             raise UserError(f"{words}, and none is left ({why}): start more nodes and run the same command again")

@@ -79,14 +79,14 @@ def is_folder(path: Path) -> bool:
         raise UserError(f"{shown(path)} cannot be read: {first_line(error)}") from error
 
 
-def files_in(folder: Path, ending: str) -> list[Path]:
-    """Files below a folder whose names end so, sorted.
+def files_in(folder: Path) -> list[Path]:
+    """All files below a folder, here or on an object store, sorted.
 
     Raises:
         UserError: the object store cannot be asked.
     """
     if not on_store(folder):
-        return sorted(path for path in folder.rglob(f"*{ending}") if path.is_file())
+        return sorted(path for path in folder.rglob("*") if path.is_file())
     from pyarrow import fs
 
     store, name = _store(folder)
@@ -95,7 +95,7 @@ def files_in(folder: Path, ending: str) -> list[Path]:
         found = store.get_file_info(fs.FileSelector(name, recursive=True))
     except OSError as error:
         raise UserError(f"{shown(folder)} cannot be read: {first_line(error)}") from error
-    return sorted(Path(root + info.path) for info in found if info.is_file and info.path.endswith(ending))
+    return sorted(Path(root + info.path) for info in found if info.is_file)
 
 
 def _store(path: Path) -> tuple[Any, str]:

@@ -140,13 +140,14 @@ def _take_over(orders: Orders) -> None:
     try:
         output = Path(orders.output)
         finished = read_finished(journal_path(output), orders.fingerprint)
+        ids = _Ids(orders.ids)
         summary = finish(
             output,
-            _Ids(orders.ids),
+            ids,
             finished,
             fallback=orders.fallback,
             max_failures=orders.max_failures,
-            computed=max(0, len(finished) - orders.resumed),
+            computed=max(0, sum(row_id in finished for row_id in ids) - orders.resumed),
             seconds=time.monotonic() - orders.started,
             computing_seconds=0.0,
         )

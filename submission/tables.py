@@ -62,8 +62,7 @@ def read_triplets(path: Path, encoding: str = "utf-8") -> list[Triplet]:
     Raises:
         UserError: as `read_pairs`, or when no row is left.
     """
-    rows = read_table(path, TRIPLET_COLUMNS, encoding)
-    check_ids(path, rows)
+    rows = checked(path, stream_table(path, TRIPLET_COLUMNS, encoding))
     triplets = [
         Triplet(Pair(*row.cells[:3]), row.cells[3]) for row in rows if row.cells[2].strip() and row.cells[3].strip()
     ]
@@ -226,7 +225,7 @@ def digest_pairs(pairs: Iterable[Pair]) -> str:
 
 def _parts(folder: Path) -> list[Path]:
     """The Parquet files of a folder, as programs for large data write them."""
-    parts = files_in(folder, ".parquet")
+    parts = [path for path in files_in(folder) if path.name.endswith(".parquet")]
     if not parts:
         raise UserError(
             f"{shown(folder)} is a folder without *.parquet files: name a CSV or Parquet file, or such a folder"

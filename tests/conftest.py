@@ -7,8 +7,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import hypothesis
 import pytest
 
 from submission.models import embedded_gguf
+from submission.tables import write_table
 from submission.types import Pair
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,6 +87,12 @@ def write_csv(path: Path, rows: Sequence[Sequence[str]], header: Sequence[str] =
         writer.writerow(header)
         writer.writerows(rows)
     return path
+
+
+def write_examples(path: Path, ids: Iterable[str]) -> None:
+    """Write pairs with these ids and the texts of examples/test.csv, again and again."""
+    texts = cycle(row[1:] for row in read_csv(ROOT / "examples" / "test.csv")[1:])
+    write_table(path, PAIR_HEADER, ([row_id, *cells] for row_id, cells in zip(ids, texts, strict=False)))
 
 
 def read_csv(path: Path) -> list[list[str]]:

@@ -17,8 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from submission.tables import PAIR_COLUMNS, read_pairs, write_table
-from tests.conftest import ROOT, command, environment
+from tests.conftest import command, environment, write_examples
 
 
 def measure(pairs: Path, output: Path, more: Sequence[str]) -> tuple[float, float, float]:
@@ -39,13 +38,11 @@ def main() -> None:
     parser.add_argument("--rows", default="10000,100000,1000000")
     parser.add_argument("more", nargs="*")
     asked = parser.parse_args()
-    examples = read_pairs(ROOT / "examples" / "test.csv")
     first: tuple[int, float] | None = None
     for rows in map(int, asked.rows.split(",")):
         with tempfile.TemporaryDirectory() as folder:
             pairs = Path(folder) / "pairs.csv"
-            chosen = ((str(number), examples[number % len(examples)]) for number in range(rows))
-            write_table(pairs, PAIR_COLUMNS, ((key, p.original_text, p.rewritten_text) for key, p in chosen))
+            write_examples(pairs, map(str, range(rows)))
             speed, seconds, peak = measure(pairs, Path(folder) / "submission.csv", asked.more)
         first = first or (rows, peak)
         more = (peak - first[1]) / (rows - first[0]) if rows > first[0] else 0.0

@@ -19,9 +19,8 @@ from typing import Any
 import psutil
 
 from submission.journal import journal_path
-from submission.tables import PAIR_COLUMNS, read_pairs, write_table
 from submission.validation import validate
-from tests.conftest import ROOT, command, environment
+from tests.conftest import command, environment, write_examples
 
 VICTIMS = ("worker", "raylet", "driver")
 _SETTINGS = {"scripted": ["--set", "seconds_per_row=0.05"], "llama_cpp": ["--max-new-tokens", "12"]}
@@ -45,10 +44,9 @@ def one_run(nodes: Any, folder: Path, backend: str, rows: int, kills: int, draw:
     Returns:
         what was killed.
     """
-    examples = read_pairs(ROOT / "examples" / "test.csv")
-    chosen = [examples[number % len(examples)] for number in range(rows)]
     pairs, output = folder / "test.csv", folder / "submission.csv"
-    write_table(pairs, PAIR_COLUMNS, [(f"{n:04}", p.original_text, p.rewritten_text) for n, p in enumerate(chosen)])
+    ids = [f"{number:04}" for number in range(rows)]
+    write_examples(pairs, ids)
     arguments = command("predict", pairs, "-o", output, "--backend", backend, *_SETTINGS[backend], "--json",
                         "--ray", nodes.address, "--workers", 4, "--ray-cpus", 1)  # fmt: skip
     killed: Counter[str] = Counter()
@@ -75,7 +73,6 @@ def one_run(nodes: Any, folder: Path, backend: str, rows: int, kills: int, draw:
     nodes.remove_node(node, allow_graceful=False)
     lines = journal_path(output).read_text(encoding="utf-8").splitlines()[1:]
     counts = Counter(json.loads(line)["id"] for line in lines)
-    ids = [f"{number:04}" for number in range(rows)]
     assert sorted(counts) == ids, "a row was lost"
     assert set(counts.values()) == {1}, "a row was written twice"
     assert validate(output, ids) == []

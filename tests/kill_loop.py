@@ -16,9 +16,8 @@ from collections import Counter
 from pathlib import Path
 
 from submission.journal import journal_path
-from submission.tables import read_pairs, write_table
 from submission.validation import validate
-from tests.conftest import PAIR_HEADER, ROOT, command, environment
+from tests.conftest import command, environment, write_examples
 
 
 def kill_loop(folder: Path, *, backend: str, rows: int, kills: int, seed: int) -> dict[str, int]:
@@ -28,11 +27,9 @@ def kill_loop(folder: Path, *, backend: str, rows: int, kills: int, seed: int) -
         kills, rows, and how many kills left a torn line.
     """
     draw = random.Random(seed)
-    examples = read_pairs(ROOT / "examples" / "test.csv")
-    chosen = [examples[number % len(examples)] for number in range(rows)]
     pairs = folder / "test.csv"
-    write_table(pairs, PAIR_HEADER, [(f"{n:03}", p.original_text, p.rewritten_text) for n, p in enumerate(chosen)])
-    ids = [pair.id for pair in read_pairs(pairs)]
+    ids = [f"{number:03}" for number in range(rows)]
+    write_examples(pairs, ids)
     output = folder / "submission.csv"
     options = {
         "scripted": ["--set", "seconds_per_row=0.05"],

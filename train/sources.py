@@ -41,14 +41,12 @@ def resolve(source: str) -> list[Path]:
         UserError: there is no such file or folder, or the download failed; says what to do.
     """
     path = _download(source.removeprefix(KAGGLE)) if source.startswith(KAGGLE) else Path(source).expanduser()
-    if on_store(path):
-        return [file for ending in _TABLES for file in files_in(path, ending)] if is_folder(path) else [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _TABLES)
+    if is_folder(path):
+        files = [file for file in files_in(path) if file.suffix.lower() in _TABLES]
         if not files:
             raise UserError(f"{source} holds no CSV, Parquet or JSONL file")
         return files
-    if not path.is_file():
+    if not path.is_file() and not on_store(path):
         raise UserError(f"source {source} does not exist")
     return [path]
 

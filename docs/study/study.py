@@ -152,6 +152,7 @@ def tune(name: str, settings: Sequence[str]) -> Callable[[], None]:
         model = ("--backend", "transformers", "--model", base, "--adapter", folder / "sft/adapter")
         run("submission", "predict", TEST, "-o", folder / "submission.csv", *model)
         keep(folder / "submission.csv", name)
+        (HERE / "losses").mkdir(exist_ok=True)
         shutil.copyfile(folder / "sft/sft.json", HERE / "losses" / f"{name}.json")
 
     return work
@@ -232,7 +233,6 @@ def plot(name: str) -> None:
 def keep(submission: Path, name: str) -> None:
     """A copy of answers beside this file: all comparisons are made from these."""
     (HERE / "answers").mkdir(exist_ok=True)
-    (HERE / "losses").mkdir(exist_ok=True)
     shutil.copyfile(submission, HERE / "answers" / f"{name}.csv")
 
 

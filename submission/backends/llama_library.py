@@ -6,6 +6,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def library() -> Any:
     return llama_cpp
 
 
+@cache
 def _has_amx() -> bool:
     """Whether the processor has tiles for 8-bit integers."""
     try:

@@ -11,13 +11,17 @@ from typing import Annotated, Any
 import typer
 
 from submission.commands import RayCpusOption, RayGpusOption, RayOption, WorkersOption, new_app, run_command
+from submission.models import TUNED
 from submission.progress import say
 from submission.publish.commands import add_to
 
 app = new_app("Work out which prompt made a language model rewrite one text into another. Works offline.")
 
 _BACKENDS = "llama_cpp (GGUF files), transformers (folders), scripted (no model: for rehearsals)"
-_TEMPLATES = "short, detailed or few_shot; default: short, or few_shot with --shots"
+_MODELS = "GGUF file, transformers folder, 'embedded-tuned', or 'embedded', which is that model without its adapter."
+_TEMPLATES = (
+    "short, detailed, brief or few_shot; default: what the model was trained on, few_shot with --shots, or short"
+)
 
 
 @app.command()
@@ -33,7 +37,7 @@ def predict(
         Path, typer.Option("-o", "--output", help="CSV to write (Parquet if it ends so): id, rewrite_prompt.")
     ],
     backend: Annotated[str, typer.Option(help=_BACKENDS)] = "llama_cpp",
-    model: Annotated[str, typer.Option(help="GGUF file, transformers folder, or 'embedded'.")] = "embedded",
+    model: Annotated[str, typer.Option(help=_MODELS)] = TUNED,
     adapter: Annotated[
         Path | None, typer.Option(help="GGUF LoRA file (llama_cpp) or PEFT folder (transformers).")
     ] = None,

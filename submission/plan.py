@@ -11,7 +11,7 @@ from submission.config import read_toml
 from submission.errors import UserError
 from submission.files import check_writable, on_store, shown
 from submission.hardware import ALONE, Fleet
-from submission.models import EMBEDDED, noted_template
+from submission.models import TUNED, noted_template, tuned_adapter
 from submission.pairs import Pairs
 from submission.recover import DEFAULT_PROMPT, RecoverSource, Setup, find_recover
 from submission.tables import digest_pairs, read_triplets
@@ -28,7 +28,7 @@ class RunConfig:
     encoding: str = "utf-8"
     limit: int = 0
     backend: str = "llama_cpp"
-    model: str = EMBEDDED
+    model: str = TUNED
     adapter: Path | None = None
     settings: list[str] = field(default_factory=list)
     fleet: Fleet = ALONE
@@ -132,6 +132,8 @@ def choose_template(asked: str, model: str, adapter: Path | None, *, shots: bool
     Raises:
         UserError: there is no such template.
     """
+    if model == TUNED and adapter is None:
+        adapter = tuned_adapter()
     suits = "few_shot" if shots else noted_template(adapter, Path(model).expanduser())
     return get_template(asked or suits or "short")
 

@@ -105,7 +105,9 @@ OPTIONS: dict[str, tuple[tuple[str, ...], Callable[[Path], None], tuple[str, ...
     "half a module": (("--recover", ":thing"), no_setup, ("unknown recover ':thing'",)),
     "relative module": (("--recover", ".own:thing"), no_setup, ("recover .own:thing", "cannot be imported")),
     "empty deadline": (("--deadline", ""), no_setup, ("--deadline '' is not a duration",)),
-    "no such device": (("--backend", "transformers", "--set", "device=foo"), no_setup, ("device='foo'",)),
+    "no such device": (
+        ("--backend", "transformers", "--model", "embedded", "--set", "device=foo"), no_setup, ("device='foo'",)
+    ),
     "unknown backend": (("--backend", "vllm"), no_setup, ("unknown backend 'vllm'", "there are: llama_cpp, ")),
     "unknown template": (("--template", "long"), no_setup, ("unknown template 'long'", "short, brief, few_shot")),
     "unknown recover": (("--recover", "magic"), no_setup, ("unknown recover 'magic'", "there are: zero_shot, ")),
@@ -116,6 +118,9 @@ OPTIONS: dict[str, tuple[tuple[str, ...], Callable[[Path], None], tuple[str, ...
     "model is no GGUF": (("--model", "model.bin"), plain_file, ("model model.bin is not a GGUF file",)),
     "GGUF that cannot be loaded": (("--model", "fake.gguf"), fake_gguf, ("fake.gguf cannot be loaded by llama.cpp",)),
     "folder for llama_cpp": (("--model", "hf"), hf_like_folder, ("is a transformers folder", "--backend transformers")),
+    "no adapter for transformers": (
+        ("--backend", "transformers"), no_setup, ("embedded-tuned is a GGUF file and an adapter", "'embedded'")
+    ),
     "model folder missing": (("--backend", "transformers", "--model", "no"), no_setup, ("model no does not exist",)),
     "folder without weights": (("--backend", "transformers", "--model", "hf"), hf_like_folder, ("has no weights",)),
     "adapter missing": (("--adapter", "none.gguf"), no_setup, ("adapter none.gguf does not exist",)),
@@ -125,7 +130,8 @@ OPTIONS: dict[str, tuple[tuple[str, ...], Callable[[Path], None], tuple[str, ...
         ("--backend", "transformers", "--adapter", "fake.gguf"), fake_gguf, ("is a GGUF file", "--backend llama_cpp"),
     ),
     "4 bits of a GGUF": (
-        ("--backend", "transformers", "--load-in-4bit"), no_setup, ("takes a transformers folder, not a GGUF file",),
+        ("--backend", "transformers", "--model", "embedded", "--load-in-4bit"), no_setup,
+        ("takes a transformers folder, not a GGUF file",),
     ),
     "4 bits for llama_cpp": (("--load-in-4bit",), no_setup, ("unknown option 'load_in_4bit' for backend llama_cpp",)),
     "unknown setting": (("--set", "colour=red"), no_setup, ("unknown option 'colour'", "context, threads, batch")),

@@ -241,7 +241,7 @@ def gguf(
     quantization: Annotated[str, typer.Option(help="One or more with commas, such as BF16,Q8_0,Q4_K_M.")] = "BF16",
     adapter: Annotated[bool, typer.Option("--adapter", help="Write an adapter alone, as a GGUF LoRA file.")] = False,
     base: Annotated[str, typer.Option(help="Base of the adapter; default: what it names.")] = "",
-    base_gguf: Annotated[Path | None, typer.Option(help="F16 file of the base, to check the adapter beside.")] = None,
+    base_gguf: Annotated[Path | None, typer.Option(help="F32 or F16 file of the base to check it beside.")] = None,
     llama_cpp: Annotated[
         Path | None, typer.Option(help="Checkout of llama.cpp; default: the source of the installed llama-cpp-python.")
     ] = None,

@@ -35,7 +35,8 @@ TUNED: dict[str, Sequence[str]] = {
     "mixed": (f"train={RUNS}/mixed.parquet",),
     "rate-1e-4": ("rows=128", "learning_rate=1e-4"),
     "rate-2e-3": ("rows=128", "learning_rate=2e-3"),
-    "epochs-10": ("rows=128", "epochs=10", "evaluate_every=16", "save_every=16", "evaluation_rows=0"),
+    "epochs-10": ("rows=128", "epochs=10", "evaluate_every=16", "save_every=16", "samples=22"),
+    "rank-8": ("rank=8", "alpha=16"),
     "attention": ("targets=q_proj,k_proj,v_proj,o_proj",),
     "half": (f"base={RUNS}/half-base",),
 }
@@ -45,11 +46,17 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "diversity": ("mixed", "one-kind", "zero_shot"),
     "size": ("tuned", "size-128", "size-64", "zero_shot"),
     "rates": ("size-128", "rate-1e-4", "rate-2e-3", "epochs-10", "zero_shot"),
-    "layers": ("tuned", "attention", "zero_shot"),
+    "layers": ("tuned", "rank-8", "attention", "zero_shot"),
     "half": ("tuned", "half", "constant", "zero_shot"),
+    "default": ("default", "constant", "constant_fitted", "zero_shot", "tuned"),
+    "seeds": ("tuned", "other-seed", "zero_shot"),
     "quantizations": ("merged-f16", "merged-q8_0", "merged-q5_k_m", "merged-q4_k_m", "zero_shot"),
 }
-SOURCES = ("tuned", "other-seed", "half")  # of docs/study/sources.toml
+SHIPPED = "rank-8"
+LONGEST = "epochs-10"  # of which the curve is shown
+CHEAP = ("first", "random", "longest", "most_frequent", "logprob", "consensus", "likelihood", "consensus+likelihood",
+         "judge_pick", "judge_yes_no")  # fmt: skip
+EVERY = (*CHEAP, "judge_rate", "judge_pairs")
 BASELINES = ("constant", "constant_fitted", "nearest", "zero_shot", "few_shot")
 PARTS = ("train", "validation", "test")
 QUANTIZATIONS = ("F16", "Q8_0", "Q5_K_M", "Q4_K_M")
@@ -81,11 +88,11 @@ def stages() -> list[Stage]:
     ]
     for name, settings in TUNED.items():
         found.append(Stage(name, 0, HERE / "answers" / f"{name}.csv", tune(name, settings)))
+    found.append(Stage("default", 0, HERE / "answers/default.csv", default))
     found.append(Stage("judge", 0, RUNS / "judge/sft/sft.json", judge))
     found.append(Stage("quantizations", 0, HERE / "answers/merged-q4_k_m.csv", quantizations))
-    many, small = ensemble("ensemble", "sources.toml", SOURCES), ensemble("small", "small-sources.toml", ["half"])
-    found.append(Stage("ensemble", 0, HERE / "ensemble.json", many))
-    found.append(Stage("small", 0, HERE / "small.json", small))
+    found.append(Stage("ensemble", 0, HERE / "ensemble.json", many_answers))
+    found.append(Stage("small", 0, HERE / "small.json", small_generator))
     found.append(Stage("speed", 0, HERE / "speed.json", speed))
     for name, systems in COMPARED.items():
         found.append(Stage(f"compare-{name}", 0, HERE / f"{name}.json", compare(name, systems)))
@@ -153,7 +160,9 @@ def tune(name: str, settings: Sequence[str]) -> Callable[[], None]:
         run("submission", "predict", TEST, "-o", folder / "submission.csv", *model)
         keep(folder / "submission.csv", name)
         (HERE / "losses").mkdir(exist_ok=True)
-        shutil.copyfile(folder / "sft/sft.json", HERE / "losses" / f"{name}.json")
+        shutil.copyfile(folder / "sft/adapter.run.json", HERE / "losses" / f"{name}.json")
+        if name == LONGEST:
+            shutil.copyfile(folder / "sft/training.png", HERE / f"{name}.png")
 
     return work
 
@@ -164,6 +173,14 @@ def made(*names: str) -> None:
         if not (RUNS / name / "sft/adapter").is_dir():
             half_base()
             tune(name, TUNED[name])()
+
+
+def default() -> None:
+    """The adapter that comes with the package, and answers with nothing named."""
+    made(SHIPPED)
+    run("train", "gguf", RUNS / SHIPPED / "sft/adapter", "-o", "submission/tuned/adapter.gguf", "--adapter")
+    run("submission", "predict", TEST, "-o", RUNS / "default.csv")
+    keep(RUNS / "default.csv", "default")
 
 
 def judge() -> None:
@@ -184,18 +201,31 @@ def quantizations() -> None:
         keep(output, name)
 
 
-def ensemble(name: str, sources: str, names: Sequence[str]) -> Callable[[], None]:
-    """Many answers, and every way of choosing among them."""
+def many_answers() -> None:
+    """Seventeen answers of three models, and ways of choosing among them that take minutes."""
+    choose("ensemble", TEST, "sources.toml", ("tuned", "other-seed", "half"), CHEAP)
 
-    def work() -> None:
-        made(*names)
-        candidates = RUNS / f"{name}.parquet"
-        run("ensemble", "sample", TEST, "-o", candidates, "--sources", HERE / sources)
-        run("ensemble", "experiment", candidates, "--truth", TEST, "-o", RUNS / name, "--models", HERE / "models.toml",
-            "--by", "kind")  # fmt: skip
-        shutil.copyfile(RUNS / name / "experiment.json", HERE / f"{name}.json")
 
-    return work
+def small_generator() -> None:
+    """The seed's try: a small generator and a bigger judge, on the first 60 rows, since judges cost most."""
+    import pandas as pd
+
+    some = RUNS / "test-60.parquet"
+    pd.read_parquet(TEST).head(60).to_parquet(some, index=False)
+    choose("small", some, "small-sources.toml", ("half",), EVERY)
+
+
+def choose(name: str, pairs: Path, sources: str, models: Sequence[str], selectors: Sequence[str]) -> None:
+    """Draw answers, let the selectors choose, and score the choices."""
+    made(*models)
+    if not (RUNS / "judge/sft/adapter").is_dir():
+        judge()
+    candidates = RUNS / f"{name}.parquet"
+    run("ensemble", "sample", pairs, "-o", candidates, "--sources", HERE / sources)
+    run("ensemble", "experiment", candidates, "--truth", pairs, "-o", RUNS / name, "--models", HERE / "models.toml",
+        "--by", "kind", "--rotations", 3, "--selectors", ",".join(selectors))  # fmt: skip
+    for file, kept in (("experiment.json", f"{name}.json"), ("report-headroom.png", f"{name}-headroom.png")):
+        shutil.copyfile(RUNS / name / file, HERE / kept)
 
 
 def speed() -> None:

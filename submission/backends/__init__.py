@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 from submission.config import from_settings
 from submission.errors import MissingExtra, UserError
 from submission.hardware import ALONE, Fleet
-from submission.models import EMBEDDED
+from submission.models import EMBEDDED, TUNED
 from submission.prompts import ChatEncoder
 from submission.types import Backend
 
@@ -80,7 +80,7 @@ class ModelSpec:
         """All that was asked for, for the manifest; `model_spec(**...)` takes it back."""
         return {
             "backend": self.backend,
-            "model": self.model if self.model == EMBEDDED else str(Path(self.model).expanduser().resolve()),
+            "model": self.model if self.model in (EMBEDDED, TUNED) else str(Path(self.model).expanduser().resolve()),
             "adapter": str(self.adapter.resolve()) if self.adapter else None,
             "settings": [f"{key}={value}" for key, value in asdict(self.options).items()],
         }
@@ -102,7 +102,7 @@ def model_spec(
 
     Args:
         backend: its name.
-        model: file, folder or `embedded`.
+        model: file, folder, `embedded`, or `embedded-tuned`, which with an adapter of one's own is `embedded`.
         adapter: file or folder.
         settings: `key=value` for the backend's options.
         fleet: copies of it, and where they are.
@@ -115,6 +115,8 @@ def model_spec(
     for package, extra in _BACKENDS[backend][1]:
         require(package, extra, f"backend {backend}")
     module = _module(backend)
+    if model == TUNED and adapter is not None:
+        model = EMBEDDED
     options = from_settings(module.Options, settings or [], f"backend {backend}")
     spec = ModelSpec(backend, model, adapter, options, fleet)
     if fleet.ray:

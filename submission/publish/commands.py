@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from submission.models import TUNED
 from submission.progress import say
 
 _METADATA = Path("kernel-metadata.json")
@@ -35,8 +36,11 @@ def bundle(
         Path | None, typer.Option(help="A kernel.toml: way of predicting, model, options; default: a plain one.")
     ] = None,
     model: Annotated[
-        str, typer.Option(help="embedded, a GGUF file, or attached (by model_sources in kernel-metadata.json).")
-    ] = "embedded",
+        str,
+        typer.Option(
+            help="embedded-tuned, embedded, a GGUF file, or attached (model_sources in kernel-metadata.json)."
+        ),
+    ] = TUNED,
     adapter: Annotated[Path | None, typer.Option(help="GGUF LoRA file, or PEFT folder.")] = None,
     include: Annotated[
         list[Path] | None, typer.Option(help="One more file: TOML of recover_config, shots, a module; again for more.")

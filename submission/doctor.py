@@ -17,7 +17,7 @@ import submission
 from submission.backends.common import thread_count
 from submission.hardware import nvidia_smi
 from submission.manifest import installed_version
-from submission.models import EMBEDDED_NAME, SENTENCE_T5, embedded_encoder, embedded_gguf, encoders_on_disk
+from submission.models import EMBEDDED_NAME, SENTENCE_T5, TUNED, embedded_encoder, embedded_gguf, encoders_on_disk
 
 # distribution -> (extra that brings it, what it is for)
 _PACKAGES = {
@@ -61,7 +61,7 @@ def _lines() -> Iterator[str]:
     yield from _encoders()
     usable = path is not None and importlib.util.find_spec("llama_cpp") is not None
     yield "default   " + (
-        "backend llama_cpp with the embedded model: `predict INPUT -o OUTPUT` works as it is"
+        f"backend llama_cpp with {TUNED}, the embedded model and an adapter: `predict INPUT -o OUTPUT` works as it is"
         if usable
         else "`predict` needs --backend and --model, or the packages named above"
     )

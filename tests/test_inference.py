@@ -18,7 +18,8 @@ from submission.backends.llama_cpp import LlamaCpp, Options, _limits
 from submission.backends.llama_drawing import Chain, draw_token
 from submission.backends.llama_library import cache_bytes_per_token, encode_weights
 from submission.backends.schedule import Shape
-from submission.models import content_hash
+from submission.manifest import manifest_path
+from submission.models import EMBEDDED, TUNED, content_hash, tuned_adapter
 from submission.templates import TEMPLATES, render_rewrite
 from submission.types import Backend, Chat, LogLikelihood, Message, Pair, Part, Request, Sampling, Triplet
 from tests.conftest import ROOT, Cli, environment, read_csv
@@ -265,6 +266,24 @@ def test_the_embedded_model_is_encoded_once(
     assert fresh() == gguf
     assert "used as they are" in capfd.readouterr().err
     embedded.fast_embedded.cache_clear()
+
+
+def test_the_default_answers_as_the_study_says(cli: Cli, tmp_path: Path) -> None:
+    sets, answers = ROOT / "docs/study/sets/test.parquet", ROOT / "docs/study/answers/default.csv"
+    assert cli("predict", sets, "-o", "default.csv", "--limit", 8).code == 0
+    told = json.loads((tmp_path / "default.csv.run.json").read_text())
+    assert told["model"]["model"] == TUNED
+    assert told["template"] == "brief"
+    assert told["fingerprint"]["adapter"].split()[0] == json.loads(manifest_path(tuned_adapter()).read_text())["hash"]
+    alike = [a == b for a, b in zip(read_csv(tmp_path / "default.csv")[1:], read_csv(answers)[1:9], strict=True)]
+    assert sum(alike) >= 5  # another CPU rounds otherwise
+
+
+def test_another_adapter_takes_the_place_of_the_default_one(tmp_path: Path) -> None:
+    assert model_spec("llama_cpp", TUNED, tuned_adapter()) == model_spec("llama_cpp", EMBEDDED, tuned_adapter())
+    marks = {model: model_spec("llama_cpp", model).fingerprint() for model in (EMBEDDED, TUNED)}
+    assert marks[TUNED].pop("adapter")
+    assert marks[TUNED] == marks[EMBEDDED]
 
 
 def test_throughput_compares_with_what_would_be_used_instead(cli: Cli, tmp_path: Path) -> None:

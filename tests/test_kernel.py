@@ -121,10 +121,12 @@ def test_a_kernel_predicts_in_both_layouts(tmp_path: Path, wheel: Path, layout: 
     assert outcome.log.splitlines()[-1].startswith("PREDICTED")
 
 
-def test_the_embedded_model_answers_in_a_kernel(tmp_path: Path, wheel: Path) -> None:
-    outcome = run(tmp_path, make_bundle(tmp_path / "bundle", wheel, 'model = "embedded"\n'), IDS[:2])
+@pytest.mark.parametrize("model", kernel.EMBEDDED)
+def test_the_embedded_model_answers_in_a_kernel(tmp_path: Path, wheel: Path, model: str) -> None:
+    outcome = run(tmp_path, make_bundle(tmp_path / "bundle", wheel, f'model = "{model}"\n'), IDS[:2])
     assert outcome.problem == ""
     assert outcome.report["fallbacks"] == 0
+    assert outcome.report["found"]["model"] == model
 
 
 @pytest.mark.parametrize(

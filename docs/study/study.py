@@ -37,8 +37,15 @@ TUNED: dict[str, Sequence[str]] = {
     "rate-2e-3": ("rows=128", "learning_rate=2e-3"),
     "epochs-10": ("rows=128", "epochs=10", "evaluate_every=16", "save_every=16", "samples=22"),
     "rank-8": ("rank=8", "alpha=16"),
+    "plain": ("rank=8", "alpha=16", f"train={RUNS}/plain-train.parquet", f"validation={RUNS}/plain-validation.parquet"),
     "attention": ("targets=q_proj,k_proj,v_proj,o_proj",),
     "half": (f"base={RUNS}/half-base",),
+}
+# One way of asking for each kind of prompt, for `plain`: which of its many ways was taken no rewrite tells.
+PLAIN = {
+    "form": "Rewrite this text as {style}.",
+    "voice": "Rewrite this text in the voice of {style}.",
+    "tone": "Rewrite this text in a {style} tone.",
 }
 # What is put beside what: a reference, then the others.
 COMPARED: dict[str, tuple[str, ...]] = {
@@ -48,15 +55,15 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "rates": ("size-128", "rate-1e-4", "rate-2e-3", "epochs-10", "zero_shot"),
     "layers": ("tuned", "rank-8", "attention", "zero_shot"),
     "half": ("tuned", "half", "constant", "zero_shot"),
+    "phrasing": ("rank-8", "plain", "zero_shot", "constant"),
     "default": ("default", "constant", "constant_fitted", "zero_shot", "tuned"),
     "seeds": ("tuned", "other-seed", "zero_shot"),
     "quantizations": ("merged-f16", "merged-q8_0", "merged-q5_k_m", "merged-q4_k_m", "zero_shot"),
 }
-SHIPPED = "rank-8"
+SHIPPED = "plain"
 LONGEST = "epochs-10"  # of which the curve is shown
-CHEAP = ("first", "random", "longest", "most_frequent", "logprob", "consensus", "likelihood", "consensus+likelihood",
-         "judge_pick", "judge_yes_no")  # fmt: skip
-EVERY = (*CHEAP, "judge_rate", "judge_pairs")
+CHEAP = ("first", "random", "longest", "most_frequent", "logprob", "consensus", "likelihood", "consensus+likelihood")
+EVERY = (*CHEAP, "judge_pick", "judge_rate", "judge_pairs", "judge_yes_no")
 BASELINES = ("constant", "constant_fitted", "nearest", "zero_shot", "few_shot")
 PARTS = ("train", "validation", "test")
 QUANTIZATIONS = ("F16", "Q8_0", "Q5_K_M", "Q4_K_M")
@@ -83,6 +90,7 @@ def stages() -> list[Stage]:
     found = [
         Stage("sets", 110, TEST, sets),
         Stage("kinds", 0, RUNS / "mixed.parquet", one_kind_and_mixed),
+        Stage("phrasing", 0, RUNS / "plain-validation.parquet", plain_phrasing),
         Stage("baselines", 4.2, HERE / "answers" / "zero_shot.csv", baselines),
         Stage("half-base", 0, RUNS / "half-base/config.json", half_base),
     ]
@@ -133,6 +141,19 @@ def one_kind_and_mixed() -> None:
     rows.head(len(alone)).to_parquet(RUNS / "mixed.parquet", index=False)
 
 
+def plain_phrasing() -> None:
+    """The training rows with their prompts said in one plain way."""
+    import pandas as pd
+
+    RUNS.mkdir(parents=True, exist_ok=True)
+    for part in ("train", "validation"):
+        rows = pd.read_parquet(SETS / f"{part}.parquet")
+        rows["rewrite_prompt"] = [
+            PLAIN[kind].format(style=style) for kind, style in zip(rows["kind"], rows["style"], strict=True)
+        ]
+        rows.to_parquet(RUNS / f"plain-{part}.parquet", index=False)
+
+
 def baselines() -> None:
     """Ways of predicting without tuning."""
     only = [part for name in BASELINES for part in ("--only", name)]
@@ -159,8 +180,10 @@ def tune(name: str, settings: Sequence[str]) -> Callable[[], None]:
         model = ("--backend", "transformers", "--model", base, "--adapter", folder / "sft/adapter")
         run("submission", "predict", TEST, "-o", folder / "submission.csv", *model)
         keep(folder / "submission.csv", name)
+        told = json.loads((folder / "sft/adapter.run.json").read_text())
         (HERE / "losses").mkdir(exist_ok=True)
-        shutil.copyfile(folder / "sft/adapter.run.json", HERE / "losses" / f"{name}.json")
+        kept = {key: told[key] for key in ("rows", "steps", "seconds", "best", "history")}
+        (HERE / "losses" / f"{name}.json").write_text(json.dumps(kept) + "\n")
         if name == LONGEST:
             shutil.copyfile(folder / "sft/training.png", HERE / f"{name}.png")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import warnings
 from collections.abc import Sequence
@@ -14,23 +13,6 @@ from train.encoding import IGNORED, Example
 from train.sft_config import Sft
 
 FSDP = "ACCELERATE_USE_FSDP"  # set by `accelerate launch`
-
-
-_TRIM, _MMAP = -1, -3  # parameters of mallopt in malloc.h
-_ALL = 1 << 30  # bytes
-
-
-def keep_freed_memory() -> None:
-    """Have glibc reuse large blocks, instead of giving each back to the kernel, which must clear the next one.
-
-    On a CPU such clearing was a third of a step's time.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return  # another C library
-    mallopt(_MMAP, _ALL)
-    mallopt(_TRIM, _ALL)
 
 
 def device_count() -> int:
@@ -79,8 +61,6 @@ def make_trainer(
     from trl.trainer.sft_config import SFTConfig
 
     cuda = torch.cuda.is_available()
-    if not cuda:
-        keep_freed_memory()
     dtype = training_dtype(config)
     warnings.simplefilter("ignore", FutureWarning)  # of one library about another
     if config.tracker == "wandb":

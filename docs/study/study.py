@@ -33,14 +33,18 @@ TUNED: dict[str, Sequence[str]] = {
     "size-128": ("rows=128",),
     "one-kind": (f"train={RUNS}/one-kind.parquet",),
     "mixed": (f"train={RUNS}/mixed.parquet",),
-    "rate-1e-4": ("rows=128", "learning_rate=1e-4"),
-    "rate-2e-3": ("rows=128", "learning_rate=2e-3"),
-    "epochs-10": ("rows=128", "epochs=10", "evaluate_every=16", "save_every=16", "samples=22"),
+    "rate-1e-4": ("rows=64", "learning_rate=1e-4"),
+    "rate-2e-3": ("rows=64", "learning_rate=2e-3"),
+    "epochs-10": ("rows=64", "epochs=10", "evaluate_every=8", "save_every=8", "samples=22"),
     "rank-8": ("rank=8", "alpha=16"),
     "plain": ("rank=8", "alpha=16", f"train={RUNS}/plain-train.parquet", f"validation={RUNS}/plain-validation.parquet"),
     "attention": ("targets=q_proj,k_proj,v_proj,o_proj",),
     "half": (f"base={RUNS}/half-base",),
 }
+MINUTES = {
+    "tuned": 9.7, "other-seed": 8.8, "size-64": 3.9, "size-128": 5.8, "one-kind": 5.9, "mixed": 5.5, "rate-1e-4": 5.0,
+    "rate-2e-3": 4.1, "epochs-10": 14.2, "rank-8": 7.7, "plain": 7.9, "attention": 7.8, "half": 7.6,
+}  # fmt: skip
 # One way of asking for each kind of prompt, for `plain`: which of its many ways was taken no rewrite tells.
 PLAIN = {
     "form": "Rewrite this text as {style}.",
@@ -52,7 +56,7 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "ways": ("tuned", "constant", "constant_fitted", "zero_shot", "few_shot", "nearest"),
     "diversity": ("mixed", "one-kind", "zero_shot"),
     "size": ("tuned", "size-128", "size-64", "zero_shot"),
-    "rates": ("size-128", "rate-1e-4", "rate-2e-3", "epochs-10", "zero_shot"),
+    "rates": ("size-64", "rate-1e-4", "rate-2e-3", "epochs-10", "zero_shot"),
     "layers": ("tuned", "rank-8", "attention", "zero_shot"),
     "half": ("tuned", "half", "constant", "zero_shot"),
     "phrasing": ("rank-8", "plain", "zero_shot", "constant"),
@@ -92,18 +96,19 @@ def stages() -> list[Stage]:
         Stage("kinds", 0, RUNS / "mixed.parquet", one_kind_and_mixed),
         Stage("phrasing", 0, RUNS / "plain-validation.parquet", plain_phrasing),
         Stage("baselines", 4.2, HERE / "answers" / "zero_shot.csv", baselines),
-        Stage("half-base", 0, RUNS / "half-base/config.json", half_base),
+        Stage("half-base", 0.1, RUNS / "half-base/config.json", half_base),
     ]
     for name, settings in TUNED.items():
-        found.append(Stage(name, 0, HERE / "answers" / f"{name}.csv", tune(name, settings)))
-    found.append(Stage("default", 0, HERE / "answers/default.csv", default))
-    found.append(Stage("judge", 0, RUNS / "judge/sft/sft.json", judge))
-    found.append(Stage("quantizations", 0, HERE / "answers/merged-q4_k_m.csv", quantizations))
-    found.append(Stage("ensemble", 0, HERE / "ensemble.json", many_answers))
-    found.append(Stage("small", 0, HERE / "small.json", small_generator))
-    found.append(Stage("speed", 0, HERE / "speed.json", speed))
+        found.append(Stage(name, MINUTES[name], HERE / "answers" / f"{name}.csv", tune(name, settings)))
+    found += [
+        Stage("default", 2.3, HERE / "answers/default.csv", default),
+        Stage("quantizations", 8, HERE / "answers/merged-q4_k_m.csv", quantizations),
+        Stage("ensemble", 28.8, HERE / "ensemble.json", many_answers),
+        Stage("small", 0, HERE / "small.json", small_generator),
+        Stage("speed", 0, HERE / "speed.json", speed),
+    ]
     for name, systems in COMPARED.items():
-        found.append(Stage(f"compare-{name}", 0, HERE / f"{name}.json", compare(name, systems)))
+        found.append(Stage(f"compare-{name}", 0.2, HERE / f"{name}.json", compare(name, systems)))
     return found
 
 
@@ -195,6 +200,7 @@ def made(*names: str) -> None:
     for name in names:
         if not (RUNS / name / "sft/adapter").is_dir():
             half_base()
+            plain_phrasing()
             tune(name, TUNED[name])()
 
 
@@ -206,22 +212,18 @@ def default() -> None:
     keep(RUNS / "default.csv", "default")
 
 
-def judge() -> None:
-    """A judge that says Yes or No."""
-    run("train", "sft", HERE / "judge.toml", "-o", RUNS / "judge/sft")
-
-
 def quantizations() -> None:
     """The tuned model, merged, in several precisions."""
     made("tuned")
     merged = RUNS / "tuned/merged"
     if not (merged / "config.json").is_file():
         run("train", "merge", RUNS / "tuned/sft/adapter", "-o", merged)
-    run("train", "gguf", merged, "-o", RUNS / "tuned/merged.gguf", "--quantization", ",".join(QUANTIZATIONS))
-    for name in (f"merged-{quantization.lower()}" for quantization in QUANTIZATIONS):
-        file, output = RUNS / f"tuned/{name}.gguf", RUNS / f"tuned/{name}.csv"
-        run("submission", "predict", TEST, "-o", output, "--model", file, "--template", "brief")
-        keep(output, name)
+    table = run("train", "gguf", merged, "-o", RUNS / "tuned/merged.gguf", "--quantization", ",".join(QUANTIZATIONS))
+    (HERE / "quantizations.txt").write_text(table)
+    for name in QUANTIZATIONS:
+        file, output = RUNS / f"tuned/merged-{name}.gguf", RUNS / f"tuned/merged-{name}.csv"
+        run("submission", "predict", TEST, "-o", output, "--model", file)
+        keep(output, f"merged-{name.lower()}")
 
 
 def many_answers() -> None:
@@ -235,14 +237,14 @@ def small_generator() -> None:
 
     some = RUNS / "test-60.parquet"
     pd.read_parquet(TEST).head(60).to_parquet(some, index=False)
+    if not (RUNS / "judge/sft/adapter").is_dir():
+        run("train", "sft", HERE / "judge.toml", "-o", RUNS / "judge/sft")  # 5.8 minutes
     choose("small", some, "small-sources.toml", ("half",), EVERY)
 
 
 def choose(name: str, pairs: Path, sources: str, models: Sequence[str], selectors: Sequence[str]) -> None:
     """Draw answers, let the selectors choose, and score the choices."""
     made(*models)
-    if not (RUNS / "judge/sft/adapter").is_dir():
-        judge()
     candidates = RUNS / f"{name}.parquet"
     run("ensemble", "sample", pairs, "-o", candidates, "--sources", HERE / sources)
     run("ensemble", "experiment", candidates, "--truth", pairs, "-o", RUNS / name, "--models", HERE / "models.toml",

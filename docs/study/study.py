@@ -102,7 +102,7 @@ def stages() -> list[Stage]:
         found.append(Stage(name, MINUTES[name], HERE / "answers" / f"{name}.csv", tune(name, settings)))
     found += [
         Stage("default", 2.3, HERE / "answers/default.csv", default),
-        Stage("quantizations", 8, HERE / "answers/merged-q4_k_m.csv", quantizations),
+        Stage("quantizations", 7.1, HERE / "answers/merged-q4_k_m.csv", quantizations),
         Stage("ensemble", 28.8, HERE / "ensemble.json", many_answers),
         Stage("small", 0, HERE / "small.json", small_generator),
         Stage("speed", 0, HERE / "speed.json", speed),

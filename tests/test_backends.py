@@ -230,7 +230,8 @@ def test_predict_runs_offline_on_the_examples(cli: Cli, tmp_path: Path) -> None:
     assert done.summary["rows_per_second"] > 0
     assert all(row[1].startswith("Rewrite this text") for row in read_csv(tmp_path / "s.csv")[1:])
     page = cli("inspect", "story-train", "--run", "s.csv").out
-    assert "<|im_start|>user\nBelow are a text and a rewrite of it." in page
+    assert "<|im_start|>user\nOriginal text:\n" in page
+    assert "Which instruction turned the original text into the rewritten text?<|im_end|>" in page
     assert page.index("tokens)") < page.index("== raw answer")
     assert cli("doctor").code == 0
 

@@ -59,7 +59,7 @@ def test_a_run_with_other_options_is_refused_unless_fresh(cli: Cli, pairs_csv: P
     other = ("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--template", "detailed")
     refused = cli(*other)
     assert refused.code == 2
-    assert "template: the journal has short:" in refused.err
+    assert "template: the journal has brief:" in refused.err
     assert "--fresh" in refused.err
     assert (tmp_path / "s.csv").read_bytes() == before
     assert cli(*other, "--fresh").code == 0
@@ -85,7 +85,7 @@ def test_speed_limit_and_deadline_may_change_between_runs(cli: Cli, pairs_csv: P
 
 def test_scripted_answers_come_from_a_file(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
     (tmp_path / "answers.json").write_text(json.dumps([" a pirate song.\n\nBecause it says arr."]))
-    cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--set", "answers=answers.json")
+    cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--set", "answers=answers.json", "--template", "short")
     assert set(prompts(tmp_path / "s.csv").values()) == {"Rewrite this text as a pirate song."}
 
 
@@ -195,7 +195,7 @@ def test_long_texts_are_cut_and_counted(cli: Cli, tmp_path: Path) -> None:
     assert done.summary["truncated"] == 1
     page = cli("inspect", "1", "--run", "s.csv").out
     assert "texts cut to fit" in page
-    assert "How was the text changed?" in page
+    assert "Which instruction turned" in page
 
 
 def test_a_dry_run_tells_and_writes_nothing(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:

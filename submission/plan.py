@@ -11,7 +11,7 @@ from submission.config import read_toml
 from submission.errors import UserError
 from submission.files import check_writable, on_store, shown
 from submission.hardware import ALONE, Fleet
-from submission.models import TUNED, noted_template, tuned_adapter
+from submission.models import TUNED, adapter_of, noted_template
 from submission.pairs import Pairs
 from submission.recover import DEFAULT_PROMPT, RecoverSource, Setup, find_recover
 from submission.tables import digest_pairs, read_triplets
@@ -132,9 +132,7 @@ def choose_template(asked: str, model: str, adapter: Path | None, *, shots: bool
     Raises:
         UserError: there is no such template.
     """
-    if model == TUNED and adapter is None:
-        adapter = tuned_adapter()
-    suits = "few_shot" if shots else noted_template(adapter, Path(model).expanduser())
+    suits = "few_shot" if shots else noted_template(adapter_of(model, adapter), Path(model).expanduser())
     return get_template(asked or suits or "short")
 
 

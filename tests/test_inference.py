@@ -279,7 +279,7 @@ def test_the_default_answers_as_the_study_says(cli: Cli, tmp_path: Path) -> None
     assert sum(alike) >= 5  # another CPU rounds otherwise
 
 
-def test_another_adapter_takes_the_place_of_the_default_one(tmp_path: Path) -> None:
+def test_another_adapter_takes_the_place_of_the_default_one() -> None:
     assert model_spec("llama_cpp", TUNED, tuned_adapter()) == model_spec("llama_cpp", EMBEDDED, tuned_adapter())
     marks = {model: model_spec("llama_cpp", model).fingerprint() for model in (EMBEDDED, TUNED)}
     assert marks[TUNED].pop("adapter")

@@ -19,6 +19,7 @@ import pytest
 from submission import kernel
 from submission.answers import _READ_AS_NULL
 from submission.errors import UserError
+from submission.models import PACKAGED
 from submission.publish.bundle import BundleConfig, bundle, check_replaceable, model_instance, roots, write_contents
 from submission.publish.dry_run import LAYOUTS, Outcome, dry_run, lay_out, network_cut, run_kernel
 from submission.publish.image import kaggle_image
@@ -121,7 +122,7 @@ def test_a_kernel_predicts_in_both_layouts(tmp_path: Path, wheel: Path, layout: 
     assert outcome.log.splitlines()[-1].startswith("PREDICTED")
 
 
-@pytest.mark.parametrize("model", kernel.EMBEDDED)
+@pytest.mark.parametrize("model", kernel.PACKAGED)
 def test_the_embedded_model_answers_in_a_kernel(tmp_path: Path, wheel: Path, model: str) -> None:
     outcome = run(tmp_path, make_bundle(tmp_path / "bundle", wheel, f'model = "{model}"\n'), IDS[:2])
     assert outcome.problem == ""
@@ -305,6 +306,7 @@ def test_the_kernel_needs_nothing_but_the_standard_library() -> None:
 
 def test_the_kernel_s_constants_are_those_of_the_package() -> None:
     assert kernel.FALLBACK == DEFAULT_PROMPT
+    assert kernel.PACKAGED == PACKAGED
     assert set(kernel.NULLS) == set(_READ_AS_NULL)
     assert kernel.COMPETITION in json.loads((ROOT / "kernel-metadata.json").read_text())["competition_sources"]
 

@@ -51,6 +51,7 @@ PLAIN = {
     "voice": "Rewrite this text in the voice of {style}.",
     "tone": "Rewrite this text in a {style} tone.",
 }
+MERGED = {name: f"merged-{name.lower()}" for name in ("F16", "Q8_0", "Q5_K_M", "Q4_K_M")}  # and their answers
 # What is put beside what: a reference, then the others.
 COMPARED: dict[str, tuple[str, ...]] = {
     "ways": ("tuned", "constant", "constant_fitted", "zero_shot", "few_shot", "nearest"),
@@ -62,7 +63,7 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "phrasing": ("rank-8", "plain", "zero_shot", "constant"),
     "default": ("default", "constant", "constant_fitted", "zero_shot", "tuned"),
     "seeds": ("tuned", "other-seed", "zero_shot"),
-    "quantizations": ("merged-f16", "merged-q8_0", "merged-q5_k_m", "merged-q4_k_m", "zero_shot"),
+    "quantizations": (*MERGED.values(), "zero_shot"),
 }
 SHIPPED = "plain"
 LONGEST = "epochs-10"  # of which the curve is shown
@@ -70,7 +71,6 @@ CHEAP = ("first", "random", "longest", "most_frequent", "logprob", "consensus", 
 EVERY = (*CHEAP, "judge_pick", "judge_rate", "judge_pairs", "judge_yes_no")
 BASELINES = ("constant", "constant_fitted", "nearest", "zero_shot", "few_shot")
 PARTS = ("train", "validation", "test")
-QUANTIZATIONS = ("F16", "Q8_0", "Q5_K_M", "Q4_K_M")
 
 
 @dataclass(frozen=True)
@@ -218,12 +218,12 @@ def quantizations() -> None:
     merged = RUNS / "tuned/merged"
     if not (merged / "config.json").is_file():
         run("train", "merge", RUNS / "tuned/sft/adapter", "-o", merged)
-    table = run("train", "gguf", merged, "-o", RUNS / "tuned/merged.gguf", "--quantization", ",".join(QUANTIZATIONS))
+    table = run("train", "gguf", merged, "-o", RUNS / "tuned/merged.gguf", "--quantization", ",".join(MERGED))
     (HERE / "quantizations.txt").write_text(table)
-    for name in QUANTIZATIONS:
+    for name, answers in MERGED.items():
         file, output = RUNS / f"tuned/merged-{name}.gguf", RUNS / f"tuned/merged-{name}.csv"
         run("submission", "predict", TEST, "-o", output, "--model", file)
-        keep(output, f"merged-{name.lower()}")
+        keep(output, answers)
 
 
 def many_answers() -> None:

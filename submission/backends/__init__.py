@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 from submission.config import from_settings
 from submission.errors import MissingExtra, UserError
 from submission.hardware import ALONE, Fleet
-from submission.models import EMBEDDED, TUNED
+from submission.models import EMBEDDED, PACKAGED, TUNED
 from submission.prompts import ChatEncoder
 from submission.types import Backend
 
@@ -80,7 +80,7 @@ class ModelSpec:
         """All that was asked for, for the manifest; `model_spec(**...)` takes it back."""
         return {
             "backend": self.backend,
-            "model": self.model if self.model in (EMBEDDED, TUNED) else str(Path(self.model).expanduser().resolve()),
+            "model": self.model if self.model in PACKAGED else str(Path(self.model).expanduser().resolve()),
             "adapter": str(self.adapter.resolve()) if self.adapter else None,
             "settings": [f"{key}={value}" for key, value in asdict(self.options).items()],
         }

@@ -26,7 +26,7 @@ from submission.backends.llama_streams import LlamaStreams
 from submission.backends.llama_tokenizer import GgufTokenizer
 from submission.backends.schedule import Limits, Prompt, Scheduler, Shape, Text
 from submission.errors import UserError
-from submission.models import EMBEDDED, TUNED, check_gguf_adapter, content_hash, resolve_gguf, tuned_adapter
+from submission.models import PACKAGED, adapter_of, check_gguf_adapter, content_hash, resolve_gguf
 from submission.prompts import ChatEncoder
 from submission.types import Chat, Completion, LogLikelihood, Request
 
@@ -63,7 +63,7 @@ class Options:
 def check(spec: ModelSpec) -> None:
     """Refuse a model or adapter that is not what this backend loads."""
     resolve_gguf(spec.model)
-    check_gguf_adapter(_adapter(spec))
+    check_gguf_adapter(adapter_of(spec.model, spec.adapter))
     if spec.options.context < 128:
         raise UserError("option context for backend llama_cpp must be at least 128 tokens")
     if spec.options.batch < 1:
@@ -75,14 +75,14 @@ def check(spec: ModelSpec) -> None:
 def fingerprint(spec: ModelSpec) -> dict[str, str]:
     """What decides the answers: weights, adapter, its scale and the room for a prompt."""
     marks = {"model": content_hash(model_file(spec.model)), "context": str(spec.options.context)}
-    if adapter := _adapter(spec):
+    if adapter := adapter_of(spec.model, spec.adapter):
         marks["adapter"] = f"{content_hash(adapter)} x {spec.options.adapter_scale:g}"
     return marks
 
 
 def load(spec: ModelSpec) -> LlamaCpp:
     """Load the model; a context is made when the first requests tell what it must hold."""
-    return LlamaCpp(model_file(spec.model), _adapter(spec), spec.options)
+    return LlamaCpp(model_file(spec.model), adapter_of(spec.model, spec.adapter), spec.options)
 
 
 def load_encoder(spec: ModelSpec) -> ChatEncoder:
@@ -157,11 +157,7 @@ class LlamaCpp:
 
 def model_file(model: str) -> Path:
     """The GGUF file that is loaded for `--model`; for the embedded model the one with fast weights."""
-    return fast_embedded() if model in (EMBEDDED, TUNED) else resolve_gguf(model)
-
-
-def _adapter(spec: ModelSpec) -> Path | None:
-    return tuned_adapter() if spec.model == TUNED else spec.adapter
+    return fast_embedded() if model in PACKAGED else resolve_gguf(model)
 
 
 def _context_size(model: Any, options: Options) -> int:

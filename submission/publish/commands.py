@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from submission.models import TUNED
 from submission.progress import say
 
 _METADATA = Path("kernel-metadata.json")
@@ -40,7 +39,7 @@ def bundle(
         typer.Option(
             help="embedded-tuned, embedded, a GGUF file, or attached (model_sources in kernel-metadata.json)."
         ),
-    ] = TUNED,
+    ] = "embedded-tuned",
     adapter: Annotated[Path | None, typer.Option(help="GGUF LoRA file, or PEFT folder.")] = None,
     include: Annotated[
         list[Path] | None, typer.Option(help="One more file: TOML of recover_config, shots, a module; again for more.")

@@ -43,7 +43,7 @@ def sample(
     ],
     output: OutputOption,
     sources: Annotated[
-        Path | None, typer.Option(help="TOML with a [[source]] for each. Default: the embedded model.")
+        Path | None, typer.Option(help="TOML with a [[source]] for each. Default: the model of `predict`.")
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE of every source, such as n=4; again for more.")

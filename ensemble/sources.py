@@ -23,7 +23,7 @@ from submission.backends import ModelSpec, model_spec
 from submission.config import from_mapping, read_toml, split_settings
 from submission.errors import UserError
 from submission.hardware import Fleet
-from submission.models import EMBEDDED
+from submission.models import TUNED
 from submission.plan import choose_template
 from submission.tables import read_triplets
 from submission.templates import Template
@@ -47,7 +47,7 @@ class Source:
 
     name: str = ""
     backend: str = "llama_cpp"
-    model: str = EMBEDDED
+    model: str = TUNED
     adapter: str = ""
     settings: tuple[str, ...] = ()
     template: str = ""

@@ -1,4 +1,4 @@
-"""The whole thing in a few minutes: candidates of the embedded model for the examples, all selectors, the report.
+"""The whole thing in a few minutes: candidates of the packaged models for the examples, all selectors, the report.
 
 python -m ensemble trial -o trial
 """
@@ -15,12 +15,13 @@ from ensemble.sample import sample
 from ensemble.sources import Source
 from eval.encoders import Encoder
 from submission.errors import UserError
+from submission.models import EMBEDDED
 from submission.tables import read_pairs
 
 _SKIPPED = ("judge_pairs",)  # it asks about every two candidates: as long as all others together
 _SOURCES = (
-    Source(name="short", template="short", n=4, temperature=0.8, max_new_tokens=32),
-    Source(name="detailed", template="detailed", n=3, greedy=False, temperature=0.8, max_new_tokens=32),
+    Source(name="tuned", n=4, temperature=0.8, max_new_tokens=32),
+    Source(name="untuned", model=EMBEDDED, template="detailed", n=3, greedy=False, temperature=0.8, max_new_tokens=32),
 )
 
 

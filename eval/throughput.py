@@ -20,7 +20,7 @@ from eval.peers import BareLoop, LlamaCppPython, Load, TransformersRows, llama_s
 from submission.backends import model_spec
 from submission.backends.common import thread_count
 from submission.backends.hf_loading import stay_offline_and_quiet
-from submission.backends.llama_cpp import LlamaCpp, model_file
+from submission.backends.llama_cpp import LlamaCpp, weights
 from submission.backends.schedule import Text
 from submission.errors import UserError
 from submission.models import EMBEDDED
@@ -144,7 +144,7 @@ class _Bench:
         self._say = say
         self._pairs = read_pairs(config.input)[: config.rows]
         self._threads = thread_count(config.threads)
-        self._file = model_file(config.model)
+        self._file = weights(model_spec("llama_cpp", config.model))[0]
         backend = model_spec("llama_cpp", str(self._file), settings=[f"threads={self._threads}"]).load()
         assert isinstance(backend, LlamaCpp)
         self._ours = backend

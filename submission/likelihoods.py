@@ -44,14 +44,15 @@ class Likelihoods:
 
     Args:
         load: loads it, when something is asked that is not known.
-        journal: of this model, begun; None keeps nothing.
+        journal: of this model, begun; None: they are known to this object alone.
     """
 
     def __init__(self, load: Callable[[], Backend], journal: Journal | None = None) -> None:
         self._load = load
         self._journal = journal
         self._backend: Backend | None = None
-        self._known: dict[str, Known] = {}  # without a journal
+        finished = journal.finished if journal else {}
+        self._known = {key: _parse(answer.text) for key, answer in finished.items()}
 
     def of(self, asked: Sequence[Question], done: Callable[[], None] = lambda: None) -> list[Known]:
         """The likelihood of each text behind its chat.
@@ -61,8 +62,7 @@ class Likelihoods:
             done: is called for each one, known or computed.
         """
         keys = [_digest(chat, text) for chat, text in asked]
-        known = self._known if self._journal is None else self._journal.finished
-        missing = {key: item for key, item in zip(keys, asked, strict=True) if key not in known}
+        missing = {key: item for key, item in zip(keys, asked, strict=True) if key not in self._known}
         for _ in range(len(asked) - len(missing)):
             done()
         if missing:
@@ -71,16 +71,13 @@ class Likelihoods:
             before = time.perf_counter()
             for key, found in self._backend.loglikelihood(items):
                 now = time.perf_counter()
-                this = Known(found.sum, found.tokens, found.prompt_tokens, now - before)
+                known = Known(found.sum, found.tokens, found.prompt_tokens, now - before)
                 before = now
-                if self._journal is None:
-                    self._known[key] = this
-                else:
-                    self._journal.append(Prediction(key, _line(this)))
+                if self._journal is not None:
+                    self._journal.append(Prediction(key, _line(known)))
+                self._known[key] = known
                 done()
-        if self._journal is None:
-            return [self._known[key] for key in keys]
-        return [_parse(self._journal.finished[key].text) for key in keys]
+        return [self._known[key] for key in keys]
 
 
 @contextmanager

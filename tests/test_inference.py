@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections import Counter
@@ -14,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from submission.backends import embedded, model_spec
-from submission.backends.llama_cpp import LlamaCpp, Options, _limits
+from submission.backends.llama_cpp import LlamaCpp, Options, _limits, weights
 from submission.backends.llama_drawing import Chain, draw_token
 from submission.backends.llama_library import cache_bytes_per_token, encode_weights
 from submission.backends.schedule import Shape
@@ -247,7 +248,7 @@ def test_the_embedded_model_is_encoded_once(
 ) -> None:
     def fresh() -> Path:
         embedded.fast_embedded.cache_clear()
-        return embedded.fast_embedded()
+        return embedded.fast_embedded()[0]
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = fresh()
@@ -281,9 +282,44 @@ def test_the_default_answers_as_the_study_says(cli: Cli, tmp_path: Path) -> None
 
 def test_another_adapter_takes_the_place_of_the_default_one() -> None:
     assert model_spec("llama_cpp", TUNED, tuned_adapter()) == model_spec("llama_cpp", EMBEDDED, tuned_adapter())
-    marks = {model: model_spec("llama_cpp", model).fingerprint() for model in (EMBEDDED, TUNED)}
-    assert marks[TUNED].pop("adapter")
-    assert marks[TUNED] == marks[EMBEDDED]
+    beside, added, plain = (
+        model_spec("llama_cpp", model, adapter).fingerprint()
+        for model, adapter in ((EMBEDDED, tuned_adapter()), (TUNED, None), (EMBEDDED, None))
+    )
+    assert beside["adapter"] == added["adapter"]
+    assert beside["model"] == plain["model"] != added["model"]
+
+
+def test_an_adapter_added_to_the_weights_computes_as_beside_them(
+    gguf: Path, example_pairs: list[Pair], tmp_path: Path
+) -> None:
+    base, both = tmp_path / "base.gguf", tmp_path / "both.gguf"
+    for path in (base, both):
+        assert encode_weights(gguf, path, 0, 2)  # in 32 bits, where rounding hides nothing
+    embedded._add(tuned_adapter(), gguf, both)
+    asked = list(candidates(example_pairs[:1]))
+    specs = (model_spec("llama_cpp", str(both)), model_spec("llama_cpp", str(base), tuned_adapter()),
+             model_spec("llama_cpp", str(base)))  # fmt: skip
+    added, beside, without = (dict(spec.load().loglikelihood(asked)) for spec in specs)
+    for key, found in added.items():
+        assert found.sum / found.tokens == pytest.approx(beside[key].sum / found.tokens, abs=0.005)
+    assert max(abs(found.sum - without[key].sum) / found.tokens for key, found in added.items()) > 0.3
+
+
+def test_the_packaged_adapter_is_loaded_beside_the_weights_where_it_cannot_be_added(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    added, plain = model_spec("llama_cpp", TUNED), model_spec("llama_cpp", EMBEDDED)
+    assert weights(added)[0] != weights(plain)[0]
+    assert weights(added)[1] is None
+    scaled = model_spec("llama_cpp", TUNED, settings=["adapter_scale=0.5"])
+    assert weights(scaled) == (weights(plain)[0], tuned_adapter())
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "gguf" else find(name))
+    embedded.fast_embedded.cache_clear()
+    assert weights(added) == (weights(plain)[0], tuned_adapter())
+    assert "pip install gguf" in capfd.readouterr().err
+    embedded.fast_embedded.cache_clear()
 
 
 def test_throughput_compares_with_what_would_be_used_instead(cli: Cli, tmp_path: Path) -> None:

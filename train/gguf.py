@@ -280,7 +280,7 @@ def _compare_with_transformers(
     if not apart <= most:
         raise UserError(
             f"the logits are {apart:.3f} off those of transformers, more than {most}: not written\n"
-            "Computing with 16 bits changes this model: use its folder as it is, with --backend transformers."
+            "Written in 16 bits it does not compute the same: use its folder as it is, with --backend transformers."
         )
     return apart, found, ids
 

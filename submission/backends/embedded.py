@@ -13,13 +13,13 @@ difference of the log-probability per token to what the very weights give in 32-
     IQ4_NL     -0.198 +- 0.049              -0.192 +- 0.016            2.0
 
 llama.cpp rounds activations to 8 bits beside 8- and 4-bit weights, and not beside 16-bit ones. An adapter beside the
-weights takes a third of the speed, however small it is; so that of `embedded-tuned` is added to them.
+weights takes a third of the speed, however small it is; so that of `embedded-tuned` is added to them. The sum is kept in
+F16: 169 greedy answers of 170 are those of transformers; in BF16 163, and the score is 0.004 less.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def fast_embedded(adapter: Path | None = None) -> tuple[Path, Path | None]:
     """The embedded model's fast file, and what adapter is left to be loaded beside it.
 
     Args:
-        adapter: GGUF LoRA that is added to the weights; left where the package gguf is missing.
+        adapter: GGUF LoRA that is added to the weights; left where the package gguf cannot be imported.
 
     Returns:
         The packaged file where no other can be written.
@@ -45,24 +45,20 @@ def fast_embedded(adapter: Path | None = None) -> tuple[Path, Path | None]:
     Raises:
         MissingExtra: the package that brings the model is not installed.
     """
-    if adapter is not None and importlib.util.find_spec("gguf") is None:
-        tell("the adapter is computed beside the model, which is slower: pip install gguf", sys.stderr)
-        return fast_embedded()[0], adapter
     source = resolve_gguf(EMBEDDED)
-    name = _encoding()
+    name = "F16" if adapter else _encoding()
     parts = [source.stem, content_hash(source)[:12], *([content_hash(adapter)[:12]] if adapter else []), name]
     target = cache_folder("models") / f"{'-'.join(parts)}.gguf"
     mark = target.with_suffix(".sha256")
     try:
         if target.is_file() and mark.is_file() and mark.read_text(encoding="ascii") == content_hash(target):
             return target, None
+        if adapter is not None:
+            import gguf  # noqa: F401
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
-        added = " with its adapter" if adapter else ""
-        tell(
-            f"the embedded model{added} is encoded as {name}, once, which this CPU computes faster: {target}",
-            sys.stderr,
-        )
+        what = "the embedded model with its adapter" if adapter else "the embedded model"
+        tell(f"{what} is encoded as {name}, once, which this CPU computes faster: {target}", sys.stderr)
         with atomic_path(target) as temporary:
             if not encode_weights(source, temporary, _FILE_TYPES[name], thread_count(0)):
                 raise OSError("llama.cpp could not encode it")
@@ -70,6 +66,9 @@ def fast_embedded(adapter: Path | None = None) -> tuple[Path, Path | None]:
                 _add(adapter, source, temporary)
         with atomic_writer(mark) as file:
             file.write(content_hash(target))
+    except ImportError as error:
+        tell(f"the adapter is computed beside the embedded model, which is slower: {error}", sys.stderr)
+        return fast_embedded()[0], adapter
     except OSError as error:
         tell(f"the packaged weights of the embedded model are used as they are, which is slower: {error}", sys.stderr)
         return source, adapter

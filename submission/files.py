@@ -7,12 +7,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -192,12 +194,19 @@ def _temporary_beside(path: Path) -> tuple[int, Path]:
     return handle, Path(name)
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove what `atomic_path` left beside `path`, or files named after it, when its process was killed."""
+def remove_leftovers(path: Path, idle: float = 0) -> None:
+    """Remove what `atomic_path` left beside `path`, or files named after it, when its process was killed.
+
+    Args:
+        path: of this machine; on an object store nothing is left.
+        idle: seconds since it was written to, where another process may be writing the same file.
+    """
     if on_store(path):
         return
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*tmp"):
-        leftover.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # the other process was done with it
+            if time.time() - leftover.stat().st_mtime >= idle:
+                leftover.unlink()
 
 
 def check_writable(path: Path) -> None:

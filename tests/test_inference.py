@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -259,7 +260,14 @@ def test_the_embedded_model_is_encoded_once(
     assert capfd.readouterr().err == ""
     good = content_hash(path)
     path.write_bytes(path.read_bytes()[:1000])  # a disk that lies
+    killed, busy = (folder / f".{path.name}.{name}.tmp" for name in ("killed", "busy"))
+    for file in (killed, busy):
+        file.touch()
+    os.utime(killed, (0, 0))
     assert content_hash(fresh()) == good
+    assert busy.exists(), "another process may be writing it"
+    assert not killed.exists()
+    busy.unlink()
     assert sorted(file.suffix for file in folder.iterdir()) == [".gguf", ".sha256"], "nothing is left over"
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where the folder should be")

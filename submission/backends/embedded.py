@@ -56,7 +56,7 @@ def fast_embedded(adapter: Path | None = None) -> tuple[Path, Path | None]:
         if adapter is not None:
             import gguf  # noqa: F401
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target)
+        remove_leftovers(target, idle=600)  # two first runs at once do not take each other's away
         what = "the embedded model with its adapter" if adapter else "the embedded model"
         tell(f"{what} is encoded as {name}, once, which this CPU computes faster: {target}", sys.stderr)
         with atomic_path(target) as temporary:

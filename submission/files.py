@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import json
 import os
@@ -16,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -204,7 +203,7 @@ def remove_leftovers(path: Path, idle: float = 0) -> None:
     if on_store(path):
         return
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*tmp"):
-        with contextlib.suppress(FileNotFoundError):  # the other process was done with it
+        with suppress(FileNotFoundError):  # the other process was done with it
             if time.time() - leftover.stat().st_mtime >= idle:
                 leftover.unlink()
 

@@ -51,7 +51,7 @@ class Likelihoods:
         self._load = load
         self._journal = journal
         self._backend: Backend | None = None
-        finished = journal.finished if journal else {}
+        finished = journal.finished if journal is not None else {}
         self._known = {key: _parse(answer.text) for key, answer in finished.items()}
 
     def of(self, asked: Sequence[Question], done: Callable[[], None] = lambda: None) -> list[Known]:

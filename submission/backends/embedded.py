@@ -47,8 +47,9 @@ def fast_embedded(adapter: Path | None = None) -> tuple[Path, Path | None]:
     """
     source = resolve_gguf(EMBEDDED)
     name = "F16" if adapter else _encoding()
-    parts = [source.stem, content_hash(source)[:12], *([content_hash(adapter)[:12]] if adapter else []), name]
-    target = cache_folder("models") / f"{'-'.join(parts)}.gguf"
+    made_of = [source, adapter] if adapter else [source]
+    hashes = "-".join(content_hash(file)[:12] for file in made_of)
+    target = cache_folder("models") / f"{source.stem}-{hashes}-{name}.gguf"
     mark = target.with_suffix(".sha256")
     try:
         if target.is_file() and mark.is_file() and mark.read_text(encoding="ascii") == content_hash(target):

@@ -10,6 +10,11 @@ Anything else that escapes is a bug and shows its traceback.
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
 
 class PromptRecoveryError(Exception):
     """Base of all errors that this project raises on purpose."""
@@ -29,10 +34,8 @@ class MissingExtra(UserError):
     """
 
     def __init__(self, what: str, package: str, extra: str) -> None:
-        brackets = f"[{extra}]" if extra else ""
         super().__init__(
-            f"{what} needs the package {package}, which is not installed.\n"
-            f"Install it with: pip install 'prompt-recovery{brackets}'"
+            f"{what} needs the package {package}, which is not installed.\nInstall it with: {pip_command(extra)}"
         )
 
 
@@ -44,3 +47,35 @@ def first_line(error: BaseException) -> str:
     """An error of somebody else's in one line: its kind and the beginning of what it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}".strip(": ")
+
+
+def pip_command(extra: str = "") -> str:
+    """The pip command that installs an extra of this package, "" for its core.
+
+    No package index has this package, and anyone could register its name there. So the command names the checkout
+    that this code runs from, or the packages that the extra requires.
+    """
+    root = Path(__file__).resolve().parents[1]
+    if (root / "pyproject.toml").is_file():
+        place = "." if root == Path.cwd() else str(root)
+        return f"pip install -e {shlex.quote(f'{place}[{extra}]' if extra else place)}"
+    return shlex.join(["pip", "install", *dict.fromkeys(_requirements(extra))])
+
+
+def _requirements(extra: str) -> Iterator[str]:
+    """What the installed distribution requires for an extra, as pip takes it."""
+    try:
+        lines = metadata.requires("prompt-recovery") or []
+    except metadata.PackageNotFoundError:  # run from a folder that was copied
+        lines = []
+    for line in lines:
+        requirement, _, marker = line.partition(";")
+        wanted = f"extra == '{extra}'" if extra else ""
+        if marker.strip().replace('"', "'") != wanted:
+            continue
+        name, _, extras = requirement.strip().rstrip("]").partition("[")
+        if name == "prompt-recovery":
+            for other in extras.split(","):
+                yield from _requirements(other)
+        else:
+            yield requirement.strip()

@@ -11,6 +11,7 @@ import glob
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 import time
@@ -22,6 +23,9 @@ from typing import IO, Any, BinaryIO, cast
 from submission.errors import PromptRecoveryError, UserError, first_line
 
 _STORE = re.compile(r"(s3|gs|gcs):/+(.+)")
+_NO_KEY = re.compile(r"(s3|gs|gcs):/*[^/]*/*")  # a bucket at most
+_TEMPORARY = "prompt-recovery-"  # in the names of temporary files, so that nobody else's is taken for ours
+_ANSWER_SECONDS = 10.0  # for an object store to answer at all
 
 
 def on_store(path: Path) -> bool:
@@ -80,6 +84,23 @@ def is_folder(path: Path) -> bool:
         raise UserError(f"{shown(path)} cannot be read: {first_line(error)}") from error
 
 
+def exists(path: Path) -> bool:
+    """Whether anything has this name, here or on an object store; a link that leads nowhere counts.
+
+    Raises:
+        UserError: the object store cannot be asked.
+    """
+    if not on_store(path):
+        return os.path.lexists(path)
+    from pyarrow import fs
+
+    store, name = _store(path)
+    try:
+        return bool(store.get_file_info(name).type != fs.FileType.NotFound)
+    except OSError as error:
+        raise UserError(f"{shown(path)} cannot be read: {first_line(error)}") from error
+
+
 def files_in(folder: Path) -> list[Path]:
     """All files below a folder, here or on an object store, sorted.
 
@@ -106,7 +127,7 @@ def _store(path: Path) -> tuple[Any, str]:
     except ImportError:
         raise UserError(f"{shown(path)} needs pyarrow: pip install pyarrow") from None
     try:
-        store, name = fs.FileSystem.from_uri(shown(path))
+        store, name = fs.FileSystem.from_uri(_bounded(shown(path)))
     except (ArrowException, OSError, ValueError) as error:
         raise UserError(f"{shown(path)} cannot be reached: {first_line(error)}") from error
     return store, name
@@ -125,6 +146,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             yield local
             _upload(local, path)
         return
+    path = _target(path)
     handle, temporary = _temporary_beside(path)
     os.close(handle)
     try:
@@ -140,8 +162,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path` that takes its place when the block ends well; what was there before goes."""
-    part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    """An empty folder beside `path` that takes its place when the block ends well; what was there before goes.
+
+    Whoever calls it has made sure that nothing of the user's is in there; see `submission.manifest.made_folder`.
+    """
+    path = _target(path)
+    part, old = (Path(tempfile.mkdtemp(prefix=f".{path.name}.{_TEMPORARY}", suffix=".tmp", dir=path.parent))
+                 for _ in range(2))  # fmt: skip
     try:
         yield part
         for file in part.rglob("*"):
@@ -150,10 +177,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                     os.fsync(content.fileno())
         part.chmod(0o777 & ~_umask())
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, old)  # moved aside, so that a kill leaves either folder whole
         os.replace(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -168,6 +196,27 @@ def write_json(path: Path, content: Any, default: Callable[[Any], Any] | None = 
     with atomic_writer(path) as file:
         json.dump(content, file, indent=2, default=default)
         file.write("\n")
+
+
+def read_json(path: Path, what: str = "") -> Any:
+    """The content of a JSON file.
+
+    Args:
+        path: the file.
+        what: it is, for errors.
+
+    Raises:
+        UserError: it is missing, cannot be read, is not JSON or is nested too deeply.
+    """
+    what = f"{what} {path}" if what else str(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{what} does not exist") from None
+    except RecursionError:
+        raise UserError(f"{what} is not a readable JSON file: its values are nested too deeply") from None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, not JSON, or a number of too many digits
+        raise UserError(f"{what} is not a readable JSON file: {first_line(error)}") from None
 
 
 def _upload(local: Path, path: Path) -> None:
@@ -189,20 +238,40 @@ def _upload(local: Path, path: Path) -> None:
 
 def _temporary_beside(path: Path) -> tuple[int, Path]:
     """A new file, open for writing, under a name that `remove_leftovers` knows."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.{_TEMPORARY}", suffix=".tmp", dir=path.parent)
     return handle, Path(name)
 
 
+def _target(path: Path) -> Path:
+    """What a path leads to: where it is a link, the file that it names is replaced, not the link.
+
+    Raises:
+        UserError: the links lead in a circle.
+    """
+    try:
+        return Path(os.path.realpath(path, strict=True))
+    except FileNotFoundError:
+        return Path(os.path.realpath(path))
+    except OSError as error:
+        raise UserError(f"output {path} cannot be written: {error.strerror}") from None
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What `atomic_path` left beside `path` when its process was killed; on an object store nothing is left."""
+    if on_store(path):
+        return []
+    path = _target(path)
+    return sorted(path.parent.glob(f".{glob.escape(path.name)}.{_TEMPORARY}????????.tmp"))
+
+
 def remove_leftovers(path: Path, idle: float = 0) -> None:
-    """Remove what `atomic_path` left beside `path`, or files named after it, when its process was killed.
+    """Remove what `leftovers` lists.
 
     Args:
-        path: of this machine; on an object store nothing is left.
+        path: see there.
         idle: seconds since it was written to, where another process may be writing the same file.
     """
-    if on_store(path):
-        return
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*tmp"):
+    for leftover in leftovers(path):
         with suppress(FileNotFoundError):  # the other process was done with it
             if time.time() - leftover.stat().st_mtime >= idle:
                 leftover.unlink()
@@ -214,24 +283,38 @@ def check_writable(path: Path) -> None:
     Raises:
         UserError: the path is a folder, its folder does not exist or cannot be written to.
     """
+    scheme, colon, _ = path.as_posix().partition(":")
+    if _NO_KEY.fullmatch(path.as_posix()):
+        raise UserError(f"output {path} names no object: write it as {scheme}://BUCKET/KEY")
     if on_store(path):
         _check_store(path)
         return
-    if path.is_dir():
+    if colon and re.match(r"\w+:/", path.as_posix()) and not path.parent.is_dir():
+        raise UserError(f"output {path} is on no known object store: {scheme}:// is neither s3:// nor gs://")
+    target = _target(path)
+    if target.is_dir():
         raise UserError(f"output {path} is a folder: name a file, such as {path / 'submission.csv'}")
-    if path.exists() and not path.is_file():
+    if target.exists() and not target.is_file():
         raise UserError(f"output {path} is a device or a pipe: the output must be a file that can appear as a whole")
-    if not path.parent.is_dir():
-        raise UserError(f"output folder {path.parent} does not exist: create it with mkdir -p {path.parent}")
+    if not target.parent.is_dir():
+        folder = target.parent if path.is_symlink() else path.parent
+        raise UserError(f"output folder {folder} does not exist: create it with mkdir -p {shlex.quote(str(folder))}")
     try:
-        handle, temporary = _temporary_beside(path)
+        handle, temporary = _temporary_beside(target)
         os.close(handle)
         temporary.unlink(missing_ok=True)
-        if path.exists():
-            with path.open("ab"):
+        if target.exists():
+            with target.open("ab"):
                 pass
     except OSError as error:
         raise UserError(f"output {path} cannot be written: {error.strerror}") from error
+
+
+def _bounded(uri: str) -> str:
+    """A URI with which Google's client gives up after seconds: by itself it tries for minutes, without a word."""
+    if not uri.startswith(("gs:", "gcs:")) or "retry_limit_seconds" in uri:
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}retry_limit_seconds={_ANSWER_SECONDS:g}"
 
 
 def _check_store(path: Path) -> None:

@@ -20,10 +20,11 @@ from typing import Any
 
 from submission.errors import PromptRecoveryError, UserError
 from submission.files import beside
-from submission.scratch import key_of, room_for, scratch, text_of
+from submission.scratch import key_of, scratch, text_of
 from submission.types import Prediction
 
 _VERSION = 1
+_BEGINS = b'{"journal": '  # every journal
 _SYNC_SECONDS = 2.0
 _LOCK_SECONDS = 3.0  # a process that was just killed may hold its lock a moment longer
 
@@ -44,8 +45,7 @@ class Finished(Mapping[str, Prediction]):
 
     def note(self, row_id: str, start: int, length: int) -> None:
         """A row's line is so many bytes from `start`; an earlier line of it counts no more."""
-        with room_for("the index of the journal"):
-            self._places.execute("REPLACE INTO places VALUES (?, ?, ?)", (key_of(row_id), start, length))
+        self._places.execute("REPLACE INTO places VALUES (?, ?, ?)", (key_of(row_id), start, length))
 
     def __getitem__(self, row_id: str) -> Prediction:
         place = self._places.execute("SELECT start, length FROM places WHERE id = ?", (key_of(row_id),)).fetchone()
@@ -99,6 +99,7 @@ class Journal:
         self._existed = path.exists()
         self._file = _open_locked(path)
         try:
+            _check_ours(path)
             header, self.finished, self.damaged, self._keep = _parse(path)
             if fresh or header is None:
                 self.finished, self.damaged, self._keep = Finished(path), 0, 0
@@ -203,11 +204,20 @@ def _parse(path: Path) -> tuple[dict[str, str] | None, Finished, int, int]:
                     header = dict(record["fingerprint"]) if record["journal"] == _VERSION else {}
                 else:
                     finished.note(Prediction(**record).id, start, len(line))
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 damaged += 1
                 if start == 0:
                     header = {}
     return header, finished, damaged, end
+
+
+def _check_ours(path: Path) -> None:
+    with path.open("rb") as file:
+        begins = file.read(len(_BEGINS))
+    if begins != _BEGINS[: len(begins)]:
+        raise UserError(
+            f"{path} is in the way: it is no journal of this program\nMove it away, or choose another output."
+        )
 
 
 def _compare(path: Path, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:

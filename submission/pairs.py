@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from submission.scratch import key_of, room_for, scratch, text_of
+from submission.scratch import key_of, scratch, text_of
 from submission.tables import PAIR_COLUMNS, checked, digest_pairs, stream_table
 from submission.types import Pair
 
@@ -32,8 +32,7 @@ class Pairs:
         """
         self._rows = scratch("CREATE TABLE pairs (number INTEGER PRIMARY KEY, id BLOB, original BLOB, rewritten BLOB)")
         self._count = 0
-        with room_for(f"the rows of {path}"):
-            self.digest = digest_pairs(self._read(path, encoding))
+        self.digest = digest_pairs(self._read(path, encoding))
         self._count = min(self._count, limit or self._count)
 
     def __len__(self) -> int:

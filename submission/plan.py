@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from submission.answers import is_blank, storable
 from submission.backends import ModelSpec, model_spec
 from submission.config import read_toml
 from submission.errors import UserError
-from submission.files import check_writable, on_store, shown
+from submission.files import check_writable, leftovers
 from submission.hardware import ALONE, Fleet
-from submission.models import TUNED, adapter_of, noted_template
+from submission.journal import journal_path
+from submission.manifest import check_apart, check_free
+from submission.models import PACKAGED, TUNED, adapter_of, noted_template
 from submission.pairs import Pairs
 from submission.recover import DEFAULT_PROMPT, RecoverSource, Setup, find_recover
 from submission.tables import digest_pairs, read_triplets
@@ -79,10 +82,11 @@ def plan(config: RunConfig) -> Plan:
         UserError: something is missing or wrong.
     """
     check_writable(config.output)
-    for what, path in (("input", config.input), ("file of shots", config.shots), ("adapter", config.adapter),
-                       ("file of --recover-config", config.recover_config), ("model", Path(config.model))):  # fmt: skip
-        if path and _same_file(path, config.output):
-            raise UserError(f"output {shown(config.output)} is the {what}: choose another name")
+    files = [config.output, journal_path(config.output), *leftovers(config.output)]
+    named = {"input": config.input, "file of shots": config.shots, "adapter": config.adapter,
+             "file of --recover-config": config.recover_config,
+             "model": None if config.model in PACKAGED else Path(config.model)}  # fmt: skip
+    check_apart(config.output, files, {what: path for what, path in named.items() if path})
     if is_blank(config.fallback) or storable(config.fallback) != config.fallback:
         raise UserError(f"--fallback {config.fallback!r} is blank, reads as null or is not UTF-8: give a prompt")
     if config.shots is not None and config.n_shots < 1:
@@ -106,6 +110,9 @@ def plan(config: RunConfig) -> Plan:
             f"--max-new-tokens {config.sampling.max_new_tokens} leaves too little of the context of "
             f"{spec.options.context} tokens to the prompt: lower it, or raise --set context=N"
         )
+    named_inside = {**_files_in(recover_config), **(_files_in(asdict(spec.options)) if spec else {})}
+    check_apart(config.output, files, named_inside)
+    check_free(config.output, files[:1])
     fingerprint = {"input": pairs.digest, "recover": recover.name}
     if recover_config:
         fingerprint["recover_config"] = repr(sorted(recover_config.items()))
@@ -120,10 +127,20 @@ def plan(config: RunConfig) -> Plan:
     return checked
 
 
-def _same_file(path: Path, other: Path) -> bool:
-    if on_store(path):
-        return path == other
-    return path.exists() and other.exists() and path.samefile(other)
+def _files_in(value: Any, key: str = "") -> dict[str, Path]:
+    """Files that options or a configuration name, by the names of their keys."""
+    if isinstance(value, str):
+        try:
+            path = Path(value).expanduser()
+            known = path.is_file() or any(path.glob("*config.json")) or any(path.glob("*.parquet"))
+            return {f"file of {key}": path} if value and known else {}
+        except (OSError, ValueError, RuntimeError):  # too long, or with a NUL: no name of a file
+            return {}
+    if isinstance(value, dict):
+        parts = list(value.items())
+    else:
+        parts = [(key, one) for one in value] if isinstance(value, list | tuple) else []
+    return {what: path for name, one in parts for what, path in _files_in(one, str(name)).items()}
 
 
 def choose_template(asked: str, model: str, adapter: Path | None, *, shots: bool) -> Template:

@@ -20,7 +20,7 @@ from submission.deadline import Interrupted, Timetable, Watchdog, process_start
 from submission.files import remove_leftovers
 from submission.guard import Guard, Orders, guarded
 from submission.journal import Journal, journal_path
-from submission.manifest import Manifest
+from submission.manifest import Manifest, manifest_path
 from submission.outcome import BLANK_INPUT, Summary, finish, print_summary
 from submission.plan import Plan, RunConfig, plan
 from submission.progress import Progress, show_progress, tell
@@ -62,7 +62,8 @@ class _Run:
             Timetable.until(self._config.deadline, started, len(run_plan.pairs)) if self._config.deadline else None
         )
         self._journal = Journal(journal_path(self._config.output), run_plan.fingerprint, fresh=self._config.fresh)
-        remove_leftovers(self._config.output)  # of a run that was killed while it wrote
+        for file in (self._config.output, manifest_path(self._config.output)):
+            remove_leftovers(file)  # of a run that was killed while it wrote
         self._manifest = Manifest(run_plan)
         known = self._journal.finished
         self._resumed = sum(row_id in known for row_id in run_plan.pairs.ids) if known else 0

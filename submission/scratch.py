@@ -7,18 +7,35 @@ It has no name in the file system and is gone with its connection. SQLite puts i
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
-from submission.errors import PromptRecoveryError
+from submission.errors import UserError
 
 _CACHE_KIB = 8_000
 
 
-def scratch(schema: str) -> sqlite3.Connection:
+class Scratch(sqlite3.Connection):
+    """A connection whose trouble is that of the disk, and is said so."""
+
+    def execute(self, *arguments: Any) -> sqlite3.Cursor:
+        """As of a connection.
+
+        Raises:
+            UserError: the disk of temporary files is full, or failed.
+        """
+        try:
+            return super().execute(*arguments)
+        except sqlite3.OperationalError as error:
+            raise UserError(
+                f"no room for working tables: {error}\n"
+                "Make room for temporary files, or name another folder in SQLITE_TMPDIR."
+            ) from error
+
+
+def scratch(schema: str) -> Scratch:
     """An empty database with this schema, for any thread."""
     # Autocommit with one open transaction: nothing is to survive, so nothing has to be safe on disk.
-    database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+    database = sqlite3.connect("", isolation_level=None, check_same_thread=False, factory=Scratch)
     for line in (f"PRAGMA cache_size = -{_CACHE_KIB}", "PRAGMA journal_mode = OFF", "PRAGMA synchronous = OFF"):
         database.execute(line)
     database.execute(schema)
@@ -34,18 +51,3 @@ def key_of(text: str) -> bytes:
 def text_of(key: bytes) -> str:
     """What was stored."""
     return key.decode("utf-8", "surrogatepass")
-
-
-@contextmanager
-def room_for(what: str) -> Iterator[None]:
-    """Say what there was no room for, and where room is needed.
-
-    Raises:
-        PromptRecoveryError: the disk of temporary files is full, or failed.
-    """
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise PromptRecoveryError(
-            f"no room for {what}: {error}\nMake room for temporary files, or name another folder in SQLITE_TMPDIR."
-        ) from error

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from submission.errors import UserError, first_line
 from submission.files import atomic_path, files_in, is_folder, open_binary, shown
@@ -36,6 +36,13 @@ _PARQUET = b"PAR1"
 _CHUNK = 1 << 20  # bytes
 _BLOCK = 2048  # rows of Parquet that are in memory at once
 _SHOWN = 5  # how many offending lines an error lists
+_COMPRESSED = (
+    (b"PK\x03\x04", "a zip archive", "unzip"), (b"\x1f\x8b", "compressed with gzip", "gunzip"),
+    (b"\xfd7zXZ\0", "compressed with xz", "unxz"), (b"BZh", "compressed with bzip2", "bunzip2"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "unzstd"), (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x"),
+)  # fmt: skip
+# Codecs of Python that decode something else than the text of a file.
+_NO_ENCODINGS = {"unicode-escape", "raw-unicode-escape", "idna", "punycode", "undefined", "charmap", "mbcs", "oem"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +103,10 @@ def stream_table(path: Path, columns: Sequence[str], encoding: str = "utf-8", *,
         return
     with open_binary(path) as file:
         magic = _first_bytes(path, file)
-        if magic == _PARQUET:
+        if magic.startswith(_PARQUET):
             yield from _parquet_rows(path, file, columns, exact=exact)
             return
-        for mark, kind, tool in ((b"PK\x03\x04", "a zip archive", "unzip"), (b"\x1f\x8b", "gzipped", "gunzip")):
+        for mark, kind, tool in _COMPRESSED:
             if magic.startswith(mark):
                 raise UserError(f"{shown(path)} is {kind}, not a CSV or Parquet file: {tool} it first")
         with _decoded(path, file, encoding) as text:
@@ -113,17 +120,14 @@ def header_of(path: Path) -> list[str]:
         UserError: it cannot be read.
     """
     with open_binary(_parts(path)[0] if is_folder(path) else path) as file:
-        if _first_bytes(path, file) != _PARQUET:
+        if not _first_bytes(path, file).startswith(_PARQUET):
             with _decoded(path, file, "utf-8") as text:
-                return next((cells for cells in csv.reader(text) if cells), [])
-        import pyarrow as pa
+                return _csv_header(path, csv.reader(text))
         import pyarrow.parquet as pq
 
-        try:
+        with _parquet_errors(path):
             names: list[str] = pq.read_schema(file).names
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise UserError(f"{shown(path)} is not a readable Parquet file: {error}") from None
-        return names
+            return names
 
 
 def has_columns(path: Path, columns: Sequence[str]) -> bool:
@@ -234,7 +238,7 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _first_bytes(path: Path, file: BinaryIO) -> bytes:
-    """The first four bytes; the file is at its beginning again.
+    """The first bytes, enough to tell what it is; the file is at its beginning again.
 
     Raises:
         UserError: there is nothing in it but blanks, or it cannot be read.
@@ -249,17 +253,20 @@ def _first_bytes(path: Path, file: BinaryIO) -> bytes:
         raise UserError(f"{shown(path)} cannot be read: {error.strerror or first_line(error)}") from error
     if not more:
         raise UserError(f"{shown(path)} is empty: a header line with {', '.join(PAIR_COLUMNS)} is expected")
-    return first[: len(_PARQUET)]
+    return first[:8]
 
 
 @contextmanager
 def _decoded(path: Path, file: BinaryIO, encoding: str) -> Iterator[IO[str]]:
     """The file as text, line breaks as they are; what is not in this encoding is an error that says where."""
+    name = encoding.lower().replace("_", "-")
     # "utf-8-sig" is UTF-8 that also takes a byte order mark.
-    codec = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+    codec = "utf-8-sig" if name in ("utf-8", "utf8") else encoding
     try:
+        if name in _NO_ENCODINGS:
+            raise LookupError
         text = io.TextIOWrapper(file, codec, newline="")
-    except LookupError:
+    except (LookupError, ValueError):  # ValueError: a NUL in its name
         raise UserError(f"unknown --encoding {encoding!r}: try utf-8, cp1252, latin-1 or utf-16") from None
     try:
         yield text
@@ -322,21 +329,48 @@ def _csv_rows(path: Path, text: IO[str], columns: Sequence[str], *, exact: bool)
         raise UserError(f"{shown(path)}: the row that starts on line {line} is not valid CSV: {error}") from None
 
 
+def _csv_header(path: Path, reader: Iterator[list[str]]) -> list[str]:
+    try:
+        return next((cells for cells in reader if cells), [])
+    except csv.Error as error:
+        raise UserError(f"{shown(path)}: the row that starts on line 1 is not valid CSV: {error}") from None
+
+
 def _parquet_rows(path: Path, file: BinaryIO, columns: Sequence[str], *, exact: bool) -> Iterator[Row]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
-    try:
+    with _parquet_errors(path):
         table = pq.ParquetFile(file, buffer_size=_CHUNK, pre_buffer=False)
         _columns_in(path, table.schema_arrow.names, columns, exact=exact)
+        _check_flat(path, table.schema_arrow, columns)
         for batch in table.iter_batches(_BLOCK, columns=list(columns)):
             cells = ([_text(value) for value in batch.column(name).to_pylist()] for name in columns)
             for row in zip(*cells, strict=True):
                 number += 1
                 yield Row(f"row {number}", row)
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise UserError(f"{shown(path)} is not a readable Parquet file: {error}") from None
+
+
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except UserError:
+        raise
+    # KeyError and TypeError: of a schema whose types contradict each other.
+    except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError, TypeError, MemoryError) as error:
+        raise UserError(f"{shown(path)} is not a readable Parquet file: {first_line(error)}") from None
+
+
+def _check_flat(path: Path, schema: Any, columns: Sequence[str]) -> None:
+    """Refuse columns of lists and records: what they should be as text is not for us to guess."""
+    import pyarrow as pa
+
+    nested = [f"{name} ({schema.field(name).type})" for name in columns if pa.types.is_nested(schema.field(name).type)]
+    if nested:
+        raise UserError(f"{shown(path)}: column {', '.join(nested)} does not hold texts but nested values")
 
 
 def _text(value: object) -> str:

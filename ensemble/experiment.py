@@ -22,7 +22,8 @@ from eval.intervals import Interval
 from eval.scoring import Truth, check_same_ids, interval_figures, read_truth, score_texts
 from eval.sections import kinds_of_prompt
 from submission.errors import UserError
-from submission.files import check_writable, write_json
+from submission.files import write_json
+from submission.manifest import check_apart, check_free, check_output, made_files
 from submission.recover import DEFAULT_PROMPT
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ALL = tuple(SELECTORS)
+_FIGURES, _REPORT = "experiment.json", "report.html"
 _NONSENSE = 0.01  # probability of all letters together, below which a judge has not answered
 
 
@@ -144,6 +146,9 @@ def run_experiment(config: Config, encoder: Encoder, say: Callable[[str], None])
     """
     from ensemble.report import write
 
+    for file in (config.output / _FIGURES, config.output / _REPORT):
+        check_apart(file, [file], (("table of candidates", config.candidates), ("truth", config.truth)))
+        check_free(file, [file])
     truth = read_truth(config.truth, encoder, config.by)
     given = _in_order(config.candidates, truth)
     rows = [or_fallback(row) for row in given]
@@ -173,8 +178,10 @@ def run_experiment(config: Config, encoder: Encoder, say: Callable[[str], None])
         {name: known for name, s in scores.items() if (known := diagnosis.knowledge(truths, s, truth.clusters))},
         letters, truth.kinds or kinds_of_prompt(truth.prompts, encoder),
     )  # fmt: skip
-    write_json(config.output / "experiment.json", experiment.figures())
-    write(experiment, config.output / "report.html")
+    figures = config.output / _FIGURES
+    with made_files(figures, [figures], {"selectors": names}):
+        write_json(figures, experiment.figures())
+    write(experiment, config.output / _REPORT)
     return experiment
 
 
@@ -187,7 +194,7 @@ def fit_weights(
     Raises:
         UserError: files are missing or wrong or don't go together.
     """
-    check_writable(output)
+    check_output(output, (("table of candidates", candidates), ("truth", truth_file)))
     if len(selectors) < 2:
         raise UserError("a sum needs two selectors or more: --selectors consensus,likelihood")
     truth = read_truth(truth_file, encoder)

@@ -6,7 +6,6 @@ python -m ensemble fit validation.parquet --truth validation.csv --selectors con
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from ensemble.selectors.combine import standardised
 from eval.grouping import plain_text
 from eval.scoring import Truth
 from submission.errors import UserError
-from submission.files import write_json
+from submission.files import read_json, write_json
+from submission.manifest import made_files
 
 _RIDGE = 1e-3
 
@@ -50,7 +50,8 @@ def fit(truths: Sequence[Sequence[float]], scores: Mapping[str, Scores]) -> dict
 def write(path: Path, name: str, weights: Mapping[str, float], rows: Sequence[Row], truth: Truth) -> None:
     """Write weights with the marks of the rows that they were fitted on."""
     content = {"name": name, "weights": dict(weights), "seen": _marks(rows, truth)}
-    write_json(path, content)
+    with made_files(path, [path], {"weights": dict(weights)}):
+        write_json(path, content)
 
 
 def read(paths: Sequence[Path], rows: Sequence[Row], truth: Truth | None = None) -> dict[str, dict[str, float]]:
@@ -62,13 +63,13 @@ def read(paths: Sequence[Path], rows: Sequence[Row], truth: Truth | None = None)
     found: dict[str, dict[str, float]] = {}
     ours = _marks(rows, truth)
     for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} does not exist: python -m ensemble fit writes such a file")
+        content = read_json(path)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
             name, seen = str(content["name"]), content["seen"]
             weights = {str(key): float(value) for key, value in content["weights"].items()}
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist: python -m ensemble fit writes such a file") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(f"{path} holds no weights of `python -m ensemble fit`: {error!r}") from error
         for what, marks in ours.items():
             common = len(set(marks) & set(_listed(seen, what)))

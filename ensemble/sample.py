@@ -12,9 +12,9 @@ from ensemble.candidates import Draw, Row, merge, write_candidates
 from ensemble.sources import Source
 from eval.encoders import Encoder
 from submission.answers import is_blank, storable
-from submission.files import check_writable
 from submission.generation import Job, answer
 from submission.hardware import ALONE, Fleet
+from submission.manifest import check_output, made_files
 from submission.tables import says_something
 from submission.templates import Template
 from submission.types import Completion, Pair, Triplet
@@ -49,7 +49,7 @@ def sample(
     Raises:
         UserError: something is missing or wrong; said before anything is drawn.
     """
-    check_writable(output)
+    check_output(output)
     prepared = [(source, source.spec().held_by(fleet), source.layout()) for source in sources]
     drawn: Drawn = {pair.id: [] for pair in pairs}
     # A rewrite of blanks tells nothing of its prompt: such a pair has no candidate.
@@ -64,7 +64,8 @@ def sample(
         if answers.failed:
             say(f"{source.name}: {len(answers.failed)} requests failed: {next(iter(answers.failed.values()))}")
     rows = [Row(pair, tuple(merge(drawn[pair.id], encoder, near))) for pair in pairs]
-    write_candidates(output, rows)
+    with made_files(output, [output], {"sources": [source.name for source in sources], "rows": len(rows)}):
+        write_candidates(output, rows)
     draws = sum(len(row.draws) for row in rows)
     none = sum(not row.candidates for row in rows)
     say(

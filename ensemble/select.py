@@ -14,9 +14,8 @@ from ensemble.choose import answer_of, score_rows
 from ensemble.models import Model, open_models, roles_needed, tools
 from ensemble.selectors import make_selectors
 from eval.encoders import Encoder
-from submission.files import check_writable
 from submission.hardware import ALONE, Fleet
-from submission.manifest import write_manifest
+from submission.manifest import check_output, made_files
 from submission.models import content_hash
 from submission.tables import write_predictions
 
@@ -45,7 +44,7 @@ def select(
     Raises:
         UserError: something is missing or wrong.
     """
-    check_writable(output)
+    check_output(output, [("table of candidates", candidates), *(("file of weights", path) for path in weights)])
     rows = read_candidates(candidates)
     known = fitting.read(weights, rows)
     parts = list(known.get(selector, {selector: 1.0}))
@@ -54,10 +53,11 @@ def select(
         scores = score_rows(rows, made, say)[selector]
     answers = [(row.pair.id, answer_of(row, said, concat, constant))
                for row, said in zip(rows, scores.values, strict=True)]  # fmt: skip
-    write_predictions(output, answers)
     counts = {"rows": len(rows), "without": sum(not row.candidates for row in rows), "undecided": scores.undecided}
-    write_manifest(output, {
+    told = {
         "selector": selector, "concat": concat, "constant": constant, **counts, "candidates": content_hash(candidates),
         "tokens_per_row": scores.tokens, "seconds_per_row": scores.seconds,
-    })  # fmt: skip
+    }  # fmt: skip
+    with made_files(output, [output], told):
+        write_predictions(output, answers)
     return counts

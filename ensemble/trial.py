@@ -43,6 +43,8 @@ def trial(
 ) -> Experiment:
     """Sample, score and compare; the same command again goes on, or does nothing but compare."""
     pairs, truth = examples()
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} is a file: name a folder")
     output.mkdir(parents=True, exist_ok=True)
     candidates = output / "candidates.parquet"
     sample(read_pairs(pairs), _SOURCES, candidates, encoder, near, say, fresh=fresh)

@@ -72,7 +72,10 @@ def constant(
     from eval.constant import Search, fit_constant
     from eval.encoders import find_encoder
     from eval.scoring import read_truth
+    from submission.manifest import check_output
 
+    if output is not None:
+        check_output(output, [("training table", train), *([("test table", test)] if test else [])])
     chosen = find_encoder(encoder)
     known = read_truth(train, chosen)
     held_out = read_truth(test, chosen) if test else None
@@ -206,9 +209,9 @@ def report(
     from eval.encoders import find_encoder
     from eval.report import write_report
     from eval.sections import Subject, sections
-    from submission.files import check_writable
+    from submission.manifest import check_output
 
-    check_writable(output)
+    check_output(output, [("truth", truth)])
     chosen = find_encoder(encoder)
     subject = Subject.read(runs, truth, chosen, by=by, reference=reference, exploits=exploit or [])
     for path in write_report(output, title, list(sections(subject))):

@@ -22,6 +22,7 @@ from eval.scoring import Truth, read_truth
 from submission.answers import storable
 from submission.errors import UserError
 from submission.files import atomic_writer
+from submission.manifest import check_free, made_files
 from submission.models import EMBEDDED
 from submission.plan import RunConfig
 from submission.run import predict
@@ -91,6 +92,10 @@ def run_baselines(config: Config, encoder: Encoder, say: Callable[[str], None]) 
     for path in sets.values():
         read_triplets(path)  # what is wrong with it is said before anything is run
     triplets = read_triplets(config.train)
+    if config.output.exists() and not config.output.is_dir():
+        raise UserError(f"output {config.output} is a file: name a folder")
+    for file in ("nearest.toml", "constant_fitted.toml", f"{EXPLOIT}.toml"):
+        check_free(config.output / file, [config.output / file])
     config.output.mkdir(parents=True, exist_ok=True)
     constants: list[FittedConstant] = []
     if {"constant_fitted", EXPLOIT} & set(config.only):
@@ -168,7 +173,7 @@ def write_prompt(path: Path, prompt: str) -> Path:
 
 
 def _toml(path: Path, values: dict[str, str | int]) -> Path:
-    with atomic_writer(path) as file:
+    with made_files(path, [path], {"for": "--recover-config"}), atomic_writer(path) as file:
         for key, value in values.items():
             file.write(f"{key} = {json.dumps(value, ensure_ascii=False)}\n")  # a JSON string is a TOML string
     return path

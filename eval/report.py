@@ -15,6 +15,7 @@ from pathlib import Path
 
 from submission.backends import require
 from submission.files import atomic_path, atomic_writer
+from submission.manifest import made_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,9 @@ def write_report(path: Path, title: str, sections: Sequence[Section]) -> list[Pa
 
     Returns:
         the files that were written, the page first.
+
+    Raises:
+        UserError: a file of the user's has one of their names.
     """
     require("jinja2", "eval", "a report")
     import jinja2
@@ -93,13 +97,15 @@ def write_report(path: Path, title: str, sections: Sequence[Section]) -> list[Pa
     environment.filters["data_url"] = lambda png: f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
     source = resources.files("eval").joinpath("report.html.jinja").read_text(encoding="utf-8")
     page = environment.from_string(source).render(title=title, sections=sections)
-    written = [path]
-    with atomic_writer(path) as file:
-        file.write(page)
-    for figure in (figure for section in sections for figure in section.figures):
-        written.append(path.with_name(f"{path.stem}-{figure.name}.png"))
-        with atomic_path(written[-1]) as temporary:
-            temporary.write_bytes(figure.png)
+    figures = {path.with_name(f"{path.stem}-{figure.name}.png"): figure.png
+               for section in sections for figure in section.figures}  # fmt: skip
+    written = [path, *figures]
+    with made_files(path, written, {"title": title}):
+        with atomic_writer(path) as file:
+            file.write(page)
+        for place, png in figures.items():
+            with atomic_path(place) as temporary:
+                temporary.write_bytes(png)
     return written
 
 

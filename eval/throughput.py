@@ -23,6 +23,8 @@ from submission.backends.hf_loading import stay_offline_and_quiet
 from submission.backends.llama_cpp import LlamaCpp, weights
 from submission.backends.schedule import Text
 from submission.errors import UserError
+from submission.files import atomic_path
+from submission.manifest import check_output
 from submission.models import EMBEDDED
 from submission.tables import read_pairs, read_triplets
 from submission.templates import get_template, render_rewrite
@@ -105,6 +107,8 @@ def measure(config: Config, say: Callable[[str], None]) -> dict[str, Measured]:
     Raises:
         UserError: something is missing or wrong.
     """
+    if config.plot is not None:
+        check_output(config.plot, [("input", config.input), ("file of shots", config.shots)])
     bench = _Bench(config, say)
     results: dict[str, Measured] = {}
     with ExitStack() as stack:
@@ -114,7 +118,8 @@ def measure(config: Config, say: Callable[[str], None]) -> dict[str, Measured]:
             for line in table(scenario, results[scenario]):
                 say(line)
         if config.plot is not None:
-            bench.plot(config.plot)
+            with made_files(config.plot, [config.plot], {"input": config.input}), atomic_path(config.plot) as temporary:
+                bench.plot(temporary)
             say(f"plot       {config.plot}")
     return results
 
@@ -218,7 +223,7 @@ class _Bench:
                  "answers/s": [n * len(chats) / t for n, t in zip(numbers, times, strict=True)]}  # fmt: skip
         _lines(by_samples, numbers, speed, "samples a row", "per second")
         figure.suptitle(f"{self._file.stem}, {self._threads} threads, up to {self._config.new_tokens} new tokens")
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, format="png", dpi=120)
         pyplot.close(figure)
 
     # -- what the scenarios share ---------------------------------------------------------------------------

@@ -50,7 +50,9 @@ def read_toml(path: Path, option: str) -> dict[str, Any]:
         UserError: missing or not TOML; names the option that asked for it.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        repr(content)  # a number in hexadecimal may have more digits than can be shown: it is no option's value
+        return content
     except FileNotFoundError:
         raise UserError(f"{option} {path} does not exist") from None
     except RecursionError:

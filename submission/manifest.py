@@ -3,9 +3,9 @@
 It holds no text of the data. `inspect` reads that of a run to show a row's prompt again. A command replaces and deletes
 only what a manifest lists under "made":
 
-    check_free(output, files)    # refuses to start where one of the files is somebody else's
-    claim(output, files)         # notes them as ours; then they are written
-    write_manifest(output, ...)  # the rest of what there is to tell
+    check_output(output)                        # early: refuses to start where something of the user's is
+    with made_files(output, [output], {...}):   # notes the files as ours; the block writes them
+        write_table(output, ...)
 """
 
 from __future__ import annotations
@@ -24,7 +24,17 @@ from typing import TYPE_CHECKING, Any
 
 import submission
 from submission.errors import UserError
-from submission.files import atomic_folder, beside, exists, files_in, on_store, read_json, shown, write_json
+from submission.files import (
+    atomic_folder,
+    beside,
+    check_writable,
+    exists,
+    files_in,
+    on_store,
+    read_json,
+    shown,
+    write_json,
+)
 from submission.journal import journal_path
 
 if TYPE_CHECKING:
@@ -103,10 +113,16 @@ def read_manifest(output: Path) -> dict[str, Any]:
     return content
 
 
-def write_manifest(output: Path, content: Mapping[str, Any]) -> None:
-    """Write the manifest of an output that is no run of `predict`; what is claimed stays so."""
-    made = _names(output, made_by(output) or [output])
-    write_json(manifest_path(output), {**_stamp(), **content, "made": made}, default=str)
+def write_manifest(output: Path, content: Mapping[str, Any], made: Iterable[Path] | None = None) -> None:
+    """Write the manifest of an output that is no run of `predict`.
+
+    Args:
+        output: whose manifest it is.
+        content: what made it, from what, with which result.
+        made: all files that were made; None for those that are claimed.
+    """
+    names = _names(output, made_by(output) or [output] if made is None else made)
+    write_json(manifest_path(output), {**_stamp(), **content, "made": names}, default=str)
 
 
 def made_by(output: Path) -> frozenset[Path]:
@@ -125,19 +141,20 @@ def made_by(output: Path) -> frozenset[Path]:
     return frozenset(file for file in found if folder in file.parents or file == output)
 
 
-def check_apart(output: Path, files: Iterable[Path], inputs: Mapping[str, Path]) -> None:
+def check_apart(output: Path, files: Iterable[Path], inputs: Iterable[tuple[str, Path]]) -> None:
     """Refuse to write what is read.
 
     Args:
         output: whose manifest is written too.
         files: that will be written.
-        inputs: files and folders that are read, by what they are called.
+        inputs: what each file or folder that is read is called, and where it is.
 
     Raises:
         UserError: one of the files is an input, or lies in a folder that is one.
     """
+    inputs = list(inputs)
     for file in [*files, manifest_path(output)]:
-        for what, given in inputs.items():
+        for what, given in inputs:
             _check_apart(file, what, given)
 
 
@@ -166,13 +183,55 @@ def check_free(output: Path, files: Iterable[Path]) -> None:
         )
 
 
-def claim(output: Path, files: Iterable[Path]) -> None:
+def check_output(output: Path, inputs: Iterable[tuple[str, Path]] = ()) -> None:
+    """Refuse an output file that cannot be written, is an input, or is somebody else's.
+
+    Raises:
+        UserError: says which; see `check_writable`, `check_apart` and `check_free`.
+    """
+    check_writable(output)
+    check_apart(output, [output], inputs)
+    check_free(output, [output])
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder that `made_folder` could not make.
+
+    Raises:
+        UserError: it is a file, its parent does not exist, or something of the user's is in there.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output {path} is a file: name a folder")
+    if not path.parent.is_dir():
+        raise UserError(f"output folder {path.parent} does not exist: create it with mkdir -p {path.parent}")
+    check_free(path, [path])
+
+
+def claim(output: Path, files: Iterable[Path]) -> list[Path]:
     """List files as made in the manifest of `output`, before they are written: if the command is killed, they are ours.
 
     What else the manifest said is dropped: it was about an earlier state of these files.
+
+    Returns:
+        the files of an earlier run that are not among these.
     """
-    made = made_by(output).union(map(_absolute, files))
-    write_json(manifest_path(output), {**_stamp(), "state": "writing", "made": _names(output, made)})
+    before, now = made_by(output), set(map(_absolute, files))
+    write_json(manifest_path(output), {**_stamp(), "state": "writing", "made": _names(output, before | now)})
+    return sorted(before - now)
+
+
+@contextmanager
+def made_files(output: Path, files: Iterable[Path], content: Mapping[str, Any]) -> Iterator[None]:
+    """Claim files while the block writes them, and note what they are.
+
+    Raises:
+        UserError: see `check_free`.
+    """
+    files = list(files)
+    check_free(output, files)
+    claim(output, files)
+    yield
+    write_manifest(output, content)
 
 
 @contextmanager
@@ -180,9 +239,9 @@ def made_folder(path: Path) -> Iterator[Path]:
     """An empty folder that takes the place of `path` when the block ends well; its files are claimed.
 
     Raises:
-        UserError: something is in the folder that an earlier run did not make.
+        UserError: see `check_folder`.
     """
-    check_free(path, [path])
+    check_folder(path)
     with atomic_folder(path) as part:
         yield part
         claim(path, [path / file.relative_to(part) for file in files_in(part)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,10 +85,10 @@ def plan(config: RunConfig) -> Plan:
     """
     check_writable(config.output)
     files = [config.output, journal_path(config.output), *leftovers(config.output)]
-    named = {"input": config.input, "file of shots": config.shots, "adapter": config.adapter,
-             "file of --recover-config": config.recover_config,
-             "model": None if config.model in PACKAGED else Path(config.model)}  # fmt: skip
-    check_apart(config.output, files, {what: path for what, path in named.items() if path})
+    model = None if config.model in PACKAGED else Path(config.model).expanduser()
+    named = (("input", config.input), ("file of shots", config.shots), ("adapter", config.adapter),
+             ("file of --recover-config", config.recover_config), ("model", model))  # fmt: skip
+    check_apart(config.output, files, ((what, path) for what, path in named if path))
     if is_blank(config.fallback) or storable(config.fallback) != config.fallback:
         raise UserError(f"--fallback {config.fallback!r} is blank, reads as null or is not UTF-8: give a prompt")
     if config.shots is not None and config.n_shots < 1:
@@ -110,8 +112,8 @@ def plan(config: RunConfig) -> Plan:
             f"--max-new-tokens {config.sampling.max_new_tokens} leaves too little of the context of "
             f"{spec.options.context} tokens to the prompt: lower it, or raise --set context=N"
         )
-    named_inside = {**_files_in(recover_config), **(_files_in(asdict(spec.options)) if spec else {})}
-    check_apart(config.output, files, named_inside)
+    options = asdict(spec.options) if spec else {}
+    check_apart(config.output, files, [*_files_in(recover_config), *_files_in(options)])
     check_free(config.output, files[:1])
     fingerprint = {"input": pairs.digest, "recover": recover.name}
     if recover_config:
@@ -127,20 +129,19 @@ def plan(config: RunConfig) -> Plan:
     return checked
 
 
-def _files_in(value: Any, key: str = "") -> dict[str, Path]:
-    """Files that options or a configuration name, by the names of their keys."""
-    if isinstance(value, str):
-        try:
-            path = Path(value).expanduser()
-            known = path.is_file() or any(path.glob("*config.json")) or any(path.glob("*.parquet"))
-            return {f"file of {key}": path} if value and known else {}
-        except (OSError, ValueError, RuntimeError):  # too long, or with a NUL: no name of a file
-            return {}
+def _files_in(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:
+    """Files and folders that options or a configuration name, with the keys under which they do."""
     if isinstance(value, dict):
-        parts = list(value.items())
-    else:
-        parts = [(key, one) for one in value] if isinstance(value, list | tuple) else []
-    return {what: path for name, one in parts for what, path in _files_in(one, str(name)).items()}
+        for name, one in value.items():
+            yield from _files_in(one, str(name))
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _files_in(one, key)
+    elif isinstance(value, str) and value:
+        with suppress(OSError, ValueError, RuntimeError):  # too long, with a NUL, of no such user: the name of no file
+            path = Path(value).expanduser()
+            if path.is_file() or any(path.glob("*config.json")) or any(path.glob("*.parquet")):
+                yield f"file of {key}", path
 
 
 def choose_template(asked: str, model: str, adapter: Path | None, *, shots: bool) -> Template:

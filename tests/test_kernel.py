@@ -401,9 +401,9 @@ def test_a_bundle_of_a_constant_holds_one_wheel_and_is_replaced_whole(tmp_path: 
     metadata = json.loads((tmp_path / "bundle/dataset-metadata.json").read_text())
     assert metadata["id"] == "OWNER/prompt-recovery-bundle"
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").touch()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="another name"):
-        check_replaceable(tmp_path / "mine", kernel.CONTENTS)
+        check_replaceable(tmp_path / "mine")
 
 
 @pytest.mark.parametrize(

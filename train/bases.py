@@ -8,7 +8,7 @@ from pathlib import Path
 from submission.backends.hf_loading import load_model, load_tokenizer, stay_offline_and_quiet
 from submission.errors import UserError, first_line
 from submission.files import atomic_folder
-from submission.manifest import write_manifest
+from submission.manifest import check_apart, check_folder, made_folder, write_manifest
 from submission.models import cache_folder, content_hash, resolve_folder
 from submission.progress import tell
 
@@ -50,7 +50,7 @@ def cut_layers(model: str, layers: int, output: Path) -> list[int]:
     Args:
         model: as `base_folder` takes it.
         layers: how many to keep.
-        output: folder to write; it must not exist or be empty.
+        output: folder to write; what an earlier cut left there is replaced.
 
     Returns:
         the layers that were kept, counted from 0.
@@ -58,9 +58,9 @@ def cut_layers(model: str, layers: int, output: Path) -> list[int]:
     Raises:
         UserError: the model has no list of layers of that name, or not so many.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output {output} is there already: name a new folder")
+    check_folder(output)
     folder = base_folder(model)
+    check_apart(output, [output], [("model", folder)])
     stay_offline_and_quiet()
     import torch
 
@@ -73,7 +73,7 @@ def cut_layers(model: str, layers: int, output: Path) -> list[int]:
     kept = [round(place * (len(stack) - 1) / (layers - 1)) for place in range(layers)]
     loaded.model.layers = torch.nn.ModuleList(stack[place] for place in kept)
     loaded.config.num_hidden_layers = layers
-    with atomic_folder(output) as part:
+    with made_folder(output) as part:
         loaded.save_pretrained(part)
         load_tokenizer(folder).save_pretrained(part)
     write_manifest(output, {"base": str(folder), "base_hash": content_hash(folder), "layers": kept})

@@ -15,6 +15,7 @@ from train.cleaning import Row
 if TYPE_CHECKING:
     from train.prepare import Prepared
 
+NAME, PLOT = "README.md", "lengths.png"
 _EXAMPLES = 3
 _KINDS = 12
 _TEXTS = ("rewrite_prompt", "original_text", "rewritten_text")
@@ -24,8 +25,8 @@ def write(
     folder: Path, made: Prepared, hashes: Mapping[str, str], licences: Mapping[str, str], *, groups: int, encoder: str
 ) -> None:
     """Write README.md and lengths.png into the folder."""
-    plot_lengths(folder / "lengths.png", made.splits)
-    with atomic_writer(folder / "README.md") as file:
+    plot_lengths(folder / PLOT, made.splits)
+    with atomic_writer(folder / NAME) as file:
         file.write("\n".join(_lines(made, hashes, licences, groups, encoder)) + "\n")
 
 
@@ -83,7 +84,7 @@ def _lines(
     yield from _table(("file", "licence as given", "hash"), given)
     yield "## Lengths in words"
     yield ""
-    yield "![Distributions of lengths](lengths.png)"
+    yield f"![Distributions of lengths]({PLOT})"
     yield ""
     yield from _table(("column", "shortest", "median", "mean", "longest"), _length_rows(rows))
     kinds = Counter(row.kind for row in rows if row.kind)

@@ -9,8 +9,8 @@ Kullback-Leibler divergence of the next token and perplexity on probe texts. A f
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,8 +23,8 @@ from submission.backends.common import thread_count
 from submission.backends.hf_loading import load_model, load_tokenizer, stay_offline_and_quiet
 from submission.backends.llama_library import encode_weights, library
 from submission.errors import UserError
-from submission.files import atomic_path, check_writable
-from submission.manifest import manifest_path, write_manifest
+from submission.files import atomic_path
+from submission.manifest import check_output, claim, read_manifest, write_manifest
 from submission.models import check_peft_adapter, content_hash, noted_template, resolve_folder
 from train.bases import base_folder
 from train.converter import Converter, find_converter
@@ -124,9 +124,9 @@ def export(config: Gguf, merged: Path, adapter: Path, output: Path, say: Callabl
 
 def _is_made_of(path: Path, key: str, source: Path) -> bool:
     try:
-        told = json.loads(manifest_path(path).read_text(encoding="utf-8"))
+        told = read_manifest(path)
         return bool(told[key] == content_hash(source) and told["hash"] == content_hash(path))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, KeyError, UserError):
         return False
 
 
@@ -144,34 +144,33 @@ def make_gguf(model: str, files: Mapping[str, Path], converter: Converter, say: 
     """
     require("llama_cpp", "", "train gguf")
     kinds = {name: _file_type(name) for name in files}
-    for path in files.values():
-        check_writable(path)
     folder = resolve_folder(model)
     if not folder.is_dir():
         raise UserError(f"model {model} is a GGUF file already: name a transformers folder")
+    for path in files.values():
+        check_output(path, [("model", folder)])
     stay_offline_and_quiet()
     checked = []
     whole = "F16"  # beside BF16 weights llama.cpp rounds activations too, and logits move by 0.3
-    first = next(iter(files.values()))
-    unasked = first.with_name(f".{first.stem}-{whole}.gguf")
-    with atomic_path(files.get(whole, unasked)) as reference:
+    beside = next(iter(files.values())).parent
+    with TemporaryDirectory(dir=beside, prefix=".f16-", suffix=".tmp") as scratch:
+        reference = Path(scratch) / f"{whole}.gguf"
         say(f"converting {folder} to {whole}")
         converter.model(folder, reference, _WHOLE[whole])
         apart, exact, ids = _compare_with_transformers(folder, reference)
         say(f"logits within {apart:.3f} of transformers on {sum(map(len, ids))} tokens")
-        for name, kind in kinds.items():
-            if name == whole:
-                checked.append(_check(files[name], name, reference, exact, ids))
-                continue
+        for name, kind in sorted(kinds.items(), key=lambda item: item[0] == whole):  # it is moved away, so comes last
             with atomic_path(files[name]) as target:
-                say(f"quantising to {name}")
-                if name in _WHOLE:
+                say(f"writing {name}")
+                if name == whole:
+                    os.replace(reference, target)
+                elif name in _WHOLE:
                     converter.model(folder, target, _WHOLE[name])
                 elif not encode_weights(reference, target, kind, thread_count(0)):
                     raise UserError(f"llama.cpp cannot quantise {model} to {name}")
                 checked.append(_check(files[name], name, target, exact, ids))
-    if whole not in files:
-        unasked.unlink(missing_ok=True)
+                claim(files[name], [files[name]])
+    checked.sort(key=lambda one: list(kinds).index(one.quantization))
     for one in checked:
         write_manifest(Path(one.file), {
             "model": str(folder), "model_hash": content_hash(folder), "converter": converter.fingerprint,
@@ -204,10 +203,10 @@ def make_adapter(
     Raises:
         UserError: something is missing or wrong; the file is not written.
     """
-    check_writable(output)
     check_peft_adapter(adapter)
     base = base or named_base(adapter)
     folder = base_folder(base)
+    check_output(output, (("adapter", adapter), ("base", folder)))
     stay_offline_and_quiet()
     apart: float | None = None
     with atomic_path(output) as target, TemporaryDirectory(dir=output.parent, prefix=".base-", suffix=".tmp") as name:
@@ -222,6 +221,7 @@ def make_adapter(
             say(f"logits within {apart:.4f} of transformers on {sum(map(len, ids))} tokens, base and adapter")
         else:
             say("not loaded beside its base, which is large: name an F32 or F16 file of it with --base-gguf to check")
+        claim(output, [output])
     write_manifest(output, {"adapter": str(adapter), "adapter_hash": content_hash(adapter), "base": base,
                             "template": noted_template(adapter), "converter": converter.fingerprint,
                             "logits_apart": apart, "hash": content_hash(output)})  # fmt: skip

@@ -15,8 +15,8 @@ from typing import Any
 from submission.backends import require
 from submission.backends.hf_loading import load_config, load_model, load_tokenizer, stay_offline_and_quiet
 from submission.errors import UserError, first_line
-from submission.files import atomic_folder
-from submission.manifest import write_manifest
+from submission.files import read_json
+from submission.manifest import check_apart, check_folder, made_folder, write_manifest
 from submission.models import NOTE, check_peft_adapter, content_hash, noted_template
 from train.bases import base_folder
 
@@ -35,7 +35,7 @@ def merge(adapter: Path, output: Path, say: Callable[[str], None], *, base: str 
 
     Args:
         adapter: a PEFT folder.
-        output: the folder to write; it must not exist or be empty.
+        output: the folder to write; what an earlier merge left there is replaced.
         say: takes lines for people.
         base: of the adapter; "" takes what the adapter names.
         dtype: of the written weights; auto is the base's own where that has 16 bits, and float16 for a base of 32 bits,
@@ -50,9 +50,9 @@ def merge(adapter: Path, output: Path, say: Callable[[str], None], *, base: str 
     check_peft_adapter(adapter)
     if dtype not in _DTYPES:
         raise UserError(f"--dtype {dtype!r} must be one of: {', '.join(_DTYPES)}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output {output} is there already: name a new folder")
+    check_folder(output)
     folder = base_folder(base or named_base(adapter))
+    check_apart(output, [output], (("adapter", adapter), ("base", folder)))
     stay_offline_and_quiet()
     import torch
     from peft import PeftModel
@@ -78,7 +78,7 @@ def merge(adapter: Path, output: Path, say: Callable[[str], None], *, base: str 
         dtype = "bfloat16" if own == torch.bfloat16 or largest > _MOST else "float16"
     elif dtype == "float16" and largest > _MOST:
         raise UserError(f"--dtype float16 cannot hold the largest weight, {largest:.3g}: take bfloat16")
-    with atomic_folder(output) as part:
+    with made_folder(output) as part:
         merged.to(getattr(torch, dtype)).save_pretrained(part)
         tokenizer.save_pretrained(part)
         merged.generation_config.save_pretrained(part)
@@ -95,8 +95,8 @@ def named_base(adapter: Path) -> str:
     """The base that an adapter names: as the recipe did, or as PEFT noted it."""
     for file, key in ((NOTE, "base"), ("adapter_config.json", "base_model_name_or_path")):
         try:
-            name = json.loads((adapter / file).read_text(encoding="utf-8")).get(key)
-        except (OSError, ValueError, AttributeError):
+            name = read_json(adapter / file).get(key)
+        except (UserError, AttributeError):
             continue
         if isinstance(name, str) and name:
             return name

@@ -21,7 +21,7 @@ from eval.encoders import Encoder
 from submission.errors import UserError
 from submission.files import atomic_path
 from submission.likelihoods import journalled
-from submission.manifest import manifest_path, write_manifest
+from submission.manifest import check_apart, check_free, claim, read_manifest, write_manifest
 from submission.models import content_hash
 from submission.progress import show_progress
 from submission.tables import some, write_table
@@ -32,6 +32,7 @@ from train.sources import read_records, resolve
 from train.splits import SPLITS, group_rows, shared, split
 
 OOD = "ood"
+_BESIDE = ("dropped.csv", card.NAME, card.PLOT)
 _NEEDED = ("original_text", "rewritten_text", "rewrite_prompt")
 _OPTIONAL = ("id", "kind", "style")
 
@@ -68,6 +69,10 @@ def prepare(recipe: Recipe, output: Path, encoder: Encoder, say: Callable[[str],
     if twice:
         raise UserError(f"two sources are called {twice[0]!r}: give each [[source]] a name in a recipe")
     mark = _fingerprint(recipe, made.files, encoder)
+    wanted = _files_of(recipe, output)
+    named = [Path(source.path).expanduser() for source in recipe.sources]
+    check_apart(output / "data", wanted, (("source", path) for path in [*named, *(path for _, path in files)]))
+    check_free(output / "data", wanted)
     if not fresh and _finished(output, mark):
         say(f"{output} is made of the same sources by the same recipe: nothing to do (--fresh makes it anew)")
         return False
@@ -212,11 +217,9 @@ def _mix(recipe: Recipe, rows: Sequence[Row], made: Prepared) -> list[Row]:
 
 def _write(recipe: Recipe, output: Path, made: Prepared, mark: str, encoder: Encoder, groups: int) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    manifest_path(output / "data").unlink(missing_ok=True)  # what follows is not whole until it is there again
-    wanted = {output / f"{name}.parquet" for name in made.splits}
-    wanted |= {output / "subsets" / f"train-{size}.parquet" for size in recipe.mix.subsets}
-    for old in {*output.glob("*.parquet"), *output.glob("subsets/*.parquet")} - wanted:  # of another recipe
-        old.unlink()
+    wanted = _files_of(recipe, output)
+    for old in claim(output / "data", wanted):  # of another recipe
+        old.unlink(missing_ok=True)
     for name, rows in made.splits.items():
         write_parquet(output / f"{name}.parquet", rows)
     for size in recipe.mix.subsets:
@@ -226,7 +229,7 @@ def _write(recipe: Recipe, output: Path, made: Prepared, mark: str, encoder: Enc
         output / "dropped.csv", ("id", "source", "stage", "reason", "rewrite_prompt"),
         [(row.id, row.source, stage, reason, row.rewrite_prompt) for row, stage, reason in made.dropped],
     )  # fmt: skip
-    hashes = {str(path.relative_to(output)): content_hash(path) for path in sorted(wanted)}
+    hashes = {str(path.relative_to(output)): content_hash(path) for path in wanted if path.suffix == ".parquet"}
     licences = {source.path: source.licence for source in recipe.sources}
     card.write(output, made, hashes, licences, groups=groups, encoder=encoder.name)
     write_manifest(
@@ -240,7 +243,16 @@ def _write(recipe: Recipe, output: Path, made: Prepared, mark: str, encoder: Enc
             "rows": {name: len(rows) for name, rows in made.splits.items()},
             "dropped": dict(Counter(reason for _, _, reason in made.dropped).most_common()),
         },
+        made=wanted,
     )
+
+
+def _files_of(recipe: Recipe, output: Path) -> list[Path]:
+    """All files of a set but its manifest, which is that of `output / "data"`."""
+    names = [name for name in SPLITS if recipe.split.shares[name] > 0]
+    names += [OOD] if any(source.ood for source in recipe.sources) else []
+    names += [f"subsets/train-{size}" for size in recipe.mix.subsets]
+    return sorted(output / name for name in (*(f"{name}.parquet" for name in names), *_BESIDE))
 
 
 def write_parquet(path: Path, rows: Sequence[Row]) -> None:
@@ -266,12 +278,12 @@ def _fingerprint(recipe: Recipe, files: Mapping[str, str], encoder: Encoder) -> 
 
 def _finished(output: Path, mark: str) -> bool:
     try:
-        found: Any = json.loads(manifest_path(output / "data").read_text(encoding="utf-8"))
+        found: Any = read_manifest(output / "data")
         files = found["files"]
         return found["fingerprint"] == mark and all(
             (output / name).is_file() and content_hash(output / name) == digest for name, digest in files.items()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -8,8 +8,6 @@ stages from `sft` on are run if the recipe has them.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +19,7 @@ from submission.backends import model_spec
 from submission.config import from_mapping, read_toml
 from submission.errors import UserError
 from submission.files import write_json
-from submission.manifest import manifest_path, read_manifest
+from submission.manifest import check_free, claim, made_by, manifest_path, read_manifest
 from submission.models import content_hash, resolve_folder
 from train.gguf import Gguf, export
 from train.merge import merge
@@ -55,6 +53,7 @@ class Score:
     limit: int = 0
 
 
+_SCORE = "score.json"
 _STAGES: dict[str, type[Any]] = {"prompts": Prompts, "texts": Texts, "rewrites": Rewrites}
 _LATER: dict[str, type[Any]] = {"sft": Sft, "gguf": Gguf, "score": Score}
 
@@ -158,20 +157,19 @@ def _check(run: Run) -> None:
         run.gguf.check()
         run.gguf.converter()
     if run.score and run.sft:
+        check_free(run.output / _SCORE, [run.output / _SCORE])
         model_spec(run.score.backend, run.score.base or run.sft.base)
         check_names(run.score.baselines)
 
 
 def _merge(adapter: Path, merged: Path, say: Say, *, fresh: bool) -> None:
     try:
-        made_of = json.loads(manifest_path(merged).read_text(encoding="utf-8"))["adapter_hash"]
-    except (OSError, ValueError, KeyError, TypeError):
-        made_of = ""
+        made_of = read_manifest(merged).get("adapter_hash")
+    except UserError:
+        made_of = None
     if made_of == content_hash(adapter) and (merged / "config.json").is_file() and not fresh:
         say(f"{merged} is merged from the same adapter: nothing to do (--fresh makes it anew)")
         return
-    if made_of or fresh:
-        shutil.rmtree(merged, ignore_errors=True)
     merge(adapter, merged, say)
 
 
@@ -181,11 +179,12 @@ def _score(run: Run, score: Score, merged: Path, encoder: Encoder, say: Say, *, 
     if score.backend == "llama_cpp":
         assert run.gguf is not None
         model = str(run.output / run.gguf.file(score.quantization or run.gguf.quantizations[0]))
-    tuned = run.output / "score" / "test" / "tuned"
-    if manifest_path(tuned / "submission.csv").is_file():  # of a model that is there no more, it may be
-        told = read_manifest(tuned / "submission.csv").get("fingerprint", {})
-        if told.get("model") != model_spec(score.backend, model).fingerprint()["model"]:
-            shutil.rmtree(tuned)
+    tuned = run.output / "score" / "test" / "tuned" / "submission.csv"
+    if manifest_path(tuned).is_file():  # of a model that is there no more, it may be
+        told = read_manifest(tuned).get("fingerprint")
+        if not isinstance(told, dict) or told.get("model") != model_spec(score.backend, model).fingerprint()["model"]:
+            for file in made_by(tuned):
+                file.unlink(missing_ok=True)
     result = run_baselines(
         Config(
             train=run.sets / "train.parquet", test=run.sets / "test.parquet", output=run.output / "score",
@@ -197,4 +196,5 @@ def _score(run: Run, score: Score, merged: Path, encoder: Encoder, say: Say, *, 
     )  # fmt: skip
     for line in result.lines():
         say(line)
-    write_json(run.output / "score.json", result.figures())
+    claim(run.output / _SCORE, [run.output / _SCORE])
+    write_json(run.output / _SCORE, result.figures())

@@ -20,8 +20,8 @@ from typing import Any
 from submission.backends import require
 from submission.backends.hf_loading import load_tokenizer, stay_offline_and_quiet
 from submission.errors import UserError, first_line
-from submission.files import atomic_folder, atomic_path
-from submission.manifest import write_manifest
+from submission.files import atomic_path, read_json, write_json
+from submission.manifest import check_apart, check_free, claim, made_by, made_folder, write_manifest
 from submission.models import NOTE, content_hash
 from submission.progress import show_progress
 from submission.tables import read_triplets
@@ -35,6 +35,9 @@ from train.trainer import FSDP, device_count, make_trainer, training_dtype
 from train.watch import watcher
 
 Say = Callable[[str], None]
+
+ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
+_CURVE, _MARKS = "training.png", "sft.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,26 +66,22 @@ def sft(config: Sft, output: Path, say: Say, *, fresh: bool = False) -> Path:
     main = int(os.environ.get("RANK", "0")) == 0
     if not main:
         say = _say_nothing
-    adapter, checkpoints = output / "adapter", output / "checkpoints"
+    adapter, checkpoints = output / ADAPTER, output / CHECKPOINTS
+    stay_offline_and_quiet()
     with _one_by_one():
         base = base_folder(config.base)
         marks = _marks(config, base)
-        if main:
-            if fresh:
-                shutil.rmtree(adapter, ignore_errors=True)
-                shutil.rmtree(checkpoints, ignore_errors=True)
-                (output / "sft.json").unlink(missing_ok=True)
+        get_template(config.template)
+        if main and not fresh:
             check_same_run(output, marks)
-            if not (adapter / "adapter_model.safetensors").is_file():
-                get_template(config.template)
-                output.mkdir(parents=True, exist_ok=True)
-                with atomic_path(output / "sft.json") as temporary:
-                    temporary.write_text(json.dumps(marks, indent=2))
-    if (adapter / "adapter_model.safetensors").is_file():
-        say(f"{adapter} is trained by the same recipe: nothing to do (--fresh trains anew)")
-        return adapter
-    stay_offline_and_quiet()
-    ready = prepare(config, base, say)
+        if (adapter / "adapter_model.safetensors").is_file() and not fresh:
+            say(f"{adapter} is trained by the same recipe: nothing to do (--fresh trains anew)")
+            return adapter
+        if main:
+            _check_output(output, config, base)
+        ready = prepare(config, base, say)
+        if main:  # all is checked: from here on files change
+            _begin(output, marks, fresh=fresh)
     epoch, steps = config.steps(len(ready.train), device_count())
     say(f"{len(ready.train)} rows, {sum(len(e.ids) for e in ready.train)} tokens, {epoch} steps an epoch, "
         f"{training_dtype(config)}{', 4 bits' if config.load_in_4bit else ''}")  # fmt: skip
@@ -102,7 +101,7 @@ def sft(config: Sft, output: Path, say: Say, *, fresh: bool = False) -> Path:
             raise _explained(error, output) from error
     if trainer.accelerator.is_main_process:
         history = [entry for entry in trainer.state.log_history if {"loss", "eval_loss", *_MEASURED} & set(entry)]
-        plot_curve(output / "training.png", history)
+        plot_curve(output / _CURVE, history)
         write_manifest(adapter, {
             "made_from": marks, "base": str(base), "template": config.template, "steps": trainer.state.global_step,
             "loss": result.training_loss, "seconds": result.metrics.get("train_runtime"),
@@ -111,6 +110,36 @@ def sft(config: Sft, output: Path, say: Say, *, fresh: bool = False) -> Path:
         })  # fmt: skip
         say(f"written to {adapter}: {trainer.state.global_step} steps, mean loss {result.training_loss:.4f}")
     return adapter
+
+
+def _check_output(output: Path, config: Sft, base: Path) -> None:
+    """Refuse to write over what is read, or over what no earlier run made.
+
+    Raises:
+        UserError: names it.
+    """
+    files = [output / name for name in (ADAPTER, _CURVE, _MARKS)]
+    sets = ((key, Path(getattr(config, key))) for key in ("train", "validation") if getattr(config, key))
+    check_apart(output / "sft", files, [*sets, ("base", base)])
+    check_free(output / "sft", [output / _CURVE, output / _MARKS])
+    check_free(output / ADAPTER, [output / ADAPTER])
+    checkpoints = output / CHECKPOINTS
+    if checkpoints.is_dir() and not made_by(output / "sft") and any(checkpoints.iterdir()):
+        raise UserError(
+            f"{checkpoints} is in the way, and not made by this command\nMove it away, or name another output."
+        )
+
+
+def _begin(output: Path, marks: dict[str, Any], *, fresh: bool) -> None:
+    """Note what is trained; with `fresh` remove what an earlier run made."""
+    output.mkdir(parents=True, exist_ok=True)
+    claim(output / "sft", [output / _MARKS, output / _CURVE])
+    if fresh:
+        for file in made_by(output / ADAPTER):
+            file.unlink(missing_ok=True)
+        for checkpoint in (output / CHECKPOINTS).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    write_json(output / _MARKS, marks)
 
 
 def check_installed(config: Sft) -> None:
@@ -199,14 +228,13 @@ def check_same_run(output: Path, marks: dict[str, Any]) -> None:
     Raises:
         UserError: says what is different.
     """
-    try:
-        theirs = json.loads((output / "sft.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (output / _MARKS).exists():
         return
-    except (OSError, ValueError):
-        theirs = {}
+    theirs = read_json(output / _MARKS)
     if theirs != marks:
+        theirs = theirs if isinstance(theirs, dict) else {}
         ours, before = marks["config"], theirs.get("config", {})
+        before = before if isinstance(before, dict) else {}
         different = [
             f"{key}: {before.get(key)!r} there, {ours[key]!r} here" for key in ours if before.get(key) != ours[key]
         ]
@@ -274,6 +302,6 @@ def _save_adapter(trainer: Any, adapter: Path, config: Sft) -> None:
     state = trainer.accelerator.get_state_dict(trainer.model) if sharded else None  # all processes take part
     if not trainer.accelerator.is_main_process:
         return
-    with atomic_folder(adapter) as part:
+    with made_folder(adapter) as part:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(part, state_dict=state)
         (part / NOTE).write_text(json.dumps({"template": config.template, "base": config.base}))

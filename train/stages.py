@@ -8,7 +8,7 @@ A stage is finished when its output is there, unchanged, and its manifest tells 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from typing import Any
 from eval.encoders import Encoder
 from submission.backends import ModelSpec
 from submission.errors import UserError
-from submission.files import check_writable, on_store
+from submission.files import on_store
 from submission.generation import answer
-from submission.manifest import manifest_path, write_manifest
+from submission.manifest import check_output, claim, read_manifest, write_manifest
 from submission.models import content_hash
 from submission.tables import read_table, says_something, write_table
 from submission.types import Sampling
@@ -82,10 +82,10 @@ def make_prompts(config: Prompts, output: Path, find_encoder: Callable[[], Encod
         return
     known = prompts.read_grammar(grammar, config.kinds)
     if encoder is None:
-        write_table(output, prompts.COLUMNS, prompts.rows(prompts.take(known, config.size, config.seed)))
+        stage.write(prompts.COLUMNS, prompts.rows(prompts.take(known, config.size, config.seed)))
     else:
         found = prompts.take_distinct(known, config.size, encoder, prompts.NEAR if near is None else near, config.seed)
-        write_table(output, prompts.COLUMNS, prompts.rows(found))
+        stage.write(prompts.COLUMNS, prompts.rows(found))
     stage.finish({"rows": config.size})
     say(f"written to {output}: {config.size} prompts")
 
@@ -117,7 +117,7 @@ def make_texts(config: Texts, output: Path, spec: ModelSpec | None, encoder: Enc
     kept = texts.select(found, texts.Limits(config.min_words, config.max_words), encoder)
     if not kept.texts:
         raise UserError(f"no text is left of {len(found)}: {dict(kept.dropped)}")
-    write_table(output, texts.COLUMNS, ((f"t{number:06}", text) for number, text in enumerate(kept.texts, start=1)))
+    stage.write(texts.COLUMNS, ((f"t{number:06}", text) for number, text in enumerate(kept.texts, start=1)))
     stage.finish({**told, "rows": len(kept.texts), "dropped": dict(kept.dropped)})
     for reason, count in kept.dropped.most_common():
         if count:
@@ -141,8 +141,8 @@ def make_rewrites(
     answers = answer(output, rewrites.jobs(tasks, spec, sampling, length), spec, say, fresh=fresh)
     left_out = set() if config.keep_cut else answers.cut
     done = [task for task in tasks if task.id in answers.texts and task.id not in left_out]
-    write_table(
-        output, rewrites.COLUMNS,
+    stage.write(
+        rewrites.COLUMNS,
         ((task.id, task.text, answers.texts[task.id], task.prompt.text, task.prompt.kind, task.prompt.style)
          for task in done),
     )  # fmt: skip
@@ -161,7 +161,7 @@ class _Stage:
     def __init__(
         self, name: str, output: Path, config: Any, inputs: Mapping[str, Path], marks: Mapping[str, Any]
     ) -> None:
-        check_writable(output)
+        check_output(output, inputs.items())
         self._name, self._output = name, output
         self._told: dict[str, Any] = {
             "stage": name,
@@ -175,13 +175,18 @@ class _Stage:
         if fresh:
             return False
         try:
-            found = json.loads(manifest_path(self._output).read_text(encoding="utf-8"))
+            found = read_manifest(self._output)
             same = bool(found["made_from"] == self._told and found["hash"] == content_hash(self._output))
-        except (OSError, ValueError, KeyError, TypeError, UserError):
+        except (OSError, KeyError, UserError):
             return False
         if same:
             say(f"{self._output} is there, made of the same: nothing to do (--fresh makes it anew)")
         return same
+
+    def write(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Write the table."""
+        claim(self._output, [self._output])
+        write_table(self._output, columns, rows)
 
     def finish(self, figures: Mapping[str, Any]) -> None:
         """Write the manifest."""

@@ -8,7 +8,6 @@ Every combination is a run in a folder of its own, skipped when it is finished a
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from submission.config import from_mapping, split_list
 from submission.errors import UserError
 from submission.files import atomic_path, write_json
-from submission.manifest import manifest_path
+from submission.manifest import check_apart, check_free, claim, read_manifest
 from submission.tables import write_table
 from train.sft import sft
 from train.sft_config import Sft, read_sft
@@ -64,13 +63,19 @@ def sweep(
         )
         for chosen in combinations(grid)
     }
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} is a file: name a folder")
+    files = [output / name for name in ("sweep.csv", "sweep.json", "sweep.png")]
+    check_apart(output / "sweep", files, [("recipe", recipe)])
+    check_free(output / "sweep", files)
     output.mkdir(parents=True, exist_ok=True)
     told = {}
     for number, (name, config) in enumerate(runs.items(), start=1):
         say(f"run {number} of {len(runs)}: {name}")
         adapter = sft(config, output / name.replace("/", "_"), say)
-        told[name] = json.loads(manifest_path(adapter).read_text(encoding="utf-8"))
+        told[name] = read_manifest(adapter)
     rows = sorted((_row(name, manifest) for name, manifest in told.items()), key=lambda row: (row[3] is None, row[3]))
+    claim(output / "sweep", files)
     write_table(output / "sweep.csv", COLUMNS, ([_shown(cell) for cell in row] for row in rows))
     write_json(output / "sweep.json", [dict(zip(COLUMNS, row, strict=True)) for row in rows])
     _plot(output / "sweep.png", told)

@@ -9,9 +9,7 @@ Only `submission/kernel.py` is uploaded by a push; everything else arrives as th
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,12 +18,15 @@ from typing import Any
 
 import submission
 from submission import kernel
+from submission.config import read_toml
 from submission.errors import UserError
-from submission.files import atomic_folder, write_json
-from submission.manifest import manifest_path
+from submission.files import atomic_folder, files_in, read_json, write_json
+from submission.manifest import check_apart, made_folder, manifest_path
 from submission.models import PACKAGED, TUNED, check_gguf_adapter, check_peft_adapter, is_gguf, resolve_folder
 from submission.publish.image import Image, kaggle_image
+from submission.publish.metadata import DATASET_FILE
 from submission.publish.wheels import LLAMA, OURS, distribution, fetch, lacking, newest_needed, own_wheel, version_of
+from submission.tables import some
 
 DATASET = "prompt-recovery-bundle"
 ATTACHED = "attached"
@@ -69,7 +70,7 @@ def bundle(config: BundleConfig, say: Callable[[str], None]) -> dict[str, Any]:
         UserError: something is missing or wrong; nothing was written.
         PromptRecoveryError: a wheel cannot be had.
     """
-    check_replaceable(config.output, kernel.CONTENTS)
+    check_replaceable(config.output)
     image = kaggle_image()
     config.output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(config.output) as part:
@@ -83,7 +84,7 @@ def bundle(config: BundleConfig, say: Callable[[str], None]) -> dict[str, Any]:
             own_wheel(part)
         fetch([name for name in lacking(roots(settings, part), image) if name not in given], part, image.python, say)
         _check_wheels(part, image)
-        write_json(part / "dataset-metadata.json", {
+        write_json(part / DATASET_FILE, {
             "title": _TITLE, "id": f"{config.owner}/{DATASET}", "licenses": [{"name": "other"}],
         })  # fmt: skip
         contents = write_contents(part, image.python)
@@ -102,7 +103,7 @@ def write_contents(folder: Path, python: str) -> dict[str, Any]:
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (kernel.CONTENTS, "dataset-metadata.json")
+        if path.is_file() and path.name not in (kernel.CONTENTS, DATASET_FILE)
     }
     total = sum(path.stat().st_size for path in map(folder.joinpath, files))
     if total > MOST_BYTES:
@@ -154,9 +155,9 @@ def model_instance(model: str, handle: str, output: Path, license_name: str, say
     right = "gguf" if path.is_file() else "transformers"
     if framework != right:
         raise UserError(f"--model-instance {handle}: {path} is of the framework {right!r}, not {framework!r}")
-    check_replaceable(output, "model-instance-metadata.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(output) as part:
+    check_apart(output, [output], [("model", path)])
+    with made_folder(output) as part:
         for file in [path] if path.is_file() else sorted(one for one in path.iterdir() if one.is_file()):
             _put(file, part)
         write_json(part / "model-metadata.json", {
@@ -172,14 +173,24 @@ def model_instance(model: str, handle: str, output: Path, license_name: str, say
         f'then name it in kernel-metadata.json: "model_sources": ["{handle}/1"]')  # fmt: skip
 
 
-def check_replaceable(output: Path, mark: str) -> None:
-    """Refuse a folder that holds something else.
+def check_replaceable(output: Path) -> None:
+    """Refuse a bundle's folder that holds something else than its list of contents says.
 
     Raises:
-        UserError: with what to do.
+        UserError: names what is in the way.
     """
-    if output.exists() and not (output / mark).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} is there and was not made by this command: choose another name")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} is a file: name a folder")
+    try:
+        listed = set(read_contents(output)["files"]) | {kernel.CONTENTS, DATASET_FILE}
+    except UserError:
+        listed = set()
+    there = [path.relative_to(output).as_posix() for path in files_in(output)] if output.is_dir() else []
+    foreign = [name for name in there if name not in listed]
+    if foreign:
+        raise UserError(
+            f"{output} holds {some(foreign)}, which this command did not make: move it away, or choose another name"
+        )
 
 
 def _put_files(config: BundleConfig, folder: Path) -> None:
@@ -199,12 +210,16 @@ def _put_files(config: BundleConfig, folder: Path) -> None:
                 _put(file, folder)
         else:
             check_gguf_adapter(config.adapter)
-            shutil.copyfile(config.adapter, folder / "adapter.gguf")
+            _put(config.adapter, folder, "adapter.gguf")
             _put_note(config.adapter, folder, "adapter.gguf")
     for path in config.include:
+        if path.name in (kernel.CONTENTS, DATASET_FILE):
+            raise UserError(f"--include {path}: a file of this name is made by the bundle: rename it")
         _put(path, folder)
     if config.settings is not None:
-        shutil.copyfile(config.settings, folder / kernel.SETTINGS)
+        _put(config.settings, folder, kernel.SETTINGS)
+    elif (folder / kernel.SETTINGS).exists():
+        raise UserError(f"--include {kernel.SETTINGS}: give the settings with --settings instead")
     else:
         known = model if model in PACKAGED else "auto" if model == ATTACHED else Path(model).name
         (folder / kernel.SETTINGS).write_text(_PLAIN_SETTINGS.format(model=known), encoding="utf-8")
@@ -214,7 +229,7 @@ def _put_note(path: Path, folder: Path, name: str = "") -> None:
     """The manifest beside a GGUF file tells the template that it was trained on."""
     note = manifest_path(path)
     if note.is_file():
-        shutil.copyfile(note, manifest_path(folder / (name or path.name)))
+        _put(note, folder, manifest_path(Path(name or path.name)).name)
 
 
 def _settings(folder: Path) -> kernel.Settings:
@@ -226,20 +241,18 @@ def _settings(folder: Path) -> kernel.Settings:
         name = getattr(settings, key)
         if name and not name.startswith("find:") and not (folder / name).is_file():
             raise UserError(f"{kernel.SETTINGS}: {key} = {name!r} is not in the bundle: add --include {name}")
-    if settings.recover_config:
-        try:
-            tomllib.loads((folder / settings.recover_config).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{settings.recover_config} cannot be read: {error}") from None
+    if settings.recover_config and not settings.recover_config.startswith("find:"):
+        read_toml(folder / settings.recover_config, "recover_config")
     return settings
 
 
-def _put(path: Path, folder: Path) -> None:
+def _put(path: Path, folder: Path, name: str = "") -> None:
+    name = name or path.name
     if not path.is_file():
         raise UserError(f"{path} does not exist")
-    if (folder / path.name).exists():
-        raise UserError(f"two files of the bundle are called {path.name}: rename one")
-    shutil.copyfile(path, folder / path.name)
+    if (folder / name).exists():
+        raise UserError(f"two files of the bundle are called {name}: rename one")
+    shutil.copyfile(path, folder / name)
 
 
 def _check_wheels(folder: Path, image: Image) -> None:
@@ -269,7 +282,9 @@ def read_contents(folder: Path) -> dict[str, Any]:
         UserError: the folder is no bundle.
     """
     try:
-        content = json.loads((folder / kernel.CONTENTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = read_json(folder / kernel.CONTENTS)
+    except UserError as error:
         raise UserError(f"{folder} is no bundle ({error}): make one with `python -m submission bundle`") from None
-    return dict(content)
+    if not (isinstance(content, dict) and isinstance(content.get("files"), dict)):
+        raise UserError(f"{folder / kernel.CONTENTS} is no list of contents: make the bundle again")
+    return content

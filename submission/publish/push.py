@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from submission.files import write_json
+from submission.manifest import made_files
 from submission.publish.client import (
     CALL_SECONDS,
     TRANSFER_SECONDS,
@@ -104,10 +105,11 @@ def push(
 
 
 def output(kernel: str, folder: Path, say: Say, *, timeout: float = TRANSFER_SECONDS, show: bool = False) -> list[Path]:
-    """Download the files and the log of the latest run into a folder; files of the same names are replaced.
+    """Download the files and the log of the latest run into a folder; what an earlier download left is replaced.
 
     Raises:
         KaggleError: there is nothing yet, or a file did not come.
+        UserError: a file of the user's has the name of one that came.
     """
     arguments = ["kernels", "output", kernel, "-p", str(folder)]
     if show:
@@ -126,9 +128,12 @@ def output(kernel: str, folder: Path, say: Say, *, timeout: float = TRANSFER_SEC
             raise KaggleError(
                 f"{kernel} has no output\nSee whether it ran: {shell_line(['kernels', 'status', kernel])}"
             )
+        files = [folder / path for path in came]
+        with made_files(folder / "kernel", files, {"kernel": kernel}):
+            for path in came:
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(Path(part) / path, folder / path)
         for path in came:
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(Path(part) / path, folder / path)
             say(f"{folder / path} ({(folder / path).stat().st_size} bytes)")
     if Path("submission.csv") in came:
         say(f"submission.csv is among the {len(came)} files")

@@ -15,8 +15,8 @@ from ensemble.models import Model, open_models, roles_needed, tools
 from ensemble.selectors import make_selectors
 from eval.encoders import Encoder
 from submission.hardware import ALONE, Fleet
+from submission.hashing import content_hash
 from submission.manifest import check_output, made_files
-from submission.models import content_hash
 from submission.tables import write_predictions
 
 

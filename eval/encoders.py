@@ -9,7 +9,6 @@ Every number that stems from an encoder carries its name: only sentence-t5-base 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -21,7 +20,10 @@ from submission.backends import require
 from submission.backends.common import thread_count
 from submission.backends.hf_loading import stay_offline_and_quiet
 from submission.errors import MissingExtra, UserError, first_line
-from submission.models import EMBEDDED, SENTENCE_T5, content_hash, embedded_encoder, encoders_on_disk
+from submission.files import read_json
+from submission.hashing import content_hash
+from submission.models import EMBEDDED, SENTENCE_T5, embedded_encoder, encoders_on_disk
+from submission.tables import some
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,11 +132,26 @@ class Encoder:
         transformers_logging.disable_progress_bar()
         torch.set_num_threads(thread_count(0))
         try:
-            return SentenceTransformer(
+            model = SentenceTransformer(
                 str(self.folder), local_files_only=True, model_kwargs={"use_safetensors": True}
             ).eval()
+            missing = sorted(name for module in model for name in _missing_tensors(module))
         except Exception as error:  # whatever is wrong with the files
             raise UserError(f"encoder {self.folder} cannot be loaded: {first_line(error)}") from error
+        if missing:  # they would be random
+            raise UserError(f"encoder {self.folder} lacks {len(missing)} tensors: {some(missing)}")
+        return model
+
+
+def _missing_tensors(module: Any) -> set[str]:
+    """Tensors that a module of transformers needs and its file has not; no warning of the library says so."""
+    inner = getattr(module, "auto_model", None)
+    if inner is None:
+        return set()
+    _, found = type(inner).from_pretrained(
+        inner.name_or_path, output_loading_info=True, local_files_only=True, use_safetensors=True
+    )
+    return set(found["missing_keys"])
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -200,8 +217,8 @@ def _name(folder: Path) -> str:
 def _config(folder: Path) -> dict[str, Any]:
     for path in (folder / "config.json", folder / "0_Transformer" / "config.json"):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            content = read_json(path)
+        except UserError:
             continue
         if isinstance(content, dict):
             return content

@@ -23,7 +23,7 @@ from eval.encoders import Encoder, find_encoder
 from eval.grouping import unit_vectors
 from submission.config import from_mapping
 from submission.errors import UserError
-from submission.models import content_hash
+from submission.hashing import content_hash
 from submission.recover import Ask, Setup
 from submission.tables import read_triplets
 from submission.templates import get_template

@@ -24,7 +24,7 @@ from submission.backends.llama_cpp import LlamaCpp, weights
 from submission.backends.schedule import Text
 from submission.errors import UserError
 from submission.files import atomic_path
-from submission.manifest import check_output
+from submission.manifest import check_output, made_files
 from submission.models import EMBEDDED
 from submission.tables import read_pairs, read_triplets
 from submission.templates import get_template, render_rewrite

@@ -43,6 +43,11 @@ def beside(output: Path, ending: str) -> Path:
     return (Path(output.name) if on_store(output) else output).with_name(output.name + ending)
 
 
+def cache_folder(kind: str) -> Path:
+    """Where what can be made again is kept: `$XDG_CACHE_HOME/prompt-recovery/` and the kind."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prompt-recovery" / kind
+
+
 def open_binary(path: Path) -> BinaryIO:
     """Open a file of this machine or of an object store for reading, from any place in it.
 

@@ -150,6 +150,7 @@ def _take_over(orders: Orders) -> None:
             computed=max(0, sum(row_id in finished for row_id in ids) - orders.resumed),
             seconds=time.monotonic() - orders.started,
             computing_seconds=0.0,
+            late=True,
         )
         mark_finished(output, orders.fingerprint, summary)
         tell("\nThe run could not stop by itself: it was killed, and the file was filled from the journal.", sys.stderr)

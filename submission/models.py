@@ -1,16 +1,14 @@
-"""Model files on disk: the embedded ones, encoders, what kind a path is, and a fingerprint of its content."""
+"""Model files on disk: the embedded ones, encoders, what kind a path is."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from submission.errors import MissingExtra, UserError
-from submission.files import on_store, open_binary
+from submission.files import read_json
 from submission.manifest import manifest_path
 
 EMBEDDED = "embedded"
@@ -20,13 +18,6 @@ EMBEDDED_NAME = "SmolLM2-135M-Instruct (Q4_1)"
 SENTENCE_T5 = "sentence-t5-base"  # the competition's encoder
 NOTE = "prompt-recovery.json"  # in a folder that training wrote: the template it was trained on, its base
 _KAGGLE_INPUT = Path("/kaggle/input")
-_SAMPLES = 64  # stretches of a large file that its fingerprint covers
-_STRETCH = 1 << 20
-
-
-def cache_folder(kind: str) -> Path:
-    """Where what can be made again is kept: `$XDG_CACHE_HOME/prompt-recovery/` and the kind."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prompt-recovery" / kind
 
 
 def embedded_gguf() -> Path | None:
@@ -166,8 +157,8 @@ def noted_template(*paths: Path | None) -> str:
             continue
         try:
             note = path / NOTE if path.is_dir() else manifest_path(path)
-            name = json.loads(note.read_text(encoding="utf-8")).get("template")
-        except (OSError, ValueError, AttributeError):
+            name = read_json(note).get("template")
+        except (UserError, AttributeError):
             continue
         if isinstance(name, str) and name:
             return name
@@ -181,25 +172,3 @@ def is_gguf(path: Path) -> bool:
             return file.read(4) == b"GGUF"
     except OSError:
         return False
-
-
-def content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's files by name.
-
-    Files above 64 MiB are sampled at 64 evenly spaced stretches of 1 MiB (with their size): other weights
-    differ in every stretch, and 15 GB are told apart in a second.
-    """
-    digest = hashlib.sha256()
-    folder = path.is_dir()
-    for file in sorted(p for p in path.iterdir() if p.is_file()) if folder else [path]:
-        with open_binary(file) if on_store(file) else file.open("rb") as content:
-            size = content.seek(0, os.SEEK_END)
-            content.seek(0)
-            digest.update(f"{file.name if folder else ''}:{size};".encode())
-            if size <= _SAMPLES * _STRETCH:
-                digest.update(content.read())
-                continue
-            for number in range(_SAMPLES):
-                content.seek((size - _STRETCH) * number // (_SAMPLES - 1))
-                digest.update(content.read(_STRETCH))
-    return digest.hexdigest()

@@ -19,6 +19,7 @@ from submission.validation import validate
 
 BLANK_INPUT = "blank rewritten_text"
 DEADLINE = "deadline"
+NO_ANSWER = "no answer"
 
 EXIT_TOO_MANY_FAILED = 3
 
@@ -93,20 +94,22 @@ def finish(
     computed: int,
     seconds: float,
     computing_seconds: float,
+    late: bool,
 ) -> Summary:
     """Write the output for all `ids` and validate it by reading it back.
 
     Args:
         ids: in order; they are gone through more than once.
-        finished: the rows that were tried; the others count as stopped by the deadline.
+        finished: the rows that were tried; the others count as stopped by the deadline, if it came.
         fallback: takes the place of failed and missing answers.
         max_failures: the share of tried rows, 0 to 1, above which too many failed.
+        late: whether the deadline came before all rows were tried.
 
     Raises:
         PromptRecoveryError: what was read back is not valid (a fault of the disk or of this program).
         OSError: the file could not be written.
     """
-    count = _Count(finished, fallback)
+    count = _Count(finished, fallback, late=late)
     write_predictions(output, count.rows(ids))
     problems = validate(output, ids)
     if problems:
@@ -127,8 +130,8 @@ def finish(
 class _Count:
     """Goes through the rows once, so that what is written and what is told agree while the journal still grows."""
 
-    def __init__(self, finished: Mapping[str, Prediction], fallback: str) -> None:
-        self._finished, self._fallback = finished, fallback
+    def __init__(self, finished: Mapping[str, Prediction], fallback: str, *, late: bool) -> None:
+        self._finished, self._fallback, self._late = finished, fallback, late
         self.reasons: Counter[str] = Counter()
         self.written = self.truncated = self.asked = self.failed = 0
 
@@ -138,7 +141,9 @@ class _Count:
             self.written += 1
             prediction = self._finished.get(row_id)
             if prediction is None:
-                self.reasons[DEADLINE] += 1
+                self.reasons[DEADLINE if self._late else NO_ANSWER] += 1
+                self.asked += not self._late
+                self.failed += not self._late
                 yield row_id, self._fallback
                 continue
             failed = prediction.status != "ok"

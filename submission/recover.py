@@ -11,17 +11,23 @@ what a run must have in common with the one that it resumes, such as the content
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 from submission.answers import is_blank
 from submission.config import from_mapping
-from submission.errors import UserError
+from submission.errors import PromptRecoveryError, UserError, first_line
+from submission.hashing import content_hash
 from submission.templates import Template
 from submission.types import Backend, Budget, Pair, Prediction, Recover, Request, Sampling, Triplet
 
@@ -109,6 +115,7 @@ class _ConstantOptions:
     prompt: str = DEFAULT_PROMPT
 
 
+_ROOMS = ("submission", "eval", "train", "ensemble", "tests", "examples", "docs")  # of this project's checkout
 RECOVERS: dict[str, Callable[[Setup], Recover]] = {"zero_shot": Ask, "few_shot": Ask, "constant": Constant}
 
 
@@ -143,17 +150,59 @@ def find_recover(name: str) -> RecoverSource:
         raise UserError(f"unknown recover {name!r}; there are: {', '.join(RECOVERS)}, or module:object of your own")
     if os.getcwd() not in sys.path:  # the installed command does not look there by itself
         sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = importlib.import_module(module_name)
-        for part in object_name.split("."):
-            found = getattr(found, part)
-    except AttributeError:
-        raise UserError(f"recover {name}: module {module_name} has no {object_name!r}") from None
-    except Exception as error:  # whatever the module's own code does
-        raise UserError(f"recover {name}: the module cannot be imported: {type(error).__name__}: {error}") from error
+    with _user_code(name, "the module cannot be imported"):
+        module = importlib.import_module(module_name)
+    found: Any = module
+    for part in object_name.split("."):
+        if not hasattr(found, part):
+            raise UserError(f"recover {name}: module {module_name} has no {object_name!r}")
+        found = getattr(found, part)
     if not callable(found):
         raise UserError(f"recover {name} is neither a function nor a class")
-    uses_model = bool(getattr(found, "uses_model", True))
-    fingerprint = cast(Fingerprint, getattr(found, "fingerprint", _nothing_more))
-    make = cast(Callable[[Setup], Recover], found) if inspect.isclass(found) else lambda _: cast(Recover, found)
-    return RecoverSource(name, make, uses_model, fingerprint)
+    more = cast(Fingerprint, getattr(found, "fingerprint", _nothing_more))
+
+    def make(setup: Setup) -> Recover:
+        with _user_code(name, "it cannot be made"):
+            return cast(Callable[[Setup], Recover], found)(setup) if inspect.isclass(found) else cast(Recover, found)
+
+    def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
+        with _user_code(name, "its fingerprint failed"):
+            return {"source": _source_hash(module), **{str(key): str(value) for key, value in more(config).items()}}
+
+    return RecoverSource(name, make, bool(getattr(found, "uses_model", True)), fingerprint)
+
+
+@contextmanager
+def _user_code(name: str, what: str) -> Iterator[None]:
+    """Say where code of the user's own failed, whatever it did."""
+    try:
+        yield
+    except PromptRecoveryError:
+        raise
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        last = next((frame for frame in reversed(frames) if not frame.filename.startswith("<")), None)
+        where = f" ({Path(last.filename).name}, line {last.lineno})" if last else ""
+        words = f"it called sys.exit({error.code!r})" if isinstance(error, SystemExit) else first_line(error)
+        raise UserError(f"recover {name}: {what}: {words}{where}") from error
+
+
+def _source_hash(module: ModuleType) -> str:
+    """Hash of a module's source and of those beside it that it imported: their code decides answers.
+
+    What was installed does not count, nor does this package: they have versions.
+    """
+    own, ours = getattr(module, "__file__", None), Path(__file__).resolve().parent.parent
+    if own is None or (module.__name__.partition(".")[0] in _ROOMS and Path(own).resolve().is_relative_to(ours)):
+        return "none"
+    root = Path(own).resolve().parents[module.__name__.count(".") + (Path(own).name == "__init__.py")]
+    digest = hashlib.sha256()
+    for name, other in sorted(sys.modules.items()):
+        path = getattr(other, "__file__", None)
+        if not isinstance(path, str) or name == "__main__":
+            continue
+        file = Path(path).resolve()
+        is_room = name.partition(".")[0] in _ROOMS and file.is_relative_to(ours)
+        if file.is_relative_to(root) and file.suffix == ".py" and "site-packages" not in file.parts and not is_room:
+            digest.update(f"{name}:{content_hash(file)};".encode())
+    return digest.hexdigest()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice
+from typing import Any
 
 from submission.answers import is_blank, storable
-from submission.errors import UserError, first_line
+from submission.errors import PromptRecoveryError, UserError, first_line
 from submission.types import Budget, Pair, Prediction, Recover
 
 _REASON_CHARS = 200
@@ -30,7 +31,9 @@ def answer_all(recover: Recover, pairs: Iterable[Pair], budget: Budget) -> Itera
 
     Raises:
         UserError: passed on, since trying again would not help.
+        PromptRecoveryError: the pairs cannot be read to their end, or the way of predicting ended the process.
     """
+    pairs = _Source(pairs)
     work = [_Attempt(iter(pairs))]
     while work:
         attempt = work.pop()
@@ -43,15 +46,20 @@ def answer_all(recover: Recover, pairs: Iterable[Pair], budget: Budget) -> Itera
 
         try:
             for prediction in recover(feed(), budget):
-                if taken.pop(prediction.id, None) is None:
+                if not isinstance(prediction, Prediction):
+                    raise TypeError(f"an answer that is no Prediction but {type(prediction).__name__}")
+                if not isinstance(prediction.id, str) or taken.pop(prediction.id, None) is None:
                     raise RuntimeError(f"an answer for id {prediction.id!r}, which was not asked for")
-                yield _checked(prediction)
+                yield checked(prediction)
             trouble = None
         except UserError:
             raise
+        except SystemExit as error:
+            raise PromptRecoveryError(f"the way of predicting called sys.exit({error.code!r}): it must not") from error
         except Exception as error:
             # Only its words are kept: its frames may hold a GPU's memory, which the next try needs.
             trouble = first_line(error)[:_REASON_CHARS]
+        pairs.check()
         if trouble is None or attempt.rows == 1:
             for pair in chain(taken.values(), attempt.pairs):
                 yield Prediction(pair.id, "", "failed", trouble or "no answer")
@@ -65,8 +73,62 @@ def answer_all(recover: Recover, pairs: Iterable[Pair], budget: Budget) -> Itera
         work += [_Attempt(iter(part), len(part)) for part in (failed[half:], failed[:half]) if part]
 
 
-def _checked(prediction: Prediction) -> Prediction:
-    text = storable(prediction.text)
-    if prediction.status == "ok" and is_blank(text):
-        return replace(prediction, text="", status="failed", reason="empty answer")
-    return prediction if text == prediction.text else replace(prediction, text=text)
+class _Source:
+    """The pairs of a run, as they are read; remembers when they could not be."""
+
+    def __init__(self, pairs: Iterable[Pair]) -> None:
+        self._pairs = iter(pairs)
+        self._trouble: Exception | None = None
+
+    def __iter__(self) -> Iterator[Pair]:
+        return self
+
+    def __next__(self) -> Pair:
+        try:
+            return next(self._pairs)
+        except StopIteration:
+            raise
+        except Exception as error:
+            self._trouble = error
+            raise
+
+    def check(self) -> None:
+        """Raise what went wrong when a pair was read: no other pairs will come."""
+        if isinstance(self._trouble, PromptRecoveryError):
+            raise self._trouble
+        if self._trouble is not None:
+            raise PromptRecoveryError(
+                f"the rows cannot be read to their end: {first_line(self._trouble)}\n"
+                "What is finished is safe in the journal."
+            ) from self._trouble
+
+
+def checked(prediction: Prediction) -> Prediction:
+    """The prediction if it is sound, or as near as can be: a row with a text of another kind failed.
+
+    It may come from a way of predicting of the user's own, so any field may hold anything.
+    """
+    text, status, reason = prediction.text, prediction.status, prediction.reason
+    if not isinstance(text, str):
+        text, status, reason = "", "failed", f"its text is no text but {type(text).__name__}"
+    text = storable(text)
+    if status not in ("ok", "failed", "unfinished"):
+        text, status, reason = "", "failed", f"its status is {str(status)[:40]!r}"
+    elif status == "ok" and is_blank(text):
+        text, status, reason = "", "failed", "empty answer"
+    return Prediction(
+        prediction.id, text, status, storable(_as_text(reason))[:_REASON_CHARS], storable(_as_text(prediction.raw)),
+        _as_number(prediction.prompt_tokens), bool(_as_number(prediction.truncated)),
+    )  # fmt: skip
+
+
+def _as_text(value: object) -> str:
+    return value if type(value) is str else "" if value is None else str(value)[:_REASON_CHARS]
+
+
+def _as_number(value: Any) -> int:
+    """A whole number of any kind, such as numpy's; 0 for what is none."""
+    try:
+        return max(0, int(value))
+    except (TypeError, ValueError, OverflowError):
+        return 0

@@ -94,7 +94,7 @@ class _Run:
                 # Beyond this point the watchdog thread finds the lock taken; the guard still stands by.
                 self._finishing.acquire()
                 watchdog.stand_down()
-                summary = self._finish()
+                summary = self._finish(late=late)
                 if late:
                     # Freeing a large model or joining a busy thread may take longer than is left.
                     self._end_process(summary)
@@ -146,7 +146,7 @@ class _Run:
             self._computing_seconds = time.monotonic() - self._computing_since
             self._computing_since = None
 
-    def _finish(self) -> Summary:
+    def _finish(self, *, late: bool) -> Summary:
         self._stop_clock()
         self._guard.stand_by()
         summary = finish(
@@ -158,6 +158,7 @@ class _Run:
             computed=self._computed,
             seconds=time.monotonic() - self._started,
             computing_seconds=self._computing_seconds,
+            late=late,
         )
         self._journal.sync()
         self._manifest.write("complete", summary)
@@ -168,7 +169,7 @@ class _Run:
         if not self._finishing.acquire(blocking=False):
             return
         try:
-            summary = self._finish()
+            summary = self._finish(late=True)
         except BaseException as error:
             tell(f"error: {error}", sys.stderr)
             os._exit(1)

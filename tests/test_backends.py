@@ -17,7 +17,7 @@ from submission.backends.common import stream_seed
 from submission.backends.llama_library import _leave_amx
 from submission.backends.scripted import Options, Scripted
 from submission.errors import BackendError, UserError
-from submission.models import content_hash
+from submission.hashing import content_hash
 from submission.templates import TEMPLATES
 from submission.types import Backend, Chat, Message, Pair, Part, Request, Sampling
 from tests.conftest import ROOT, Cli, read_csv

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from submission.backends.hf_loading import load_model, load_tokenizer, stay_offline_and_quiet
 from submission.errors import UserError, first_line
-from submission.files import atomic_folder
+from submission.files import atomic_folder, cache_folder
+from submission.hashing import content_hash
 from submission.manifest import check_apart, check_folder, made_folder, write_manifest
-from submission.models import cache_folder, content_hash, resolve_folder
+from submission.models import resolve_folder
 from submission.progress import tell
 
 

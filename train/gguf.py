@@ -24,8 +24,9 @@ from submission.backends.hf_loading import load_model, load_tokenizer, stay_offl
 from submission.backends.llama_library import encode_weights, library
 from submission.errors import UserError
 from submission.files import atomic_path
+from submission.hashing import content_hash
 from submission.manifest import check_output, claim, read_manifest, write_manifest
-from submission.models import check_peft_adapter, content_hash, noted_template, resolve_folder
+from submission.models import check_peft_adapter, noted_template, resolve_folder
 from train.bases import base_folder
 from train.converter import Converter, find_converter
 from train.merge import named_base

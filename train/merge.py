@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from submission.backends import require
-from submission.backends.hf_loading import load_config, load_model, load_tokenizer, stay_offline_and_quiet
+from submission.backends.hf_loading import load_config, load_model, load_tokenizer, stay_offline_and_quiet, with_adapter
 from submission.errors import UserError, first_line
 from submission.files import read_json
+from submission.hashing import content_hash
 from submission.manifest import check_apart, check_folder, made_folder, write_manifest
-from submission.models import NOTE, check_peft_adapter, content_hash, noted_template
+from submission.models import NOTE, check_peft_adapter, noted_template
 from train.bases import base_folder
 
 _PROBES = (
@@ -55,14 +56,10 @@ def merge(adapter: Path, output: Path, say: Callable[[str], None], *, base: str 
     check_apart(output, [output], (("adapter", adapter), ("base", folder)))
     stay_offline_and_quiet()
     import torch
-    from peft import PeftModel
 
     say(f"base {folder}, adapter {adapter}")
     plain = load_model(folder, None, device="cpu", dtype="float32", load_in_4bit=False)
-    try:
-        model = PeftModel.from_pretrained(plain, str(adapter), local_files_only=True).eval()
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"adapter {adapter} does not fit the base {folder}: {first_line(error)}") from error
+    model = with_adapter(plain, adapter).eval()
     tokenizer = load_tokenizer(folder)
     before = _logits(model, tokenizer)
     try:

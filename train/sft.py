@@ -21,8 +21,9 @@ from submission.backends import require
 from submission.backends.hf_loading import load_tokenizer, stay_offline_and_quiet
 from submission.errors import UserError, first_line
 from submission.files import atomic_path, read_json, write_json
+from submission.hashing import content_hash
 from submission.manifest import check_apart, check_free, claim, made_by, made_folder, write_manifest
-from submission.models import NOTE, content_hash
+from submission.models import NOTE
 from submission.progress import show_progress
 from submission.tables import read_triplets
 from submission.templates import get_template

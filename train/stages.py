@@ -18,8 +18,8 @@ from submission.backends import ModelSpec
 from submission.errors import UserError
 from submission.files import on_store
 from submission.generation import answer
+from submission.hashing import content_hash
 from submission.manifest import check_output, claim, read_manifest, write_manifest
-from submission.models import content_hash
 from submission.tables import read_table, says_something, write_table
 from submission.types import Sampling
 from train import prompts, rewrites, texts

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from submission.backends.hf_loading import from_disk
 from submission.errors import UserError, first_line
 from train.encoding import IGNORED, Example
 from train.sft_config import Sft
@@ -118,7 +119,7 @@ def batch_order(lengths: Sequence[int], together: int, seed: int) -> list[int]:
 
 def load_base(base: Path, dtype: str, *, load_in_4bit: bool, cuda: bool) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -135,10 +136,7 @@ def load_base(base: Path, dtype: str, *, load_in_4bit: bool, cuda: bool) -> Any:
     # Frozen weights may be of 16 bits, for LoRA's own stay 32-bit (PEFT casts them up). Those of 16-bit floats would
     # overflow in training, so they are 32-bit under mixed precision.
     weights = "float32" if dtype == "float16" and not load_in_4bit else dtype
-    return AutoModelForCausalLM.from_pretrained(
-        base, dtype=getattr(torch, weights), local_files_only=True, trust_remote_code=False, use_safetensors=True,
-        **more,
-    )  # fmt: skip
+    return from_disk(base, base, dtype=getattr(torch, weights), **more)
 
 
 def collator(tokenizer: Any) -> Any:

@@ -26,7 +26,8 @@ from submission.backends.llama_streams import LlamaStreams
 from submission.backends.llama_tokenizer import GgufTokenizer
 from submission.backends.schedule import Limits, Prompt, Scheduler, Shape, Text
 from submission.errors import UserError
-from submission.models import PACKAGED, TUNED, adapter_of, check_gguf_adapter, content_hash, resolve_gguf
+from submission.hashing import content_hash
+from submission.models import PACKAGED, TUNED, adapter_of, check_gguf_adapter, resolve_gguf
 from submission.prompts import ChatEncoder
 from submission.types import Chat, Completion, LogLikelihood, Request
 

@@ -24,7 +24,8 @@ from submission.backends.hf_loading import (
 from submission.backends.hf_tokenizer import HfTokenizer
 from submission.backends.window import Window, common_length
 from submission.errors import BackendError, UserError, first_line
-from submission.models import check_peft_adapter, content_hash, resolve_folder
+from submission.hashing import content_hash
+from submission.models import check_peft_adapter, resolve_folder
 from submission.prompts import ChatEncoder, EncodedPrompt
 from submission.types import Chat, Completion, LogLikelihood, Request, Sampling
 

@@ -22,8 +22,8 @@ from typing import Any
 
 from submission import kernel
 from submission.errors import PromptRecoveryError, UserError
+from submission.files import cache_folder
 from submission.manifest import installed_version
-from submission.models import cache_folder
 from submission.publish.bundle import DATASET, read_contents, write_contents
 from submission.publish.image import Image, kaggle_image
 from submission.publish.wheels import DATA_ONLY, OURS, distribution, fetch, required

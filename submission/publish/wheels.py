@@ -13,9 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 from submission.errors import PromptRecoveryError, UserError
-from submission.files import atomic_folder
+from submission.files import atomic_folder, cache_folder
 from submission.manifest import installed_version
-from submission.models import cache_folder
 from submission.publish.image import Image
 
 OURS = "prompt-recovery"

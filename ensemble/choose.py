@@ -58,7 +58,9 @@ def score_rows(
             def done(progress: Progress = progress) -> None:
                 progress.advance(fell_back=False)
 
-            model.of(questions, done)
+            failures = [known.failure for known in model.of(questions, done) if known.failure]
+        if failures:
+            say(f"{len(failures)} of {len(questions)} questions failed: {failures[0]}")
     return {name: _score(name, selector, rows) for name, selector in selectors.items()}
 
 

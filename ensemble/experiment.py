@@ -307,15 +307,20 @@ def _joined(
 
 def _letters(
     pick: Pick, rows: Sequence[Row], truths: Sequence[Sequence[float]], scores: Scores, truth: Truth
-) -> Letters:
+) -> Letters | None:
     import numpy as np
 
-    tables, attentions = [], []
-    for row in rows:
+    tables, attentions, places = [], [], []
+    for place, row in enumerate(rows):
         answers, count = pick.answers(row.pair, row.candidates), len(shown_together(row.candidates))
+        if any(known.failure for known in answers):
+            continue
+        places.append(place)
         tables.append(Pick.letters(answers, count))
         attentions.append(Pick.attention(answers, count))
+    if not tables:
+        return None
     return Letters(
-        diagnosis.positions(tables, truth.clusters), float(np.mean(attentions)),
+        diagnosis.positions(tables, truth.clusters[places]), float(np.mean(attentions)),
         sum(attention < _NONSENSE for attention in attentions), diagnosis.calibration(truths, scores.values),
     )  # fmt: skip

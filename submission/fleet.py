@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from submission.backends.common import memory_budget, thread_count
 from submission.errors import BackendError, UserError, first_line
 from submission.hardware import ALONE, visible_gpus
-from submission.types import Backend, Chat, Completion, LogLikelihood, Request
+from submission.types import Backend, Chat, Completion, Failure, LogLikelihood, Request
 
 if TYPE_CHECKING:
     from submission.backends import ModelSpec
@@ -88,7 +88,7 @@ class Spread(ABC, Generic[M]):
         """See `submission.types.Backend`."""
         return self._spread("generate", ((request.key, request) for request in requests))
 
-    def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood]]:
+    def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood | Failure]]:
         """See `submission.types.Backend`."""
         return self._spread("loglikelihood", ((item[0], item) for item in items))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from submission.backends import ModelSpec
 from submission.journal import Journal, journal_path
-from submission.types import Backend, Chat, Prediction
+from submission.types import Backend, Chat, Failure, Prediction
 
 Question = tuple[Chat, str]
 """A chat, and the text whose probability is wanted as its continuation."""
@@ -26,17 +27,19 @@ class Known:
         tokens: of the text.
         prompt_tokens: of the chat.
         seconds: since the one before was known.
+        failure: why there is none; "" if there is one.
     """
 
     sum: float
     tokens: int
     prompt_tokens: int
     seconds: float
+    failure: str = ""
 
     @property
     def per_token(self) -> float:
-        """Mean over the text's tokens, nats; 0 for a text of none."""
-        return self.sum / self.tokens if self.tokens else 0.0
+        """Mean over the text's tokens, nats; 0 for a text of none, NaN for a failure."""
+        return self.sum / self.tokens if self.tokens else self.sum
 
 
 class Likelihoods:
@@ -71,10 +74,13 @@ class Likelihoods:
             before = time.perf_counter()
             for key, found in self._backend.loglikelihood(items):
                 now = time.perf_counter()
-                known = Known(found.sum, found.tokens, found.prompt_tokens, now - before)
+                if isinstance(found, Failure):  # in no journal: a rerun tries again
+                    known = Known(math.nan, 0, 0, now - before, found.reason)
+                else:
+                    known = Known(found.sum, found.tokens, found.prompt_tokens, now - before)
+                    if self._journal is not None:
+                        self._journal.append(Prediction(key, _line(known)))
                 before = now
-                if self._journal is not None:
-                    self._journal.append(Prediction(key, _line(known)))
                 self._known[key] = known
                 done()
         return [self._known[key] for key in keys]

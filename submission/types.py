@@ -115,6 +115,13 @@ class LogLikelihood:
     prompt_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What an item has instead of a result; `reason` is for people, in one line."""
+
+    reason: str
+
+
 class Backend(Protocol):
     """A language model behind two methods. Both stream, so memory does not grow with the input.
 
@@ -126,8 +133,10 @@ class Backend(Protocol):
         """Yield `(key, completions)` per request, `sampling.n` completions each."""
         ...
 
-    def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood]]:
-        """Yield `(key, log P(continuation | chat))` per `(key, chat, continuation)`."""
+    def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood | Failure]]:
+        """Yield `(key, log P(continuation | chat))` per `(key, chat, continuation)`; a text that is longer than the
+        model's context is a failure of its own.
+        """
         ...
 
 

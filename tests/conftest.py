@@ -18,7 +18,7 @@ import pytest
 
 from submission.models import embedded_gguf
 from submission.tables import write_table
-from submission.types import Pair
+from submission.types import Backend, Chat, Failure, LogLikelihood, Pair
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIR_HEADER = ("id", "original_text", "rewritten_text")
@@ -99,6 +99,18 @@ def read_csv(path: Path) -> list[list[str]]:
     """All rows of a CSV, header included."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.reader(file))
+
+
+def scored(backend: Backend, items: Iterable[tuple[str, Chat, str]]) -> dict[str, LogLikelihood]:
+    """Likelihoods by key, none of which failed."""
+    found = dict(backend.loglikelihood(items))
+    assert not [one for one in found.values() if isinstance(one, Failure)]
+    return {key: one for key, one in found.items() if isinstance(one, LogLikelihood)}
+
+
+def scored_first(backend: Backend, items: Iterable[tuple[str, Chat, str]]) -> LogLikelihood:
+    """The likelihood of the one item that there is."""
+    return next(iter(scored(backend, items).values()))
 
 
 @pytest.fixture

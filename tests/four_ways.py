@@ -24,6 +24,7 @@ from submission.progress import say
 from submission.tables import read_pairs
 from submission.templates import get_template
 from submission.types import Chat, Request, Sampling
+from tests.conftest import scored
 from train.bases import base_folder
 from train.converter import find_converter
 from train.gguf import ADAPTER, Gguf, make_gguf
@@ -64,7 +65,7 @@ def log_probabilities(spec: ModelSpec, asked: Mapping[str, tuple[Chat, str, Sequ
     items = [(f"{key} {n}", chat, begin + token) for key, (chat, begin, tokens) in asked.items()
              for n, token in enumerate(["", *tokens])]  # fmt: skip
     # A beginning of no tokens has a probability of one.
-    found = {key: value.sum for key, value in spec.load().loglikelihood(i for i in items if i[2])}
+    found = {key: value.sum for key, value in scored(spec.load(), (i for i in items if i[2])).items()}
     return {
         key: [found[f"{key} {n}"] - found.get(f"{key} 0", 0.0) for n in range(1, len(tokens) + 1)]
         for key, (_, _, tokens) in asked.items()

@@ -20,7 +20,7 @@ from submission.errors import BackendError, UserError
 from submission.hashing import content_hash
 from submission.templates import TEMPLATES
 from submission.types import Backend, Chat, Message, Pair, Part, Request, Sampling
-from tests.conftest import ROOT, Cli, read_csv
+from tests.conftest import ROOT, Cli, read_csv, scored, scored_first
 
 CAPITAL = Chat((Message("user", (Part("What is the capital of France?"),)),))
 
@@ -57,7 +57,7 @@ def test_both_backends_find_the_same_answers_likely(llama: Backend, hf: Backend,
     answers = {key: completions[0] for key, completions in hf.generate(asked)}
     assert set(answers) == {pair.id for pair in example_pairs[:6]}
     items = [(request.key, request.chat, answers[request.key].text) for request in asked]
-    ours, theirs = dict(llama.loglikelihood(items)), dict(hf.loglikelihood(items))
+    ours, theirs = scored(llama, items), scored(hf, items)
     for key in answers:
         assert ours[key].tokens == theirs[key].tokens
         assert ours[key].sum / ours[key].tokens == pytest.approx(theirs[key].sum / theirs[key].tokens, abs=0.15)
@@ -71,7 +71,7 @@ def test_the_answer_of_a_row_does_not_depend_on_its_neighbours(
     assert together == {key: c[0].text for request in reversed(asked) for key, c in hf.generate([request])}
     # llama.cpp's quantised kernels round by the shape of a batch, which the shared beginning changes.
     items = [(request.key, request.chat, together[request.key]) for request in asked]
-    forwards, backwards = dict(llama.loglikelihood(items)), dict(llama.loglikelihood(items[::-1]))
+    forwards, backwards = scored(llama, items), scored(llama, items[::-1])
     for key in forwards:
         assert forwards[key].sum == pytest.approx(backwards[key].sum, abs=0.1 * forwards[key].tokens)
 
@@ -82,7 +82,7 @@ def test_the_probability_of_an_answer_is_its_likelihood(llama: Backend, hf: Back
     for backend, tolerance in ((llama, 0.1), (hf, 0.001)):
         for request in requests(example_pairs[:3], Sampling(max_new_tokens=6)):
             ((_, (completion,)),) = backend.generate([request])
-            ((key, likelihood),) = backend.loglikelihood([(request.key, request.chat, completion.text)])
+            ((key, likelihood),) = scored(backend, [(request.key, request.chat, completion.text)]).items()
             assert key == request.key
             if completion.finish_reason == "length" and likelihood.tokens == completion.tokens:
                 assert likelihood.sum == pytest.approx(completion.logprob, abs=tolerance * likelihood.tokens)
@@ -90,7 +90,7 @@ def test_the_probability_of_an_answer_is_its_likelihood(llama: Backend, hf: Back
 
 def test_likelihoods_of_both_backends_agree_and_make_sense(llama: Backend, hf: Backend) -> None:
     items = [(answer, CAPITAL, answer) for answer in ("The capital of France is Paris.", "Bananas swim upwards.")]
-    scores = [{key: value.sum / value.tokens for key, value in b.loglikelihood(items)} for b in (llama, hf)]
+    scores = [{key: value.sum / value.tokens for key, value in scored(b, items).items()} for b in (llama, hf)]
     for score in scores:
         assert score["The capital of France is Paris."] > -0.6
         assert score["Bananas swim upwards."] < -5
@@ -190,13 +190,13 @@ def test_an_adapter_changes_both_backends_alike(
     chat = TEMPLATES["short"].render(example_pairs[0])
     items = [("x", chat, " in a more formal tone.")]
     # A context of its own, fed the same way: a beginning that another row left there rounds differently.
-    plain = next(model_spec("llama_cpp").load().loglikelihood(items))[1].sum
-    tuned = next(model_spec("llama_cpp", adapter=gguf_adapter).load().loglikelihood(items))[1].sum
-    theirs = next(model_spec("transformers", str(hf_folder), adapter).load().loglikelihood(items))[1].sum
+    plain = scored_first(model_spec("llama_cpp").load(), items).sum
+    tuned = scored_first(model_spec("llama_cpp", adapter=gguf_adapter).load(), items).sum
+    theirs = scored_first(model_spec("transformers", str(hf_folder), adapter).load(), items).sum
     assert abs(tuned - plain) > 2
     assert tuned == pytest.approx(theirs, abs=1), "the same adapter, the same change"
     off = model_spec("llama_cpp", adapter=gguf_adapter, settings=["adapter_scale=0"]).load()
-    assert next(off.loglikelihood(items))[1].sum == pytest.approx(plain, abs=0.05)
+    assert scored_first(off, items).sum == pytest.approx(plain, abs=0.05)
 
 
 def test_an_adapter_and_its_scale_are_part_of_the_fingerprint(gguf_adapter: Path) -> None:
@@ -263,7 +263,7 @@ def test_the_double_streams_and_does_as_it_is_told() -> None:
 
     stream = Scripted(lambda request: f"answer {request.key}", Options(batch=3)).generate(endless())
     assert [next(stream)[1][1].text for _ in range(4)] == ["answer 0", "answer 1", "answer 2", "answer 3"]
-    likelihoods = dict(Scripted().loglikelihood([("k", CAPITAL, "three words here")]))
+    likelihoods = scored(Scripted(), [("k", CAPITAL, "three words here")])
     assert (likelihoods["k"].sum, likelihoods["k"].tokens) == (-3.0, 3)
 
 

@@ -20,7 +20,7 @@ from submission.cluster import Cluster, Worker, connect
 from submission.errors import MissingExtra, UserError
 from submission.hardware import Fleet
 from submission.templates import get_template
-from tests.conftest import ROOT, Cli
+from tests.conftest import ROOT, Cli, scored
 from tests.fleet_kills import one_run
 from tests.test_workers import PAIRS, requests
 
@@ -128,7 +128,7 @@ def test_likelihoods_come_from_the_cluster(nodes: Any) -> None:
     template = get_template("short")
     items = ((pair.id, template.render(pair), "a b c") for pair in PAIRS)
     try:
-        assert {found.tokens for _, found in backend.loglikelihood(items)} == {3}
+        assert {found.tokens for found in scored(backend, items).values()} == {3}
     finally:
         backend.close()
 

@@ -25,7 +25,7 @@ from submission.manifest import manifest_path
 from submission.models import EMBEDDED, TUNED, tuned_adapter
 from submission.templates import TEMPLATES, render_rewrite
 from submission.types import Backend, Chat, LogLikelihood, Message, Pair, Part, Request, Sampling, Triplet
-from tests.conftest import ROOT, Cli, environment, read_csv
+from tests.conftest import ROOT, Cli, environment, read_csv, scored
 from tests.parity import compare_greedy
 
 CAPITAL = Chat((Message("user", (Part("What is the capital of France?"),)),))
@@ -79,17 +79,17 @@ def test_batched_likelihoods_are_those_of_one_text_at_a_time(
 ) -> None:
     items = candidates(example_pairs[:4])
     for backend in (exact, hf):
-        together = dict(backend.loglikelihood(items))
+        together = scored(backend, items)
         assert set(together) == {key for key, _, _ in items}
         for item in items[::3]:
-            ((key, alone),) = backend.loglikelihood([item])
+            ((key, alone),) = scored(backend, [item]).items()
             assert together[key].tokens == alone.tokens
             assert together[key].sum == pytest.approx(alone.sum, abs=1e-3 * alone.tokens)
 
 
 def test_both_backends_agree_on_the_same_weights(exact: LlamaCpp, hf: Backend, example_pairs: list[Pair]) -> None:
     items = candidates(example_pairs[:4])
-    ours, theirs = dict(exact.loglikelihood(items)), dict(hf.loglikelihood(items))
+    ours, theirs = scored(exact, items), scored(hf, items)
     for key, likelihood in ours.items():
         assert likelihood.sum == pytest.approx(theirs[key].sum, abs=1e-2 * likelihood.tokens)
     asked = [Request(key, chat, Sampling(max_new_tokens=12)) for key, chat in chats(example_pairs[:6])]
@@ -99,7 +99,7 @@ def test_both_backends_agree_on_the_same_weights(exact: LlamaCpp, hf: Backend, e
 
 def test_an_empty_continuation_has_probability_one(llama: LlamaCpp, hf: Backend) -> None:
     for backend in (llama, hf):
-        scores = dict(backend.loglikelihood([("empty", CAPITAL, ""), ("full", CAPITAL, "Paris")]))
+        scores = scored(backend, [("empty", CAPITAL, ""), ("full", CAPITAL, "Paris")])
         assert scores["empty"] == LogLikelihood(0.0, 0)
         assert scores["full"].sum < 0
 
@@ -231,7 +231,7 @@ def test_memory_that_runs_out_halves_the_batch(hf_folder: Path, example_pairs: l
     assert max(rows) > 2 >= backend._batch, "the size that worked is remembered"
     ((_, samples),) = backend.generate([Request("s", asked[0].chat, Sampling(n=5, temperature=1, max_new_tokens=2))])
     assert len(samples) == 5
-    assert len(dict(backend.loglikelihood(candidates(example_pairs[:2])))) == 12
+    assert len(scored(backend, candidates(example_pairs[:2]))) == 12
 
 
 def test_continuous_batching_of_transformers_gives_the_same_answers(
@@ -309,7 +309,7 @@ def test_an_adapter_added_to_the_weights_computes_as_beside_them(
     asked = list(candidates(example_pairs[:1]))
     specs = (model_spec("llama_cpp", str(both)), model_spec("llama_cpp", str(base), tuned_adapter()),
              model_spec("llama_cpp", str(base)))  # fmt: skip
-    added, beside, without = (dict(spec.load().loglikelihood(asked)) for spec in specs)
+    added, beside, without = (scored(spec.load(), asked) for spec in specs)
     for key, found in added.items():
         assert found.sum / found.tokens == pytest.approx(beside[key].sum / found.tokens, abs=0.005)
     assert max(abs(found.sum - without[key].sum) / found.tokens for key, found in added.items()) > 0.3

@@ -27,6 +27,7 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _LEAK_CHARS = 12  # a prompt shorter than this may stand in a text by chance
+_NO_LIKELIHOOD = "too long for the context of the model that screens"
 _SAYS_PROMPT = "Write one instruction that tells a writer how to rewrite a text."
 
 
@@ -115,7 +116,9 @@ def by_likelihood(
     if screens.naturalness:
         chat = Chat((Message("user", (Part(_SAYS_PROMPT),)),))
         for number, known in enumerate(likelihoods.of([(chat, row.rewrite_prompt) for row in rows], done)):
-            if known.tokens and math.exp(known.per_token) < screens.naturalness:
+            if known.failure:
+                reasons[number] = _NO_LIKELIHOOD
+            elif known.tokens and math.exp(known.per_token) < screens.naturalness:
                 reasons[number] = f"unnatural prompt (mean probability below {screens.naturalness:g})"
     if screens.matters:
         left = [number for number, reason in enumerate(reasons) if not reason]
@@ -126,6 +129,8 @@ def by_likelihood(
         ]
         found = likelihoods.of(asked, done)
         for number, ours, generic in zip(left, found[::2], found[1::2], strict=True):
-            if ours.sum - generic.sum < screens.matters:
+            if ours.failure or generic.failure:
+                reasons[number] = _NO_LIKELIHOOD
+            elif ours.sum - generic.sum < screens.matters:
                 reasons[number] = f"the prompt does not matter (gain below {screens.matters:g} nats)"
     return reasons

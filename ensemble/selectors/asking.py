@@ -30,7 +30,7 @@ class Asking(Protocol):
 
 
 class Asker:
-    """Base of selectors that ask one model.
+    """Base of selectors that ask one model. Of a pair of which a question failed it says nothing.
 
     Args:
         model: that answers.
@@ -58,7 +58,10 @@ class Asker:
 
     def __call__(self, pair: Pair, candidates: Sequence[Candidate], /) -> list[float]:
         """See `Selector`."""
-        return self.combine(candidates, self.answers(pair, candidates))
+        answers = self.answers(pair, candidates)
+        if any(known.failure for known in answers):
+            return [math.nan] * len(candidates)
+        return self.combine(candidates, answers)
 
 
 def ask_ahead(

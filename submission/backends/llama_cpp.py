@@ -25,11 +25,11 @@ from submission.backends.llama_library import (
 from submission.backends.llama_streams import LlamaStreams
 from submission.backends.llama_tokenizer import GgufTokenizer
 from submission.backends.schedule import Limits, Prompt, Scheduler, Shape, Text
-from submission.errors import UserError
+from submission.errors import BackendError, UserError, first_line
 from submission.hashing import content_hash
 from submission.models import PACKAGED, TUNED, adapter_of, check_gguf_adapter, resolve_gguf
 from submission.prompts import ChatEncoder
-from submission.types import Chat, Completion, LogLikelihood, Request
+from submission.types import Chat, Completion, Failure, LogLikelihood, Request
 
 if TYPE_CHECKING:
     from submission.backends import ModelSpec
@@ -136,24 +136,27 @@ class LlamaCpp:
             answer.asked.completions[answer.number] = answer.completion()
             yield from answer.asked.when_complete()
 
-    def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood]]:
+    def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood | Failure]]:
         """See `submission.types.Backend`."""
         import numpy as np
 
-        empty: list[str] = []
+        without: list[tuple[str, LogLikelihood | Failure]] = []  # what needs no computing
 
         def texts() -> Iterator[Text]:
             for key, chat, continuation in items:
-                ids, scored_from = self.encoder.encode_scored(chat, continuation)
+                try:
+                    ids, scored_from = self.encoder.encode_scored(chat, continuation)
+                except BackendError as error:
+                    without.append((key, Failure(first_line(error))))
+                    continue
                 if scored_from < len(ids):
                     yield Text(np.array(ids, np.int32), scored_from, key)
                 else:
-                    empty.append(key)
+                    without.append((key, LogLikelihood(0.0, 0)))
 
         for text in self._scheduler.score(texts(), self._drawer.log_probabilities):
             yield text.payload, LogLikelihood(text.total, len(text.ids) - text.scored_from, text.scored_from)
-        for key in empty:
-            yield key, LogLikelihood(0.0, 0)
+        yield from without
 
 
 def weights(spec: ModelSpec) -> tuple[Path, Path | None]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from submission.errors import BackendError, UserError
 from submission.prompts import ChatEncoder, SpecialToken
-from submission.types import Chat, Completion, LogLikelihood, Request
+from submission.types import Chat, Completion, Failure, LogLikelihood, Request
 
 if TYPE_CHECKING:
     from submission.backends import ModelSpec
@@ -142,7 +142,7 @@ class Scripted:
                 completion = Completion(text, -float(tokens), tokens, "stop", len(encoded.ids), encoded.truncated)
                 yield request.key, [completion] * request.sampling.n
 
-    def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood]]:
+    def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood | Failure]]:
         """See `submission.types.Backend`; every word has the log-probability -1."""
         for key, _, continuation in items:
             self._work([key])

@@ -27,7 +27,7 @@ from submission.errors import BackendError, UserError, first_line
 from submission.hashing import content_hash
 from submission.models import check_peft_adapter, resolve_folder
 from submission.prompts import ChatEncoder, EncodedPrompt
-from submission.types import Chat, Completion, LogLikelihood, Request, Sampling
+from submission.types import Chat, Completion, Failure, LogLikelihood, Request, Sampling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -226,24 +226,27 @@ class Transformers:
                 prompt.asked.completions[number] = completion
             yield from prompt.asked.when_complete()
 
-    def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood]]:
+    def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood | Failure]]:
         """See `submission.types.Backend`."""
         import numpy as np
 
-        empty: list[str] = []
+        without: list[tuple[str, LogLikelihood | Failure]] = []  # what needs no computing
 
         def texts() -> Iterator[_Text]:
             for key, chat, continuation in items:
-                ids, scored_from = self.encoder.encode_scored(chat, continuation)
+                try:
+                    ids, scored_from = self.encoder.encode_scored(chat, continuation)
+                except BackendError as error:
+                    without.append((key, Failure(first_line(error))))
+                    continue
                 if scored_from < len(ids):
                     yield _Text(np.array(ids, np.int32), scored_from, key)
                 else:
-                    empty.append(key)
+                    without.append((key, LogLikelihood(0.0, 0)))
 
         for text in self._in_batches(texts(), self._score):
             yield text.key, LogLikelihood(text.total, text.outputs, text.scored_from)
-        for key in empty:
-            yield key, LogLikelihood(0.0, 0)
+        yield from without
 
     # -- batches --------------------------------------------------------------------------------------------
 

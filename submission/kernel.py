@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -40,6 +41,7 @@ MODEL_MISSING = "Attach the model (model_sources in kernel-metadata.json), or bu
 NULLS = ("#n/a", "#n/a n/a", "#na", "-1.#ind", "-1.#qnan", "-nan", "1.#ind", "1.#qnan", "<na>", "n/a", "na", "nan",
          "none", "null")  # fmt: skip
 PACKAGED = ("embedded-tuned", "embedded")  # models that come as packages
+BLANK_INPUT = "blank rewritten_text"  # why a row failed that no model can answer
 _SMALL_GPU, _LARGE_GPU = 20_000, 45_000  # MB
 
 
@@ -61,6 +63,7 @@ class Settings:
         template, shots, n_shots, max_new_tokens, fallback: as `predict` takes them.
         settings: options of the backend; batch and load_in_4bit are chosen by the hardware unless they are here.
         workers: processes with a copy of the model each; 0 for one a GPU.
+        max_failures: share of failed rows above which they are tried again, smaller, then without a GPU.
         deadline: seconds from the kernel's start to a whole file; Kaggle's limit is 9 hours.
     """
 
@@ -76,6 +79,7 @@ class Settings:
     fallback: str = FALLBACK
     settings: list[str] = field(default_factory=list)
     workers: int = 0
+    max_failures: float = 0.2
     deadline: float = 8.5 * 3600
 
 
@@ -93,29 +97,33 @@ class Report:
 
 def main() -> int:
     """Run; 0 if a valid submission was written."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     report = Report()
     output = ROOT / "working" / "submission.csv"
     scratch = Path(tempfile.mkdtemp(prefix="prompt-recovery-"))
     try:
         table = find_table()
         ids = read_ids(table)
-    except (Failure, OSError, csv.Error, UnicodeError) as error:
+    except Exception as error:
         print(f"NO SUBMISSION: {words(error)}")
         return 1
     report.rows, report.found["table"] = len(ids), str(table)
     settings = Settings()
+    answers: dict[str, str] = {}
     try:
         bundle = find_bundle()
         settings = read_settings(bundle / SETTINGS)
         report.found["bundle"] = str(bundle)
-        predict(settings, bundle, table, ids, output, scratch, report)
+        predict(settings, bundle, table, ids, output, scratch, report, answers)
     except BaseException as error:  # also MemoryError, SystemExit, and what nobody thought of
         report.reason = words(error)
-    written = not problems(output, ids)
     try:
-        if not written:
-            report.fallbacks = last_resort(output, scratch, ids, settings.fallback)
-            report.state = "fallback" if report.fallbacks == len(ids) else "partly predicted"
+        if len(report.attempts) > 1 or problems(output, ids):
+            report.fallbacks = make_up(output, ids, answers, settings.fallback)
+            if report.state != "predicted" or report.fallbacks == len(ids):
+                report.state = "fallback" if report.fallbacks == len(ids) else "partly predicted"
     except OSError as error:
         print(f"NO SUBMISSION: {output} cannot be written: {words(error)}; before that: {report.reason or 'nothing'}")
         return 1
@@ -132,38 +140,111 @@ def main() -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """One way of running the prediction: where it writes, with which options and environment, and its name."""
+
+    name: str
+    output: Path
+    options: list[str]
+    environment: dict[str, str]
+
+
 def predict(
-    settings: Settings, bundle: Path, table: Path, ids: list[str], output: Path, scratch: Path, report: Report
-) -> None:
-    """Install and predict; a second try, with smaller batches and a journal elsewhere, if the first process fails."""
+    settings: Settings, bundle: Path, table: Path, ids: list[str], output: Path, scratch: Path, report: Report,
+    answers: dict[str, str],
+) -> None:  # fmt: skip
+    """Install and predict. If the process fails, or too many rows do, the rows without an answer are tried again.
+
+    Args:
+        answers: takes the answers of all attempts; of more than one, the caller makes up the file.
+    """
     check_bundle(bundle, report)
     environment = install(bundle, scratch)
     gpus = gpu_memory()
     report.found["gpus"] = f"{len(gpus)} ({', '.join(f'{memory} MB' for memory in gpus)})" if gpus else "none"
     command = arguments(settings, bundle, gpus, len(ids), scratch, report)
-    smaller = "batch=4" if "transformers" in command else "streams=4" if "llama_cpp" in command else ""
-    careful = [*(["--set", smaller] if smaller else []), *(["--workers", "1"] if "--workers" in command else [])]
-    for number, (place, more) in enumerate(((output, []), (scratch / output.name, careful))):
-        if number:  # what was finished is kept; the first journal's disk may be full
-            copy(journal_of(output), journal_of(place))
-            print("trying again from the journal, with one small worker, on another disk", flush=True)
+    for number, attempt in enumerate(attempts(command, environment, gpus, output, scratch)):
         left = settings.deadline - (time.monotonic() - STARTED)
         if left <= 0:
-            raise Failure(report.reason or "the deadline was over before predicting began")
-        code, tail = run(
-            [sys.executable, "-m", "submission", "predict", str(table), "-o", str(place),
-             *command, *more, "--deadline", f"{left:.0f}s"], environment, left)  # fmt: skip
-        report.attempts.append({"output": str(place), "exit_code": code, "seconds": round(time.monotonic() - STARTED)})
-        if not problems(place, ids):
-            take_summary(place, report)
-            if place != output:
-                make_room(output)
-                copy(place, output)
-            return
-        report.reason = f"predict ended with {code}: {tail}"
-        if code == 2 and not journal_of(output).exists():  # wrong input or option: it would fail again
+            if not number:
+                raise Failure("the deadline was over before predicting began")
             break
-    raise Failure(report.reason)
+        todo = table
+        if number:
+            todo = scratch / f"rest-{number}.csv"
+            rows = write_rest(table, todo, answers)
+            print(f"trying {rows} rows again: {attempt.name}", flush=True)
+        code, tail = run(
+            [sys.executable, "-m", "submission", "predict", str(todo), "-o", str(attempt.output),
+             *attempt.options, "--deadline", f"{left:.0f}s"], attempt.environment, left)  # fmt: skip
+        failed, asked = collect(journal_of(attempt.output), answers)
+        report.attempts.append({"attempt": attempt.name, "output": str(attempt.output), "exit_code": code,
+                                "failed": len(failed), "seconds": round(time.monotonic() - STARTED)})  # fmt: skip
+        whole = not problems(attempt.output, ids if not number else read_ids(todo))
+        if whole:
+            take_summary(attempt.output, report)
+        else:
+            report.state, report.reason = "started", f"predict ended with {code}: {tail}"
+            if code == 2 and not asked:  # wrong input or option: it would fail again
+                break
+        if whole and len(failed) <= settings.max_failures * asked:
+            break
+        if whole:
+            report.reason = f"{len(failed)} of {asked} rows failed: {report.reason}"
+
+
+def attempts(
+    command: list[str], environment: dict[str, str], gpus: list[int], output: Path, scratch: Path
+) -> Iterator[Attempt]:
+    """The prediction as it was asked for; smaller, with its journal on another disk; and without a GPU."""
+    yield Attempt("as asked", output, command, environment)
+    smaller = "batch=4" if "transformers" in command else "streams=4" if "llama_cpp" in command else ""
+    careful = [*command, *(["--set", smaller] if smaller else []),
+               *(["--workers", "1"] if "--workers" in command else [])]  # fmt: skip
+    yield Attempt("one small worker, journal on another disk", scratch / "again.csv", careful, environment)
+    if gpus:
+        kept = without(careful, "--set", "load_in_4bit=true")
+        yield Attempt("on the CPU", scratch / "cpu.csv", kept, environment | {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def without(command: list[str], option: str, value: str) -> list[str]:
+    """A command less one of its options."""
+    places = [place for place in range(len(command) - 1) if command[place : place + 2] == [option, value]]
+    return [part for place, part in enumerate(command) if place not in places and place - 1 not in places]
+
+
+def collect(journal: Path, answers: dict[str, str]) -> tuple[set[str], int]:
+    """Take the answers of a journal; returns the ids of rows that failed, and how many rows a model was asked about."""
+    good, failed = {}, set()
+    for record in read_journal(journal):
+        row_id, text = record.get("id"), record.get("text")
+        if not isinstance(row_id, str) or record.get("reason") == BLANK_INPUT:
+            continue
+        if record.get("status") == "ok" and isinstance(text, str) and says_something(clean(text)):
+            good[row_id] = clean(text)
+            failed.discard(row_id)
+        else:
+            failed.add(row_id)
+    answers.update(good)
+    return failed, len(good) + len(failed)
+
+
+def write_rest(table: Path, path: Path, answers: dict[str, str]) -> int:
+    """Write the rows of a table that have no answer; returns how many those are."""
+    with (
+        table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
+        path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as rest,
+    ):
+        reader = csv.DictReader(file)
+        writer = csv.DictWriter(rest, reader.fieldnames or (), quoting=csv.QUOTE_ALL, extrasaction="ignore")
+        writer.writeheader()
+        count = 0
+        for row in reader:
+            if (row["id"] or "") not in answers:
+                writer.writerow(row)
+                count += 1
+    return count
 
 
 def take_summary(place: Path, report: Report) -> None:
@@ -176,13 +257,14 @@ def take_summary(place: Path, report: Report) -> None:
             report.reason = "; ".join(f"{count} rows: {why}" for why, count in result["reasons"].items())
         if report.fallbacks == report.rows:
             report.state = "fallback"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         report.reason = f"the summary of the prediction cannot be read: {words(error)}"
 
 
 def arguments(settings: Settings, bundle: Path, gpus: list[int], rows: int, scratch: Path, report: Report) -> list[str]:
     """Options of `predict`, by the settings, what is attached and the hardware."""
-    command = ["--recover", settings.recover, "--fallback", settings.fallback]
+    command = ["--recover", settings.recover, "--fallback", settings.fallback,
+               "--max-failures", str(settings.max_failures)]  # fmt: skip
     if settings.recover_config:
         source = resolve(settings.recover_config, bundle)
         copy_of = scratch / "recover.toml"
@@ -317,7 +399,7 @@ def read_settings(path: Path) -> Settings:
     """Read kernel.toml."""
     try:
         content = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Failure(f"{path} cannot be read: {words(error)}") from None
     known = {item.name: item for item in fields(Settings)}
     for key, value in content.items():
@@ -327,7 +409,11 @@ def read_settings(path: Path) -> Settings:
         if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
             raise Failure(f"{path}: {key} = {value!r} must be of type {kind.__name__}")
     settings = Settings(**content)
-    if not any(character.isalnum() for character in settings.fallback) or settings.fallback.strip().lower() in NULLS:
+    if not 0 <= settings.max_failures <= 1:
+        raise Failure(f"{path}: max_failures = {settings.max_failures} must be from 0 to 1")
+    if not 0 <= settings.deadline < 1e7:
+        raise Failure(f"{path}: deadline = {settings.deadline} must be a number of seconds")
+    if not says_something(clean(settings.fallback)):
         raise Failure(f"{path}: fallback = {settings.fallback!r} is blank or reads as null: write a prompt")
     scale = float(os.environ.get("PROMPT_RECOVERY_SHORTEN", "1"))
     return settings if scale == 1 else Settings(**{**content, "deadline": settings.deadline * scale})
@@ -337,15 +423,16 @@ def check_bundle(bundle: Path, report: Report) -> None:
     """Compare the bundle with its list of contents: a file that was lost or cut on the way is named."""
     try:
         listed = json.loads((bundle / CONTENTS).read_text("utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
+        expected = {str(name): (about["bytes"], about["sha256"]) for name, about in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Failure(f"{bundle / CONTENTS} cannot be read: {words(error)}") from None
-    for name, about in listed.items():
+    for name, (size, digest) in expected.items():
         path = bundle / name
         if not path.is_file():
             raise Failure(f"the bundle lacks {name}: make and upload it again")
-        if path.stat().st_size != about["bytes"]:
-            raise Failure(f"{name} of the bundle has {path.stat().st_size} bytes instead of {about['bytes']}")
-        if path.suffix == ".whl" and hashlib.sha256(path.read_bytes()).hexdigest() != about["sha256"]:
+        if path.stat().st_size != size:
+            raise Failure(f"{name} of the bundle has {path.stat().st_size} bytes instead of {size}")
+        if path.suffix == ".whl" and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             raise Failure(f"{name} of the bundle is damaged (its SHA-256 differs)")
     report.found["bundle_version"] = str(len(listed)) + " files, as listed"
 
@@ -397,13 +484,9 @@ def run(command: list[str], environment: dict[str, str], seconds: float) -> tupl
     return code, " | ".join(tail)
 
 
-def last_resort(output: Path, scratch: Path, ids: list[str], fallback: str) -> int:
-    """Write what the journals hold, and the fallback for the other rows; returns how many those are."""
-    answers: dict[str, str] = {}
-    for journal in (journal_of(output), journal_of(scratch / output.name)):
-        for record in read_journal(journal):
-            if record.get("status") == "ok" and isinstance(record.get("text"), str) and record["text"].strip():
-                answers[str(record.get("id"))] = record["text"]
+def make_up(output: Path, ids: list[str], answers: dict[str, str], fallback: str) -> int:
+    """Write the answers that there are, and the fallback for the other rows; returns how many those are."""
+    fallback = clean(fallback) if says_something(clean(fallback)) else FALLBACK
     rows = [(row_id, answers.get(row_id, fallback)) for row_id in ids]
     try:
         write(output, rows)
@@ -419,12 +502,25 @@ def write(output: Path, rows: list[tuple[str, str]]) -> None:
     part = output.with_name(output.name + ".part")
     try:
         with part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("id", "rewrite_prompt"))
-            writer.writerows(rows)
+            plain = csv.writer(file, lineterminator="\n")
+            # The csv module leaves a lone carriage return bare, which reads back as a line break.
+            quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+            plain.writerow(("id", "rewrite_prompt"))
+            for row in rows:
+                (quoted if any("\r" in cell for cell in row) else plain).writerow(row)
         part.replace(output)
     finally:
         part.unlink(missing_ok=True)
+
+
+def clean(text: str) -> str:
+    """A text without what a CSV in UTF-8 cannot hold for every reader: NUL and lone surrogates."""
+    return text.replace("\0", "").encode("utf-8", "ignore").decode("utf-8")
+
+
+def says_something(text: str) -> bool:
+    """Whether a text is an answer: it has a letter or digit, and a grader does not read it as null."""
+    return any(character.isalnum() for character in text) and text.strip().lower() not in NULLS
 
 
 def make_room(output: Path) -> None:
@@ -442,7 +538,7 @@ def problems(output: Path, ids: list[str]) -> str:
         return f"{output} cannot be read: {words(error)}"
     if header != ["id", "rewrite_prompt"]:
         return f"{output} has the columns {header}"
-    if any(len(row) != 2 or not row[1].strip() for row in rows):
+    if any(len(row) != 2 or not says_something(row[1]) for row in rows):
         return f"{output} has a row without a prompt"
     return "" if [row[0] for row in rows] == ids else f"{output} has other ids than the test set"
 
@@ -455,7 +551,7 @@ def read_ids(table: Path) -> list[str]:
         reader = csv.DictReader(file)
         if reader.fieldnames is None or "id" not in reader.fieldnames:
             raise Failure(f"{table} has no column id")
-        return [row["id"] for row in reader]
+        return [row["id"] or "" for row in reader]
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
@@ -467,7 +563,7 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             yield record
@@ -475,12 +571,6 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
 
 def journal_of(output: Path) -> Path:
     return output.with_name(output.name + ".journal.jsonl")
-
-
-def copy(source: Path, target: Path) -> None:
-    if source.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
 
 
 def close(report: Report, path: Path) -> None:
@@ -492,7 +582,8 @@ def close(report: Report, path: Path) -> None:
         "rerun": bool(os.environ.get("KAGGLE_IS_COMPETITION_RERUN")),
     }
     try:
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         print(f"{path} cannot be written: {words(error)}")
 
@@ -510,10 +601,16 @@ def gpu_memory() -> list[int]:
 
 
 def walk() -> Iterator[Path]:
-    """All files below the inputs, in a fixed order."""
+    """All files below the inputs, in a fixed order; what several links lead to comes once, so that loops end."""
+    seen: set[str] = set()
     for folder, folders, names in os.walk(ROOT / "input", followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders.sort()
-        yield from (Path(folder, name) for name in sorted(names))
+        yield from (path for name in sorted(names) if (path := Path(folder, name)).is_file())
 
 
 def words(error: BaseException) -> str:

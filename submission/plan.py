@@ -85,10 +85,7 @@ def plan(config: RunConfig) -> Plan:
     """
     check_writable(config.output)
     files = [config.output, journal_path(config.output), *leftovers(config.output)]
-    model = None if config.model in PACKAGED else Path(config.model).expanduser()
-    named = (("input", config.input), ("file of shots", config.shots), ("adapter", config.adapter),
-             ("file of --recover-config", config.recover_config), ("model", model))  # fmt: skip
-    check_apart(config.output, files, ((what, path) for what, path in named if path))
+    check_apart(config.output, files, (one for one in _inputs(config) if not one[1].is_dir()))
     if is_blank(config.fallback) or storable(config.fallback) != config.fallback:
         raise UserError(f"--fallback {config.fallback!r} is blank, reads as null or is not UTF-8: give a prompt")
     if config.shots is not None and config.n_shots < 1:
@@ -112,9 +109,8 @@ def plan(config: RunConfig) -> Plan:
             f"--max-new-tokens {config.sampling.max_new_tokens} leaves too little of the context of "
             f"{spec.options.context} tokens to the prompt: lower it, or raise --set context=N"
         )
-    options = asdict(spec.options) if spec else {}
-    check_apart(config.output, files, [*_files_in(recover_config), *_files_in(options)])
-    check_free(config.output, files[:1])
+    check_apart(config.output, files, _inputs(config, recover_config, asdict(spec.options) if spec else {}))
+    check_free(config.output, [config.output])
     fingerprint = {"input": pairs.digest, "recover": recover.name}
     if recover_config:
         fingerprint["recover_config"] = repr(sorted(recover_config.items()))
@@ -127,6 +123,17 @@ def plan(config: RunConfig) -> Plan:
     if not recover.uses_model:
         recover.make(checked.setup())  # costs nothing, and its options are checked now
     return checked
+
+
+def _inputs(config: RunConfig, *named: dict[str, Any]) -> Iterator[tuple[str, Path]]:
+    """All files and folders that a run reads, with what they are called."""
+    model = None if config.model in PACKAGED else Path(config.model).expanduser()
+    for what, path in (("input", config.input), ("file of shots", config.shots), ("adapter", config.adapter),
+                       ("file of --recover-config", config.recover_config), ("model", model)):  # fmt: skip
+        if path is not None:
+            yield what, path
+    for values in named:
+        yield from _files_in(values)
 
 
 def _files_in(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:

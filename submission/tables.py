@@ -37,7 +37,7 @@ _CHUNK = 1 << 20  # bytes
 _BLOCK = 2048  # rows of Parquet that are in memory at once
 _SHOWN = 5  # how many offending lines an error lists
 _COMPRESSED = (
-    (b"PK\x03\x04", "a zip archive", "unzip"), (b"\x1f\x8b", "compressed with gzip", "gunzip"),
+    (b"PK\x03\x04", "a zip archive", "unzip"), (b"\x1f\x8b", "gzipped", "gunzip"),
     (b"\xfd7zXZ\0", "compressed with xz", "unxz"), (b"BZh", "compressed with bzip2", "bunzip2"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", "unzstd"), (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x"),
 )  # fmt: skip

@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -99,6 +100,18 @@ def read_csv(path: Path) -> list[list[str]]:
     """All rows of a CSV, header included."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.reader(file))
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """Put a disk of this size (as `mount` takes it) on a folder; where that is not allowed the test is left out."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def scored(backend: Backend, items: Iterable[tuple[str, Chat, str]]) -> dict[str, LogLikelihood]:

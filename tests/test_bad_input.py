@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Cli, write_csv
+from tests.conftest import ROOT, Cli, write_csv
 
 HEADER = b"id,original_text,rewritten_text\n"
 
@@ -196,8 +196,8 @@ def test_a_missing_package_names_the_pip_command(tmp_path: Path) -> None:
         return done.stderr
 
     assert "needs the package torch" in run("--backend", "transformers")
-    assert "pip install 'prompt-recovery[hf]'" in run("--backend", "transformers")
-    assert "pip install 'prompt-recovery'" in run()
+    assert f"pip install -e '{ROOT}[hf]'" in run("--backend", "transformers")
+    assert f"pip install -e {ROOT}\n" in run()
 
 
 def test_validate_exits_1_and_lists_what_is_wrong(cli: Cli, tmp_path: Path) -> None:

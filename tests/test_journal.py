@@ -84,8 +84,10 @@ def test_a_damaged_line_is_counted_and_its_row_computed_again(tmp_path: Path) ->
 
 def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
     (tmp_path / "j").write_text("something else\n")
-    with pytest.raises(UserError, match="different run"):
-        Journal(tmp_path / "j", FINGERPRINT)
+    for fresh in (False, True):
+        with pytest.raises(UserError, match="it is no journal"):
+            Journal(tmp_path / "j", FINGERPRINT, fresh=fresh)
+    assert (tmp_path / "j").read_text() == "something else\n"
 
 
 def test_two_runs_cannot_write_the_same_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +25,7 @@ from submission.publish.image import kaggle_image
 from submission.publish.wheels import distribution, lacking, newest_needed, own_wheel
 from submission.recover import DEFAULT_PROMPT
 from submission.validation import validate
-from tests.conftest import ROOT, write_csv
+from tests.conftest import ROOT, small_disk, write_csv
 
 CODE_FILE = ROOT / "submission" / "kernel.py"
 SCRIPTED = 'backend = "scripted"\n'
@@ -213,17 +212,6 @@ def test_a_disk_without_any_room_ends_with_a_clear_line(tmp_path: Path, wheel: P
         (root / "working" / "mine").write_bytes(b"x" * 4096)
         outcome = run_kernel(root, "flat", table, CODE_FILE, [sys.executable], 1)
     assert outcome.problem.startswith("exit code 1: NO SUBMISSION")
-
-
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[None]:
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("no file system can be mounted here")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_unexpected_ids_come_back_as_they_are(tmp_path: Path, wheel: Path) -> None:

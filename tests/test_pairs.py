@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sqlite3
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from submission import pairs
-from submission.errors import PromptRecoveryError, UserError
+from submission.errors import UserError
 from submission.pairs import Pairs
 from submission.tables import digest_pairs, read_pairs, read_table, write_table
-from tests.conftest import PAIR_HEADER, ROOT, Cli, command, environment, write_csv
+from tests.conftest import PAIR_HEADER, ROOT, Cli, command, environment, small_disk, write_csv
 from tests.driver_memory import measure
 
 TABLE = ROOT / "examples" / "test.csv"
@@ -104,13 +102,15 @@ def test_the_driver_keeps_no_rows(tmp_path: Path) -> None:
     assert (peaks[1] - peaks[0]) / 38_000 < 400
 
 
-def test_a_full_disk_of_temporary_files_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def small(schema: str) -> sqlite3.Connection:
-        database = sqlite3.connect("", isolation_level=None)
-        database.execute("PRAGMA max_page_count = 2")
-        database.execute(schema)
-        return database
-
-    monkeypatch.setattr(pairs, "scratch", small)
-    with pytest.raises(PromptRecoveryError, match=r"(?s)no room for the rows of .*SQLITE_TMPDIR"):
-        Pairs(TABLE)
+def test_a_full_disk_of_temporary_files_is_said(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = ((str(number), "original " * 200, "rewritten " * 200) for number in range(6_000))
+    write_table(tmp_path / "t.csv", PAIR_HEADER, rows)
+    (tmp_path / "small").mkdir()
+    monkeypatch.setenv("SQLITE_TMPDIR", str(tmp_path / "small"))
+    with small_disk(tmp_path / "small", "64k"):
+        done = cli("predict", "t.csv", "-o", "out.csv", "--recover", "constant")
+    assert done.code == 2
+    assert "Traceback" not in done.err
+    assert "database or disk is full" in done.err
+    assert "SQLITE_TMPDIR" in done.err
+    assert not (tmp_path / "out.csv").exists()

@@ -171,15 +171,29 @@ def test_a_cancelled_run_is_a_failure_and_a_long_one_a_time_out(server: KaggleSe
 @needs_client
 def test_the_output_comes_with_its_log(server: KaggleServer, tmp_path: Path, said: list[str]) -> None:
     target = tmp_path / "output"
-    target.mkdir()
-    (target / "submission.csv").write_text("an older and longer file of the same name")
-    server.files = {"submission.csv": b"id,rewrite_prompt\n", "runs/run.json": b"{}"}
     server.log = "[]"
+    server.files = {"submission.csv": b"an older and longer file of the same name"}
+    output(KERNEL, target, said.append)
+    server.files = {"submission.csv": b"id,rewrite_prompt\n", "runs/run.json": b"{}"}
     came = output(KERNEL, target, said.append)
     assert came == [target / name for name in ("prompt-recovery.log", "runs/run.json", "submission.csv")]
     assert (target / "submission.csv").read_bytes() == b"id,rewrite_prompt\n"
     assert said[-1] == "submission.csv is among the 3 files"
-    assert sorted(path.name for path in target.iterdir()) == ["prompt-recovery.log", "runs", "submission.csv"]
+    there = sorted(path.name for path in target.iterdir())
+    assert there == ["kernel.run.json", "prompt-recovery.log", "runs", "submission.csv"]
+
+
+@needs_client
+def test_a_file_of_the_user_s_is_not_replaced_by_the_output(
+    server: KaggleServer, tmp_path: Path, said: list[str]
+) -> None:
+    target = tmp_path / "output"
+    target.mkdir()
+    (target / "submission.csv").write_text("mine")
+    server.files = {"submission.csv": b"id,rewrite_prompt\n", "run.json": b"{}"}
+    with pytest.raises(UserError, match=r"submission\.csv: in the way"):
+        output(KERNEL, target, said.append)
+    assert [(path.name, path.read_text()) for path in target.iterdir()] == [("submission.csv", "mine")]
 
 
 @needs_client

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from submission.errors import UserError
+from submission.errors import MissingExtra, UserError
 from submission.files import atomic_folder, cache_folder
 from submission.hashing import content_hash
 from submission.manifest import installed_version
@@ -68,7 +68,7 @@ def find_converter(llama_cpp: Path | None = None) -> Converter:
         return Converter(llama_cpp)
     version = installed_version("llama-cpp-python")
     if version is None:
-        raise UserError("llama-cpp-python is not installed: pip install prompt-recovery")
+        raise MissingExtra("the converter", "llama-cpp-python", "")
     folder = cache_folder("llama.cpp") / version
     if not (folder / _MODEL).is_file():
         _download(version, folder)

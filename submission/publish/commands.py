@@ -88,22 +88,24 @@ def push(
     from submission.publish import bundle as made
     from submission.publish.client import configured_user
     from submission.publish.datasets import push_dataset, wait_until_ready
-    from submission.publish.metadata import KERNEL_FILE, check_metadata, raise_problems, read_object, with_owner
+    from submission.publish.metadata import KERNEL_FILE
+    from submission.publish.push import kernel_metadata
     from submission.publish.push import push as push_kernel
 
     folder = _folder_of(metadata, KERNEL_FILE)
     owner = "OWNER" if show else configured_user()
-    raise_problems(metadata, check_metadata(with_owner(read_object(metadata), owner), folder))
+    kernel_metadata(folder, owner, accelerator)  # what is wrong with it is said first
     if not show:
         if not bundle.exists():
             made.bundle(made.BundleConfig(bundle), say)
-        if rehearse and not _rehearse(bundle, metadata, test, model, 1.0):
+        kernel_metadata(folder, owner, accelerator, bundle)
+        if rehearse and not _rehearse(bundle, metadata, test, model, 1.0, accelerator):
             say("nothing was pushed: the rehearsal failed (--no-dry-run pushes all the same)")
             raise typer.Exit(1)
     if dataset:
         push_dataset(bundle, message, say, owner=owner, show=show)
         wait_until_ready(f"{owner}/{made.DATASET}", say, show=show)
-    push_kernel(folder, owner=owner, accelerator=accelerator, wait=wait, say=say, show=show)
+    push_kernel(folder, owner=owner, accelerator=accelerator, bundle=bundle, wait=wait, say=say, show=show)
     if not show:
         say("next: python -m submission output; then submit --version N -m MESSAGE")
 
@@ -153,27 +155,33 @@ def submit(
 
 
 def _rehearse(
-    bundle: Path | None, metadata: Path, tests: list[Path] | None, models: list[Path] | None, shorten: float
-) -> bool:
+    bundle: Path | None, metadata: Path, tests: list[Path] | None, models: list[Path] | None, shorten: float,
+    accelerator: str = "",
+) -> bool:  # fmt: skip
     """Check the metadata and run the kernel; True if all went well."""
     import tempfile
 
     from submission.publish import bundle as made
     from submission.publish.dry_run import dry_run as run
-    from submission.publish.metadata import KERNEL_FILE, check_metadata, raise_problems, read_object, with_owner
+    from submission.publish.metadata import KERNEL_FILE
+    from submission.publish.needs import hardware_of, needs_of
+    from submission.publish.push import kernel_metadata
 
     folder = _folder_of(metadata, KERNEL_FILE)
-    content = with_owner(read_object(metadata), "someone")
-    raise_problems(metadata, check_metadata(content, folder))
-    attached = content.get("model_sources")
-    if attached and not models:
-        say(f"not here: {', '.join(map(str, attached))} (--model DIR attaches a copy)")  # type: ignore[call-overload]
+    kernel_metadata(folder, "someone", accelerator)
     if tests is None:
         tests = [_PUBLIC_TEST] if _PUBLIC_TEST.is_file() else []
     with tempfile.TemporaryDirectory(prefix="prompt-recovery-bundle-") as temporary:
         if bundle is None:
             bundle = Path(temporary) / "bundle"
             made.bundle(made.BundleConfig(bundle), say)
+        content, changes = kernel_metadata(folder, "someone", accelerator, bundle)
+        say(f"hardware   {hardware_of(content)} on Kaggle, for this bundle: {needs_of(bundle).why}")
+        for change in changes:
+            say(f"           {change}")
+        attached = content.get("model_sources")
+        if attached and not models:
+            say(f"not here: {', '.join(map(str, attached))} (--model DIR attaches a copy)")  # type: ignore[call-overload]
         code_file = folder / str(content["code_file"])
         outcomes = run(bundle, tests, code_file, say, models=models or (), shorten=shorten)
     failed = sum(bool(outcome.problem) for outcome in outcomes)

@@ -34,6 +34,7 @@ from submission.publish.metadata import (
     read_object,
     with_owner,
 )
+from submission.publish.needs import fit_metadata, needs_of
 
 _SOURCES = {
     "invalidDatasetSources": "dataset",
@@ -63,6 +64,7 @@ def push(
     *,
     owner: str,
     accelerator: str = "",
+    bundle: Path | None = None,
     timeout: float = CALL_SECONDS,
     wait: bool = False,
     say: Say,
@@ -73,7 +75,8 @@ def push(
     Args:
         folder: holds `kernel-metadata.json`; left as it is.
         owner: the user who takes the place of OWNER.
-        accelerator: machine shape instead of the file's; "none" for a run without a GPU.
+        accelerator: machine shape instead of the file's or the bundle's; "none" for a run without a GPU.
+        bundle: that the kernel runs; the metadata is fitted to what it needs. None leaves it as it is.
         timeout: seconds for the upload.
         wait: follow the run to its end.
         say: takes lines for people.
@@ -83,7 +86,9 @@ def push(
         UserError: the metadata is against a rule.
         KaggleError: Kaggle refused it, or took it without one of its sources, or the run failed (with `wait`).
     """
-    content = _kernel_metadata(folder, owner, accelerator)
+    content, changes = kernel_metadata(folder, owner, accelerator, bundle)
+    for change in changes:
+        say(change)
     kernel = str(content["id"])
     prepared = Path(tempfile.mkdtemp(prefix="prompt-recovery-kernel-"))
     try:
@@ -169,15 +174,25 @@ def submit(
     say(str(reply.said("message") or reply.text))
 
 
-def _kernel_metadata(folder: Path, owner: str, accelerator: str) -> dict[str, object]:
+def kernel_metadata(
+    folder: Path, owner: str, accelerator: str = "", bundle: Path | None = None
+) -> tuple[dict[str, object], list[str]]:
+    """The metadata that is pushed, checked, and a line for each thing in which it differs from the file.
+
+    Raises:
+        UserError: it is against a rule, or does not go with the bundle.
+    """
     path = folder / KERNEL_FILE
     content = with_owner(read_object(path), owner)
-    if accelerator == "none":
-        content |= {"enable_gpu": False, "machine_shape": ""}
-    elif accelerator:
-        content |= {"enable_gpu": True, "machine_shape": accelerator}
     raise_problems(path, check_metadata(content, folder))
-    return content
+    changes: list[str] = []
+    if bundle is not None and bundle.is_dir():
+        content, changes = fit_metadata(content, needs_of(bundle))
+    if accelerator:
+        asked = {"enable_gpu": accelerator != "none", "machine_shape": "" if accelerator == "none" else accelerator}
+        content |= asked
+    raise_problems(path, check_metadata(content, folder))
+    return content, changes
 
 
 def _prepare(content: dict[str, object], folder: Path, prepared: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from submission.errors import UserError
 from submission.files import cache_folder, on_store, open_binary, read_json, write_json
@@ -35,6 +36,26 @@ def content_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def recall(path: Path, kind: str) -> Any:
+    """What `remember` noted about a file of this machine that has not changed since; None if there is nothing."""
+    with suppress(UserError, OSError, TypeError, KeyError):
+        known = read_json(_memory(path, kind))
+        if known["of"] == _marks(path.stat()):
+            return known["is"]
+    return None
+
+
+def remember(path: Path, kind: str, content: Any, since: os.stat_result) -> None:
+    """Note something about a file, if it has not changed since it was looked at, nor just before."""
+    after = path.stat()
+    settled = time.time() - max(after.st_mtime, after.st_ctime) > _SETTLED
+    if settled and _marks(since) == _marks(after):
+        memory = _memory(path, kind)
+        with suppress(OSError):  # a cache that cannot be written costs time only
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_json(memory, {"path": os.path.realpath(path), "of": _marks(after), "is": content})
+
+
 def _file_hash(path: Path) -> str:
     if on_store(path):
         digest = hashlib.sha256()
@@ -43,21 +64,18 @@ def _file_hash(path: Path) -> str:
                 digest.update(chunk)
         return digest.hexdigest()
     before = path.stat()
-    memory = cache_folder("hashes") / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]}.json"
-    if before.st_size >= _LARGE:
-        with suppress(UserError, TypeError, KeyError):
-            known = read_json(memory)
-            if known["of"] == _marks(before) and isinstance(known["sha256"], str):
-                return str(known["sha256"])
+    large = before.st_size >= _LARGE
+    if large and isinstance(known := recall(path, "hashes"), str):
+        return known
     with path.open("rb") as content:
         found = hashlib.file_digest(content, "sha256").hexdigest()
-    after = path.stat()
-    settled = time.time() - max(after.st_mtime, after.st_ctime) > _SETTLED
-    if before.st_size >= _LARGE and settled and _marks(before) == _marks(after):
-        with suppress(OSError):  # a cache that cannot be written costs time only
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            write_json(memory, {"path": os.path.realpath(path), "of": _marks(after), "sha256": found})
+    if large:
+        remember(path, "hashes", found, before)
     return found
+
+
+def _memory(path: Path, kind: str) -> Path:
+    return cache_folder(kind) / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]}.json"
 
 
 def _marks(stat: os.stat_result) -> list[int]:

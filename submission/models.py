@@ -127,6 +127,9 @@ def check_gguf_adapter(adapter: Path | None) -> None:
         raise UserError(f"adapter {adapter} does not exist: name a GGUF LoRA file")
     if not is_gguf(adapter):
         raise UserError(f"adapter {adapter} is not a GGUF file (it does not begin with 'GGUF')")
+    with adapter.open("rb") as file:  # magic, version, and the number of tensors in 8 bytes
+        if not any(file.read(16)[8:]):
+            raise UserError(f"adapter {adapter} does not fit any model: it holds no tensor")
 
 
 def check_peft_adapter(adapter: Path | None) -> None:

@@ -261,7 +261,7 @@ def test_the_embedded_model_is_encoded_once(
     assert capfd.readouterr().err == ""
     good = content_hash(path)
     path.write_bytes(path.read_bytes()[:1000])  # a disk that lies
-    killed, busy = (folder / f".{path.name}.{name}.tmp" for name in ("killed", "busy"))
+    killed, busy = (folder / f".{path.name}.prompt-recovery-{name}.tmp" for name in ("killed__", "busy____"))
     for file in (killed, busy):
         file.touch()
     os.utime(killed, (0, 0))

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from submission.backends import model_spec
+from submission.backends.llama_library import open_model
 from submission.backends.llama_tokenizer import GgufTokenizer
 from submission.backends.scripted import WordTokenizer
 from submission.errors import BackendError
@@ -92,11 +93,14 @@ def sentencepiece_gguf(sentencepiece_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def encoders(sentencepiece_folder: Path, sentencepiece_gguf: Path) -> dict[str, ChatEncoder]:
     """An encoder of every kind."""
+    vocabulary = open_model(sentencepiece_gguf, vocab_only=True, gpu_layers=0)
     return {
         "embedded GGUF": model_spec("llama_cpp").load_encoder(),
         "embedded HF": model_spec("transformers").load_encoder(),
         "sentencepiece HF": model_spec("transformers", str(sentencepiece_folder)).load_encoder(),
-        "sentencepiece GGUF": model_spec("llama_cpp", str(sentencepiece_gguf)).load_encoder(),
+        "sentencepiece GGUF": ChatEncoder(
+            GgufTokenizer(open_model(sentencepiece_gguf, vocab_only=True, gpu_layers=0)), 2048
+        ),
         "words": ChatEncoder(WordTokenizer(), 4000),
     }
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from submission.backends.bounded import checked_render
 from submission.errors import MissingExtra
 from submission.prompts import SpecialToken, looks_like_markup, plain_layout
 
@@ -24,10 +25,12 @@ class HfTokenizer:
         self._at_start, self._inside = _plain(tokenizer)
         first = tokenizer("x").input_ids[:1]
         self.bos: int | None = tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
+        self._render = checked_render(self._apply_template) if tokenizer.chat_template else plain_layout
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        if not self.hf.chat_template:
-            return plain_layout(messages)
+        return self._render(messages)
+
+    def _apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
         return str(self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
 
     def tokenize(self, text: str, *, at_start: bool) -> list[int]:

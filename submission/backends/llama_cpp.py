@@ -18,10 +18,11 @@ from submission.backends.llama_drawing import Drawer
 from submission.backends.llama_library import (
     cache_bytes_per_token,
     library,
-    load_adapter,
-    load_model,
+    open_adapter,
+    open_model,
     trained_context,
 )
+from submission.backends.llama_probe import probe
 from submission.backends.llama_streams import LlamaStreams
 from submission.backends.llama_tokenizer import GgufTokenizer
 from submission.backends.schedule import Limits, Prompt, Scheduler, Shape, Text
@@ -88,7 +89,9 @@ def load(spec: ModelSpec) -> LlamaCpp:
 
 def load_encoder(spec: ModelSpec) -> ChatEncoder:
     """Load the vocabulary only."""
-    model = load_model(resolve_gguf(spec.model), vocab_only=True, gpu_layers=0)
+    path = resolve_gguf(spec.model)
+    probe(path)
+    model = open_model(path, vocab_only=True, gpu_layers=0)
     return ChatEncoder(GgufTokenizer(model), _context_size(model, spec.options))
 
 
@@ -97,10 +100,11 @@ class LlamaCpp:
 
     def __init__(self, model: Path, adapter: Path | None, options: Options) -> None:
         self._free_model = library().llama_model_free  # at hand when the interpreter ends
-        self._model = load_model(model, vocab_only=False, gpu_layers=options.gpu_layers)
+        probe(model, adapter)
+        self._model = open_model(model, vocab_only=False, gpu_layers=options.gpu_layers)
         self.tokenizer = GgufTokenizer(self._model)
         self.encoder = ChatEncoder(self.tokenizer, _context_size(self._model, options))
-        self._adapter = (load_adapter(self._model, adapter), options.adapter_scale) if adapter else None
+        self._adapter = (open_adapter(self._model, adapter), options.adapter_scale) if adapter else None
         self._batch = options.batch
         self._threads = thread_count(options.threads)
         self._drawer = Drawer(self.tokenizer, self._threads)

@@ -14,11 +14,11 @@ from submission.errors import UserError
 
 
 class _Log:
-    """Keeps llama.cpp quiet and remembers its last error line, for our own messages."""
+    """Keeps llama.cpp quiet and remembers what it complains of, for our own messages."""
 
     def __init__(self) -> None:
         self._callback: Any = None
-        self._error = ""
+        self._errors: list[str] = []
 
     def capture(self, lib: Any) -> None:
         if self._callback is None:
@@ -26,15 +26,16 @@ class _Log:
             @lib.llama_log_callback  # type: ignore[untyped-decorator]
             def callback(level: int, text: bytes, user_data: object) -> None:
                 if level == 4 and text.strip():  # GGML_LOG_LEVEL_ERROR
-                    self._error = text.decode("utf-8", "replace").strip()
+                    self._errors.append(text.decode("utf-8", "replace").strip())
 
             self._callback = callback
             lib.llama_backend_init()
         lib.llama_log_set(self._callback, ctypes.c_void_p(0))
-        self._error = ""
+        self._errors.clear()
 
-    def last_error(self) -> str:
-        return f"({self._error})" if self._error else ""
+    def error(self) -> str:
+        """The first complaint since the last call of `capture`: those after it say only that something failed."""
+        return f"({self._errors[0][:300]})" if self._errors else ""
 
 
 LOG = _Log()
@@ -50,6 +51,7 @@ def library() -> Any:
     # another such process; those that give way at once are a seventh slower alone. A short loop costs neither.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # a debugger's pages are no message
     try:
         import llama_cpp
     except (ImportError, OSError, RuntimeError) as error:
@@ -90,8 +92,8 @@ def _leave_amx(*modules: Any) -> None:
         module.llama_model_default_params = params
 
 
-def load_model(path: Path, *, vocab_only: bool, gpu_layers: int) -> Any:
-    """Load a GGUF file.
+def open_model(path: Path, *, vocab_only: bool, gpu_layers: int) -> Any:
+    """Load a GGUF file; one that is damaged may end this process (see `submission.backends.llama_probe`).
 
     Raises:
         UserError: llama.cpp cannot load it.
@@ -102,20 +104,25 @@ def load_model(path: Path, *, vocab_only: bool, gpu_layers: int) -> Any:
     params.n_gpu_layers = gpu_layers
     model = call_aside(lambda: lib.llama_model_load_from_file(os.fsencode(path), params))
     if not model:
-        raise UserError(f"model {path} cannot be loaded by llama.cpp {LOG.last_error()}")
+        raise UserError(f"model {path} cannot be loaded by llama.cpp {LOG.error()}{_advice()}")
     return model
 
 
-def load_adapter(model: Any, path: Path) -> Any:
-    """Load a GGUF LoRA file for a model.
+def open_adapter(model: Any, path: Path) -> Any:
+    """Load a GGUF LoRA file for a model; one that is damaged may end this process.
 
     Raises:
         UserError: it does not fit.
     """
     adapter = call_aside(lambda: library().llama_adapter_lora_init(model, os.fsencode(path)))
     if not adapter:
-        raise UserError(f"adapter {path} does not fit this model {LOG.last_error()}")
+        raise UserError(f"adapter {path} does not fit this model {LOG.error()}{_advice()}")
     return adapter
+
+
+def _advice() -> str:
+    cut = any(words in LOG.error() for words in ("not within the file bounds", "failed to read", "remaining file size"))
+    return "\nThe file is not whole: copy or download it again." if cut else ""
 
 
 def encode_weights(source: Path, target: Path, file_type: int, threads: int) -> bool:

@@ -23,11 +23,11 @@ class LlamaStreams:
     across sequences and thrown away.
 
     Args:
-        model: as `load_model` gave it.
+        model: as `open_model` gave it.
         shape: streams and the tokens of each.
         batch: most tokens of one call.
         threads: to compute with.
-        adapter: as `load_adapter` gave it, with its scale; None for none.
+        adapter: as `open_adapter` gave it, with its scale; None for none.
 
     Raises:
         ContextFailed: there is no memory for it.
@@ -56,13 +56,13 @@ class LlamaStreams:
         params.no_perf = True
         self._context = call_aside(lambda: lib.llama_init_from_model(model, params))
         if not self._context:
-            raise ContextFailed(f"no context for {shape.streams} x {shape.cells} tokens {LOG.last_error()}")
+            raise ContextFailed(f"no context for {shape.streams} x {shape.cells} tokens {LOG.error()}")
         self._memory = lib.llama_get_memory(self._context)
         if adapter is not None:
             adapters = (lib.llama_adapter_lora_p_ctypes * 1)(adapter[0])
             scales = (ctypes.c_float * 1)(adapter[1])
             if lib.llama_set_adapters_lora(self._context, adapters, 1, scales) != 0:
-                raise UserError(f"the adapter could not be applied {LOG.last_error()}")
+                raise UserError(f"the adapter could not be applied {LOG.error()}")
         # llama_batch over arrays of numpy: filled without a loop.
         self._tokens = np.zeros(self.batch, np.int32)
         self._positions = np.zeros(self.batch, np.int32)
@@ -99,7 +99,7 @@ class LlamaStreams:
         self._batch.n_tokens = count
         status = self._lib.llama_decode(self._context, self._batch)
         if status != 0:
-            raise ContextFailed(f"llama_decode failed with status {status} {LOG.last_error()}".strip())
+            raise ContextFailed(f"llama_decode failed with status {status} {LOG.error()}".strip())
         outputs = int(self._scored[:count].sum())
         if not outputs:
             return np.empty((0, self._vocabulary), np.float32)

@@ -6,7 +6,8 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from submission.errors import UserError
+from submission.backends.bounded import bounded, checked_render
+from submission.errors import BackendError, UserError
 from submission.prompts import SpecialToken, looks_like_markup, plain_layout
 
 # llama_token_attr in llama.h
@@ -35,12 +36,14 @@ class GgufTokenizer:
         self.specials: Mapping[str, SpecialToken] = special
         adds_bos = llama_cpp.llama_vocab_get_add_bos(self.vocab)
         self.bos: int | None = llama_cpp.llama_vocab_bos(self.vocab) if adds_bos else None
-        self._format = self._chat_format()
+        chat_format = self._chat_format()
+        self._render = (
+            checked_render(lambda messages: str(chat_format(messages=list(messages)).prompt))
+            if chat_format else plain_layout
+        )  # fmt: skip
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        if self._format is None:
-            return plain_layout(messages)
-        return str(self._format(messages=list(messages)).prompt)
+        return self._render(messages)
 
     def tokenize(self, text: str, *, at_start: bool) -> list[int]:
         del at_start  # llama.cpp puts its blank before any text that follows a special token
@@ -74,17 +77,19 @@ class GgufTokenizer:
         template = self._lib.llama_model_chat_template(self._model, None)
         if not template:
             return None
-        from jinja2 import TemplateError
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
         def text_of(token: int) -> str:
             return self._lib.llama_vocab_get_text(self.vocab, token).decode("utf-8", "replace") if token >= 0 else ""
 
-        try:
+        def make() -> Any:
             return Jinja2ChatFormatter(
                 template=template.decode("utf-8", "replace"),
                 eos_token=text_of(self._lib.llama_vocab_eos(self.vocab)),
                 bos_token=text_of(self._lib.llama_vocab_bos(self.vocab)),
             )
-        except TemplateError as error:
-            raise UserError(f"the model's chat template cannot be read: {error}") from error
+
+        try:
+            return bounded(make, "the model's chat template")
+        except BackendError as error:
+            raise UserError(str(error)) from error

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+from itertools import islice
 
 # What pandas, and so the competition's grader, reads as null (pandas.read_csv, `na_values`).
 _READ_AS_NULL = frozenset(
@@ -43,16 +44,19 @@ _LEAD_INS = tuple(
 )
 _COLON_LINE = re.compile(r":[^\S\n]*\n")
 _ECHO = re.compile(r"\s*:(?:\n(?!\s*(?:[-*+•]|\d{1,2}[.)])\s)|$)")  # a list below belongs to the prompt
-_MARKDOWN_START = re.compile(r"^(?:#{1,6}\s+|>\s*|[-*+•]\s+|\d{1,2}[.)]\s+|`{3,}[\w-]*\s*|-{3,}\s*|={3,}\s*)")
-_FENCE_END = re.compile(r"\s*`{3,}$")
-_QUOTE_THEN_STOP = re.compile(r"([\"”'’»`])[.!]$")
+_MARKDOWN_START = re.compile(r"(?:#{1,6}\s+|>\s*|[-*+•]\s+|\d{1,2}[.)]\s+|`{3,}[\w-]*\s*|-{3,}\s*|={3,}\s*)*")
+_WORD = re.compile(r"[^\W_]")
+_CLOSING = "\"”'’»`"
 _WRAPPERS = (("__", "__"), ("*", "*"), ("_", "_"), ("```", "```"), ("`", "`"), ('"', '"'), ("'", "'"),
              ("“", "”"), ("‘", "’"), ("«", "»"), ("„", "“"))  # fmt: skip
 _LONE_OPENERS = ('"', "“", "«", "„", "`")
+_MOST_PARAGRAPHS = 1000  # that are looked at for an answer
 
 
 def clean_answer(raw: str) -> str:
     """Strip lead-ins, wrapping quotes and markdown, special tokens and all after the first paragraph.
+
+    Takes time in proportion to the length of the answer, whatever it holds.
 
     Returns:
         One line without a line break or control character; blank when nothing of use is left. Cleaning a
@@ -61,7 +65,8 @@ def clean_answer(raw: str) -> str:
     raw = _THINKING.sub("\n\n", raw)
     text = _INVISIBLE.sub("", raw.replace("\r\n", "\n").replace("\r", "\n"))
     text = _SPECIAL_TOKEN.sub("\n\n", _TURN_HEADER.sub("\n\n", text))
-    for paragraph in _PARAGRAPH_BREAK.split(text):
+    with_words = (paragraph for paragraph in _PARAGRAPH_BREAK.split(text) if _WORD.search(paragraph))
+    for paragraph in islice(with_words, _MOST_PARAGRAPHS):
         cleaned = _clean_paragraph(paragraph)
         if not is_blank(cleaned):
             return cleaned
@@ -81,40 +86,98 @@ def storable(text: str) -> str:
 def _clean_paragraph(paragraph: str) -> str:
     # A line that ends in a colon keeps its break until the end: what follows may be the answer or an echo.
     text = ":\n".join(" ".join(line.split()) for line in _COLON_LINE.split(paragraph.replace("**", ""))).strip()
-    while text:  # each round shortens the text, so this ends
-        before = text
-        text = _FENCE_END.sub("", text)
-        text = _unwrap(_drop_lead_in(_MARKDOWN_START.sub("", text, count=1)))
-        if text == before:
-            break
-    if _ECHO.search(text):
+    window = _Window(text)
+    while True:
+        window.strip_layers()
+        echo = _ECHO.search(text, window.start, window.end)
+        if echo is None:
+            return str(window).replace("\n", " ")
         # "Rewrite this as a poem:" and the text below, the layout that the rewriting model was given.
-        return _clean_paragraph(_ECHO.split(text)[0])
-    return text.replace("\n", " ")
+        window.end = echo.start()
+        window.trim_colons()
 
 
-def _drop_lead_in(text: str) -> str:
-    for pattern in _LEAD_INS:
-        match = pattern.match(text)
-        if match:
-            return text[match.end() :].strip()
-    return text
+class _Window:
+    """A stretch of a text that is made smaller from both ends: nothing is copied, so many layers cost no more than one.
 
+    `start` and `end` are indices into the text.
+    """
 
-def _unwrap(text: str) -> str:
-    """Take off one pair of marks around the whole text, or an opening mark that is never closed."""
-    closed = _QUOTE_THEN_STOP.sub(r"\1", text)  # "Make it formal".
-    for opening, closing in _WRAPPERS:
-        inside = closed[len(opening) : -len(closing)]
-        if (
-            len(closed) > len(opening) + len(closing)
-            and closed.startswith(opening)
-            and closed.endswith(closing)
-            and opening not in inside
-            and closing not in inside
-        ):
-            return inside.strip()
-    for opening in _LONE_OPENERS:
-        if text.startswith(opening) and text.count(opening) == 1 and not any(c in text for c in "”»"):
-            return text[len(opening) :].strip()
-    return text
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.start, self.end = 0, len(text)
+
+    def __str__(self) -> str:
+        return self.text[self.start : self.end]
+
+    def strip_layers(self) -> None:
+        """Take off fences, markdown, lead-ins and marks around the whole, as long as there are any."""
+        while self.start < self.end:
+            before = self.start, self.end
+            self._strip_fence()
+            self._skip(_MARKDOWN_START)
+            while any(self._skip(pattern) for pattern in _LEAD_INS):
+                self.trim()
+            if self._unwrap():
+                self.trim()
+            if (self.start, self.end) == before:
+                return
+
+    def trim(self) -> None:
+        """Leave out blanks at both ends."""
+        while self.start < self.end and self.text[self.start].isspace():
+            self.start += 1
+        while self.start < self.end and self.text[self.end - 1].isspace():
+            self.end -= 1
+
+    def trim_colons(self) -> None:
+        """Leave out blanks and colons at the end, but for the first of these colons: it may belong to a lead-in."""
+        end = kept = self.end
+        while end > self.start and (self.text[end - 1].isspace() or self.text[end - 1] == ":"):
+            end -= 1
+            if self.text[end] == ":":
+                kept = end + 1
+        self.end = kept if kept < self.end or self.text[kept - 1 : kept] == ":" else end
+
+    def _skip(self, pattern: re.Pattern[str]) -> bool:
+        match = pattern.match(self.text, self.start, self.end)
+        if match is None:
+            return False
+        self.start = match.end()
+        return True
+
+    def _strip_fence(self) -> None:
+        while self.text.endswith("```", self.start, self.end):
+            while self.end > self.start and self.text[self.end - 1] == "`":
+                self.end -= 1
+            while self.end > self.start and self.text[self.end - 1].isspace():
+                self.end -= 1
+
+    def _starts(self, mark: str) -> bool:
+        return self.text.startswith(mark, self.start, self.end)
+
+    def _unwrap(self) -> bool:
+        """Take off one pair of marks around the whole, or an opening mark that is never closed."""
+        text, start, end = self.text, self.start, self.end
+        if end - start > 1 and text[end - 1] in ".!" and text[end - 2] in _CLOSING:  # "Make it formal".
+            end -= 1
+        for opening, closing in _WRAPPERS:
+            inside = start + len(opening), end - len(closing)
+            if (
+                inside[0] < inside[1]
+                and self._starts(opening)
+                and text.startswith(closing, inside[1])
+                and text.find(opening, *inside) < 0
+                and text.find(closing, *inside) < 0
+            ):
+                self.start, self.end = inside
+                return True
+        for opening in _LONE_OPENERS:
+            if (
+                self._starts(opening)
+                and text.find(opening, self.start + 1, self.end) < 0
+                and all(text.find(mark, self.start, self.end) < 0 for mark in "”»")
+            ):
+                self.start += len(opening)
+                return True
+        return False

@@ -125,7 +125,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], Callable[[Path], None], tuple[str, ...
     "folder without weights": (("--backend", "transformers", "--model", "hf"), hf_like_folder, ("has no weights",)),
     "adapter missing": (("--adapter", "none.gguf"), no_setup, ("adapter none.gguf does not exist",)),
     "adapter is no GGUF": (("--adapter", "model.bin"), plain_file, ("adapter model.bin is not a GGUF file",)),
-    "adapter that does not fit": (("--adapter", "fake.gguf"), fake_gguf, ("adapter fake.gguf does not fit", "no tensor")),
+    "adapter that does not fit": (("--adapter", "fake.gguf"), fake_gguf, ("fake.gguf does not fit", "no tensor")),
     "adapter for transformers": (
         ("--backend", "transformers", "--adapter", "fake.gguf"), fake_gguf, ("is a GGUF file", "--backend llama_cpp"),
     ),

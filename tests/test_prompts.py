@@ -98,9 +98,7 @@ def encoders(sentencepiece_folder: Path, sentencepiece_gguf: Path) -> dict[str, 
         "embedded GGUF": model_spec("llama_cpp").load_encoder(),
         "embedded HF": model_spec("transformers").load_encoder(),
         "sentencepiece HF": model_spec("transformers", str(sentencepiece_folder)).load_encoder(),
-        "sentencepiece GGUF": ChatEncoder(
-            GgufTokenizer(open_model(sentencepiece_gguf, vocab_only=True, gpu_layers=0)), 2048
-        ),
+        "sentencepiece GGUF": ChatEncoder(GgufTokenizer(vocabulary), 2048),
         "words": ChatEncoder(WordTokenizer(), 4000),
     }
 

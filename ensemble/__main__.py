@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 from submission.commands import RayCpusOption, RayGpusOption, RayOption, WorkersOption, new_app, run_command
 from submission.config import split_list
 from submission.errors import UserError
-from submission.progress import say
+from submission.progress import say, tell
 from submission.recover import DEFAULT_PROMPT
 
 app = new_app("Try to beat one answer: sample many, let selectors choose, measure whether and why it helps.")
@@ -157,7 +158,7 @@ def experiment(
         rotations=rotations, by=by, fresh=fresh,
     )  # fmt: skip
     for line in lines_of(run_experiment(config, find_encoder(encoder), say)):
-        print(line)
+        tell(line, sys.stdout)
     say(f"written to {output / 'report.html'}")
 
 
@@ -212,7 +213,7 @@ def trial(
     from eval.encoders import find_encoder
 
     for line in lines_of(run(output, find_encoder(encoder), NEAR, say, fresh=fresh)):
-        print(line)
+        tell(line, sys.stdout)
     say(f"written to {output / 'report.html'}")
 
 

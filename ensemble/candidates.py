@@ -134,7 +134,7 @@ def read_candidates(path: Path) -> list[Row]:
 def _draws(cell: str, where: str) -> tuple[Draw, ...]:
     try:
         draws = tuple(Draw(str(s), int(n), float(logprob), int(tokens)) for s, n, logprob, tokens in json.loads(cell))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{where}: draws must be a JSON list of [source, number, log-probability, tokens], not {cell[:60]!r}"
         ) from error

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from submission.commands import new_app, run_command
-from submission.progress import say
+from submission.progress import say, tell
 
 app = new_app("Measure predictions and the speed of predicting (eval).")
 
@@ -215,7 +215,7 @@ def report(
     chosen = find_encoder(encoder)
     subject = Subject.read(runs, truth, chosen, by=by, reference=reference, exploits=exploit or [])
     for path in write_report(output, title, list(sections(subject))):
-        print(f"written to {path}")
+        tell(f"written to {path}", sys.stdout)
 
 
 @app.command()
@@ -243,7 +243,6 @@ def throughput(
 ) -> None:
     """Time this program beside llama-cpp-python, llama-server, transformers and a bare loop of llama_decode."""
     from eval.throughput import SCENARIOS, Config, measure
-    from submission.progress import tell
 
     results = measure(
         Config(
@@ -259,8 +258,6 @@ def throughput(
 
 def _show(lines: Any, figures: Any, *, as_json: bool) -> None:
     """Lines for people, on standard error when a program reads standard output."""
-    from submission.progress import tell
-
     for line in lines:
         tell(line, sys.stderr if as_json else sys.stdout)
     if as_json:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from eval.encoders import Encoder
 from eval.intervals import Interval, bootstrap, rows_needed
@@ -18,6 +18,8 @@ from eval.scoring import Scored, Truth, interval_figures, one_line, score_file, 
 from submission.errors import UserError
 from submission.manifest import manifest_path, read_manifest
 from submission.recover import DEFAULT_PROMPT
+
+N = TypeVar("N", int, float)
 
 CONSTANT = "constant"
 _TIE = 1e-6
@@ -110,11 +112,18 @@ def read_system(argument: str, truth: Truth, encoder: Encoder, exploits: Sequenc
     speed: float | None = None
     fallbacks: int | None = None
     if manifest_path(path).is_file():
-        result = read_manifest(path).get("result") or {}
+        result = read_manifest(path).get("result")
+        result = result if isinstance(result, dict) else {}
         # A run that was resumed knows the speed of its last part only, one that was complete knows none.
-        speed, fallbacks = result.get("rows_per_second") or None, result.get("fallbacks")
+        speed, fallbacks = _number(result.get("rows_per_second"), float) or None, _number(result.get("fallbacks"), int)
     exploit = name in exploits or scored.special > _SPECIAL_SHARE * len(scored.scores)
     return System(name, scored, exploit, speed, fallbacks)
+
+
+def _number(value: Any, kind: type[N]) -> N | None:
+    """A finite number from 0 of a manifest; None for anything else."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return kind(value) if good else None
 
 
 def constant_system(truth: Truth, encoder: Encoder, prompt: str = DEFAULT_PROMPT, name: str = CONSTANT) -> System:

@@ -5,13 +5,14 @@ python -m submission predict examples/test.csv -o submission.csv
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from submission.commands import RayCpusOption, RayGpusOption, RayOption, WorkersOption, new_app, run_command
-from submission.progress import say
+from submission.progress import say, tell
 from submission.publish.commands import add_to
 
 app = new_app("Work out which prompt made a language model rewrite one text into another. Works offline.")
@@ -141,12 +142,12 @@ def validate(
     pairs = Pairs(input, encoding, limit)
     problems = problems_of(submission, pairs.ids)
     for problem in problems[:50]:
-        print(problem)
+        tell(problem, sys.stdout)
     if len(problems) > 50:
-        print(f"and {len(problems) - 50} more")
+        tell(f"and {len(problems) - 50} more", sys.stdout)
     if problems:
         raise typer.Exit(1)
-    print(f"{shown(submission)} is valid: {len(pairs)} rows")
+    tell(f"{shown(submission)} is valid: {len(pairs)} rows", sys.stdout)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})  # an id may be -1
@@ -157,7 +158,7 @@ def inspect(
     """Show one row of a run: texts, exact prompt with its token count, raw answer, parsed answer, status."""
     from submission.inspection import inspect_row
 
-    print(inspect_row(row_id, run))
+    tell(inspect_row(row_id, run), sys.stdout)
 
 
 @app.command()
@@ -165,7 +166,7 @@ def doctor() -> None:
     """Say what is installed, which models, encoders, GPUs and threads would be used, and what is missing."""
     from submission.doctor import report
 
-    print(report())
+    tell(report(), sys.stdout)
 
 
 add_to(app)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -9,6 +11,7 @@ from typing import Annotated
 import typer
 
 from submission.errors import PromptRecoveryError, UserError
+from submission.progress import tell
 
 WorkersOption = Annotated[
     int, typer.Option("--workers", min=0, help="Copies of the model, in processes of their own; 0: one for each GPU.")
@@ -37,14 +40,34 @@ def new_app(help: str) -> typer.Typer:
 
 
 def run_command(command: Callable[[], object]) -> None:
-    """Run a room's command; errors that a user can put right are one or two lines and exit code 2."""
+    """Run a room's command. What a user can put right is one or two lines and exit code 2; a traceback is a bug."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # whatever encoding the terminal has
     try:
         command()
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (PromptRecoveryError, OSError) as error:  # a full disk, say
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(str(error), 2)
+    except RecursionError:
+        _fail("a file or an option is nested too deeply to be read", 2)
+    except MemoryError:
+        _fail("there is too little memory\nLower the batch size, the context or the number of workers.", 1)
+    except OSError as error:
+        _fail(_words(error), 1)
+    except PromptRecoveryError as error:
+        _fail(str(error), 1)
+
+
+def _fail(words: str, code: int) -> None:
+    tell(f"error: {words}", sys.stderr)
+    sys.exit(code)
+
+
+def _words(error: OSError) -> str:
+    """What the system refused, where, and what to do about it."""
+    where = f"{error.filename}: " if error.filename else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = "\nMake room and run the same command again: what is finished is kept." if full else ""
+    return f"{where}{error.strerror or error}{advice}"

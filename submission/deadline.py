@@ -25,6 +25,8 @@ _TICK = 0.25
 _STOP_SECONDS = 5.0  # how long a signalled process may take to come back from a native call
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+if hasattr(signal, "SIGHUP"):  # the terminal has gone
+    SIGNALS[signal.SIGHUP] = 129
 """The signals that stop a run cleanly, and the exit codes that follow."""
 
 
@@ -114,7 +116,9 @@ class Watchdog:
         if self._in_main:
             # The wake-up byte is written by C code at once, also while a native call keeps Python busy.
             self._wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-            self._handlers = {number: signal.signal(number, self._interrupt) for number in SIGNALS}
+            # One that is ignored stays so: `nohup` and background jobs of a shell set that.
+            heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, self._interrupt) for number in heeded}
         self._thread.start()
         return self
 
@@ -145,7 +149,7 @@ class Watchdog:
                 time.sleep(_TICK)
             elif select.select([self._reading], [], [], _TICK)[0]:
                 for signum in os.read(self._reading, 64):
-                    if signum in SIGNALS and self._signalled is None:
+                    if signum in self._handlers and self._signalled is None:
                         self._signalled = (time.monotonic(), signum)
             if self._done.is_set():
                 return

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from submission.backends import ModelSpec
+from submission.deadline import SIGNALS
 from submission.files import remove_leftovers
 from submission.journal import Journal, journal_path
 from submission.progress import show_progress
@@ -135,10 +136,12 @@ class _Ask:
 
 
 class _signals_as_interrupts:
-    """SIGTERM ends the block like Ctrl-C does."""
+    """SIGTERM, and SIGHUP unless it is ignored, end the block like Ctrl-C does."""
 
     def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Protocol, TextIO
@@ -12,10 +13,24 @@ _LINE_SECONDS = 10.0
 
 
 def tell(line: str, stream: TextIO | None) -> None:
-    """Print a line for people. A reader that has gone, or a stream that was never there, ends no run."""
+    """Print a line for people. A reader that has gone, or a stream that was never there, ends no run.
+
+    What data holds for terminals (colours, cursor moves, titles) is spelled out.
+    """
     if stream is not None:
         with suppress(OSError, ValueError):
-            print(line.encode("utf-8", "backslashreplace").decode("utf-8"), file=stream, flush=True)
+            print(spelled_out(line), file=stream, flush=True)
+
+
+def spelled_out(text: str) -> str:
+    """A text in which nothing but line breaks and tabs moves a terminal: control characters as escapes."""
+    return text if text.isprintable() else "".join(map(_spelled, text))
+
+
+def _spelled(character: str) -> str:
+    if character.isprintable() or character in "\n\t" or unicodedata.category(character) == "Zs":
+        return character
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def say(line: str) -> None:
@@ -103,8 +118,10 @@ class _Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        with suppress(OSError):  # the terminal has gone
+            self._bar.stop()
 
     def advance(self, *, fell_back: bool) -> None:
         self._pace.advance(fell_back=fell_back)
-        self._bar.update(self._task, completed=self._pace.done, pace=self._pace.text())
+        with suppress(OSError):
+            self._bar.update(self._task, completed=self._pace.done, pace=self._pace.text())

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import NoReturn
 
 from submission.deadline import Interrupted, Timetable, Watchdog, process_start
@@ -206,4 +207,6 @@ class _Run:
 
 def _leave_progress() -> None:
     """End the line of a progress bar that will never be stopped, and show the cursor that it hid."""
-    tell("\x1b[?25h" if sys.stderr is not None and sys.stderr.isatty() else "", sys.stderr)
+    with suppress(OSError, ValueError):
+        if sys.stderr is not None and sys.stderr.isatty():
+            print("\x1b[?25h", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ python -m train prepare triplets.csv -o data/mine
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ import typer
 from submission.commands import RayCpusOption, RayGpusOption, RayOption, WorkersOption, new_app, run_command
 from submission.config import split_list
 from submission.errors import UserError
-from submission.progress import say
+from submission.progress import say, tell
 
 app = new_app("Make training sets and weights (train).")
 
@@ -205,7 +206,7 @@ def sweep(
     from train.sweep import sweep as run_all
 
     for line in lines(run_all(recipe, output, grid, settings or [], say)):
-        print(line)
+        tell(line, sys.stdout)
 
 
 @app.command()
@@ -258,7 +259,7 @@ def gguf(
         return
     files = {name: output if len(names) == 1 else output.with_name(f"{output.stem}-{name}.gguf") for name in names}
     for line in table(make_gguf(model, files, find_converter(llama_cpp), say)):
-        print(line)
+        tell(line, sys.stdout)
 
 
 def main() -> None:

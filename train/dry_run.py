@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 from submission.backends.hf_loading import load_config, stay_offline_and_quiet
 from submission.backends.hf_tokenizer import HfTokenizer
 from submission.errors import UserError, first_line
+from submission.progress import spelled_out, tell
 from train.bases import base_folder
 from train.encoding import Example
 from train.sft import Prepared, check_installed, prepare
@@ -49,8 +51,8 @@ def look(config: Sft, say: Callable[[str], None]) -> None:
     stay_offline_and_quiet()
     ready = prepare(config, base_folder(config.base), say)
     for line in lines(config, ready):
-        print(line)
-    print()
+        tell(line, sys.stdout)
+    tell("", sys.stdout)
     show_example(ready)
 
 
@@ -125,9 +127,9 @@ def show_example(ready: Prepared) -> None:
 
     example = ready.train[0]
     tokenizer = HfTokenizer(ready.tokenizer)
-    shown = Text(tokenizer.detokenize(example.ids[: example.answer_from]), style="dim")
+    shown = Text(spelled_out(tokenizer.detokenize(example.ids[: example.answer_from])), style="dim")
     shown.append("⟦", style="dim")
-    shown.append(tokenizer.detokenize(example.ids[example.answer_from :]), style="bold green")
+    shown.append(spelled_out(tokenizer.detokenize(example.ids[example.answer_from :])), style="bold green")
     shown.append("⟧", style="dim")
     Console(soft_wrap=True).print(shown)
 

@@ -131,14 +131,14 @@ def _clean(
 
 
 def _rows(source: Source, path: Path, name: str, ids: set[str]) -> Iterator[Row]:
-    records = read_records(path)
     columns = {column: source.columns.get(column, column) for column in (*_NEEDED, *_OPTIONAL)}
-    if not records:
+    there, records = read_records(path, set(columns.values()))
+    missing = [columns[column] for column in _NEEDED if columns[column] not in there]
+    if not there or (not records and not missing):
         raise UserError(f"{path} has no row")
-    missing = [columns[column] for column in _NEEDED if columns[column] not in records[0]]
     if missing:
         raise UserError(
-            f"{path}: missing column {', '.join(missing)}\nFound: {', '.join(records[0])}. Map names in the recipe: "
+            f"{path}: missing column {', '.join(missing)}\nFound: {', '.join(there)}. Map names in the recipe: "
             "columns = { rewrite_prompt = 'their name' }"
         )
     for number, record in enumerate(records[: source.limit or None], start=1):

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -21,16 +21,22 @@ _TABLES = (".csv", ".parquet", ".jsonl", ".ndjson")
 Record = Mapping[str, str]
 
 
-def read_records(path: Path) -> list[dict[str, str]]:
-    """All rows of a table as text by column; nulls become blanks.
+def read_records(path: Path, wanted: Collection[str]) -> tuple[list[str], list[Record]]:
+    """The names of a table's columns, and all its rows as text by column; nulls become blanks.
+
+    Args:
+        path: CSV, Parquet or JSONL; the columns of JSONL are those of its first line.
+        wanted: columns to read, as far as there are such.
 
     Raises:
-        UserError: it is missing, or not a table; names the line.
+        UserError: it is missing, not a table, or one of the columns does not hold texts; names the line.
     """
     if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return _read_jsonl(path)
-    columns = list(dict.fromkeys(header_of(path)))
-    return [dict(zip(columns, row.cells, strict=True)) for row in read_table(path, columns)]
+        return _read_jsonl(path, wanted)
+    names = header_of(path)
+    columns = [name for name in dict.fromkeys(names) if name in wanted]
+    rows = read_table(path, columns) if columns else []
+    return names, [dict(zip(columns, row.cells, strict=True)) for row in rows]
 
 
 def resolve(source: str) -> list[Path]:
@@ -50,8 +56,9 @@ def resolve(source: str) -> list[Path]:
     return [path]
 
 
-def _read_jsonl(path: Path) -> list[dict[str, str]]:
-    rows = []
+def _read_jsonl(path: Path, wanted: Collection[str]) -> tuple[list[str], list[Record]]:
+    names: list[str] = []
+    rows: list[Record] = []
     try:
         with open_binary(path) as content, TextIOWrapper(content, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
@@ -59,16 +66,22 @@ def _read_jsonl(path: Path) -> list[dict[str, str]]:
                     continue
                 try:
                     record = json.loads(line)
+                except RecursionError:
+                    raise UserError(f"{path}: line {number} is nested too deeply") from None
                 except ValueError as error:
                     raise UserError(f"{path}: line {number} is not JSON: {error}") from None
                 if not isinstance(record, dict):
                     raise UserError(f"{path}: line {number} is not a JSON object")
-                rows.append({str(key): _text(value) for key, value in record.items()})
+                names = names or list(record)
+                nested = [key for key in wanted if isinstance(record.get(key), dict | list)]
+                if nested:
+                    raise UserError(f"{path}: line {number}: {nested[0]} does not hold a text but nested values")
+                rows.append({key: _text(record[key]) for key in wanted if key in record})
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    return rows
+    return names, rows
 
 
 def _text(value: object) -> str:

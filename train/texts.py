@@ -65,10 +65,10 @@ def read_texts(paths: Sequence[Path]) -> Iterator[str]:
                 raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
             yield from (part for part in re.split(r"\n\s*\n", content) if says_something(part))
             continue
-        records = read_records(path)
-        name = next((name for name in _NAMES if records and name in records[0]), None)
+        there, records = read_records(path, _NAMES)
+        name = next((name for name in _NAMES if records and name in there), None)
         if name is None:
-            found = ", ".join(records[0]) if records else "no row"
+            found = ", ".join(there) if there else "no row"
             raise UserError(f"{path}: no column of texts ({', '.join(_NAMES)})\nFound: {found}")
         yield from (record.get(name, "") for record in records)
 

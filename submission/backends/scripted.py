@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from submission.errors import BackendError, UserError
+from submission.files import read_json
 from submission.prompts import ChatEncoder, SpecialToken
 from submission.types import Chat, Completion, Failure, LogLikelihood, Request
 
@@ -192,12 +192,7 @@ def _ids(text: str) -> frozenset[str]:
 def _read_answers(path: str) -> Answers | None:
     if not path:
         return None
-    try:
-        answers = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"answers file {path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"answers file {path} is not readable JSON: {error}") from None
+    answers = read_json(Path(path), "answers file")
     values = list(answers.values()) if isinstance(answers, dict) else answers
     if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
         raise UserError(f"answers file {path} must hold a list of texts or an object from id to text")

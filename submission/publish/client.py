@@ -238,7 +238,7 @@ def _answer(block: list[str]) -> Answer:
     """An answer from its lines: status, headers, a blank line, body."""
     body = "\n".join(block[block.index("") + 1 :]) if "" in block else ""
     content: object = None
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         content = json.loads(body)
     status = int(block[0]) if block and block[0].isdigit() else 0
     return Answer(status, content if isinstance(content, dict) else {})

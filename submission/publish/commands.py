@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from submission.progress import say
+from submission.progress import say, tell
 
 _METADATA = Path("kernel-metadata.json")
 _BUNDLE = Path("bundle")
@@ -125,7 +126,7 @@ def status(
         return
     found = status_of(kernel, show=show)
     if found is not None:
-        print(found)
+        tell(str(found), sys.stdout)
         raise typer.Exit(1 if found.failed else 0)
 
 

@@ -48,7 +48,7 @@ def stored(name: str) -> dict[str, str]:
 def _all_stored(name: str) -> list[dict[str, str]]:
     found = []
     for folder in _config_folders():
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             content = json.loads(_content_of(folder / name))
             if isinstance(content, dict):
                 found.append({key: value for key, value in content.items() if isinstance(value, str)})

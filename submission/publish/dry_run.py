@@ -8,7 +8,6 @@ The code file runs four times: in both layouts of /kaggle/input, with the public
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -22,7 +21,7 @@ from typing import Any
 
 from submission import kernel
 from submission.errors import PromptRecoveryError, UserError
-from submission.files import cache_folder
+from submission.files import cache_folder, read_json
 from submission.manifest import installed_version
 from submission.publish.bundle import DATASET, read_contents, write_contents
 from submission.publish.image import Image, kaggle_image
@@ -153,8 +152,8 @@ def run_kernel(
     )  # fmt: skip
     seconds = time.monotonic() - began
     try:
-        report = json.loads((root / "working" / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        report = read_json(root / "working" / "run.json")
+    except UserError:
         report = {}
     ids = [pair.id for pair in read_pairs(test)]
     last = (result.stdout.strip().splitlines() or ["it printed nothing"])[-1]

@@ -135,7 +135,7 @@ def _log_tail(kernel: str) -> list[str]:
 
 def log_lines(log: str) -> list[str]:
     """The lines of a kernel's log, which is JSON: `[{"stream_name": "stdout", "time": 1.5, "data": "..."}]`."""
-    with suppress(ValueError, TypeError, KeyError):  # a log of another form is told as it is
+    with suppress(ValueError, TypeError, KeyError, RecursionError):  # a log of another form is told as it is
         log = "".join(str(event["data"]) for event in json.loads(log))
     return [line for line in log.splitlines() if line.strip()]
 

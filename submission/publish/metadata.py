@@ -9,13 +9,13 @@ much that is wrong without a word (an unknown key, a text for a boolean), so the
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from submission.errors import UserError
+from submission.files import read_json
 
 PLACEHOLDER = "OWNER"
 """Stands for the user who pushes, wherever an owner is expected."""
@@ -66,12 +66,7 @@ def read_object(path: Path) -> dict[str, object]:
     Raises:
         UserError: missing, not readable or something else than an object.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable JSON file: {error}") from None
+    content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, as in {{...}}")
     return content

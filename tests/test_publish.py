@@ -29,9 +29,7 @@ from tests.test_kernel_metadata import CODE, DATASET, DATASET_METADATA, KERNEL, 
 
 __all__ = ["folder"]  # a fixture of that module
 
-needs_client = pytest.mark.skipif(
-    importlib.util.find_spec("kagglesdk") is None, reason="pip install -e '.[kaggle]'"
-)
+needs_client = pytest.mark.skipif(importlib.util.find_spec("kagglesdk") is None, reason="pip install -e '.[kaggle]'")
 
 
 @pytest.fixture

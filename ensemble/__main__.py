@@ -69,6 +69,7 @@ def sample(
     from submission.hardware import Fleet
     from submission.tables import read_pairs
 
+    _check_apart(output, pairs=pairs, sources=sources)
     listed = read_sources(sources, settings or [])
     fleet = Fleet(workers, ray, ray_gpus, ray_cpus)
     rows = read_pairs(pairs)
@@ -112,6 +113,7 @@ def select(
     from eval.encoders import find_encoder
     from submission.hardware import Fleet
 
+    _check_apart(output, models=models)
     known = read_models(models, {"target": target, "judge": judge, "gate": gate})
     counts = choose(
         candidates, output, selector, known, find_encoder(encoder), say, weights=weights or [], rotations=rotations,
@@ -182,6 +184,7 @@ def fit(
     from ensemble.models import read_models
     from eval.encoders import find_encoder
 
+    _check_apart(output, models=models)
     names = split_list(selectors)
     known = read_models(models, {"target": target, "judge": judge, "gate": gate})
     weights = fit_weights(
@@ -215,6 +218,13 @@ def trial(
     for line in lines_of(run(output, find_encoder(encoder), NEAR, say, fresh=fresh)):
         tell(line, sys.stdout)
     say(f"written to {output / 'report.html'}")
+
+
+def _check_apart(output: Path, **inputs: Path | None) -> None:
+    """Refuse to write over a file that is read."""
+    from submission.manifest import check_apart
+
+    check_apart(output, [output], ((f"file of {what}", path) for what, path in inputs.items() if path is not None))
 
 
 def main() -> None:

@@ -183,7 +183,7 @@ def test_another_version_on_the_cluster_is_said(nodes: Any, cli: Cli, name: str,
 
 def test_without_ray_the_option_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=r"prompt-recovery\[ray\]"):
+    with pytest.raises(MissingExtra, match=r"pip install -e '\.\[ray\]'"):
         model_spec("scripted", fleet=Fleet(2, "local"))
 
 

@@ -50,7 +50,7 @@ def test_a_merged_model_is_base_and_adapter(run: Cli, recipe: Path, tiny: Path, 
     with torch.inference_mode():
         assert torch.allclose(both(ids).logits, merged(ids).logits, atol=1e-4)
         assert not torch.allclose(AutoModelForCausalLM.from_pretrained(tiny)(ids).logits, merged(ids).logits, atol=1e-2)
-    assert run("merge", "a/adapter", "-o", "merged").code == 2
+    assert run("merge", "a/adapter", "-o", "merged").code == 0, "what the command made, it may replace"
     wrong = run("merge", "a/adapter", "-o", "other", "--base", "embedded")
     assert wrong.code == 2
     assert "does not fit" in wrong.err
@@ -184,4 +184,5 @@ def test_a_model_is_cut_to_some_of_its_layers(run: Cli, hf_folder: Path, tmp_pat
         logits = half.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False)
     assert logits.shape == (1, 5)
     assert "has 30 layers" in run("cut", hf_folder, "-o", "more", "--layers", 31).err
-    assert "is there already" in run("cut", hf_folder, "-o", "half", "--layers", 15).err
+    (tmp_path / "half" / "notes.txt").write_text("mine", encoding="utf-8")
+    assert "notes.txt" in run("cut", hf_folder, "-o", "half", "--layers", 15).err

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from submission.backends.bounded import checked_render
-from submission.errors import MissingExtra
+from submission.errors import MissingExtra, UserError, first_line
 from submission.prompts import SpecialToken, looks_like_markup, plain_layout
 
 
@@ -16,14 +16,20 @@ class HfTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.hf = tokenizer
-        added = tokenizer.added_tokens_decoder
-        self.specials: Mapping[str, SpecialToken] = {
-            token.content: SpecialToken(number, token.lstrip, token.rstrip)
-            for number, token in added.items()
-            if token.special or looks_like_markup(token.content)
-        }
-        self._at_start, self._inside = _plain(tokenizer)
-        first = tokenizer("x").input_ids[:1]
+        try:
+            added = tokenizer.added_tokens_decoder
+            self.specials: Mapping[str, SpecialToken] = {
+                token.content: SpecialToken(number, token.lstrip, token.rstrip)
+                for number, token in added.items()
+                if token.special or looks_like_markup(token.content)
+            }
+            self._at_start, self._inside = _plain(tokenizer)
+            first = tokenizer("x").input_ids[:1]
+        except UserError:
+            raise
+        except Exception as error:  # its files hold values of wrong types, which are met only here
+            name = getattr(tokenizer, "name_or_path", "")
+            raise UserError(f"the tokenizer of {name} cannot be used: {first_line(error)}") from error
         self.bos: int | None = tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
         self._render = checked_render(self._apply_template) if tokenizer.chat_template else plain_layout
 

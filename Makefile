@@ -15,8 +15,9 @@ submission: .venv/.submission
 	@echo
 	@echo "written to $(CURDIR)/submission.csv"
 
+# Two processes, each test file in one of them: files share models that are made once.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/.all
 	$(BIN)/ruff check .

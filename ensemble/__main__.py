@@ -12,7 +12,7 @@ from submission.commands import RayCpusOption, RayGpusOption, RayOption, Workers
 from submission.config import split_list
 from submission.errors import UserError
 from submission.progress import say, tell
-from submission.recover import DEFAULT_PROMPT
+from submission.predict.strategies import DEFAULT_PROMPT
 
 app = new_app("Try to beat one answer: sample many, let selectors choose, measure whether and why it helps.")
 
@@ -66,8 +66,8 @@ def sample(
     from ensemble.sample import sample as draw
     from ensemble.sources import read_sources
     from eval.encoders import find_encoder
-    from submission.hardware import Fleet
-    from submission.tables import read_pairs
+    from submission.backends.hardware import Fleet
+    from submission.data.tables import read_pairs
 
     _check_apart(output, pairs=pairs, sources=sources)
     listed = read_sources(sources, settings or [])
@@ -111,7 +111,7 @@ def select(
     from ensemble.models import read_models
     from ensemble.select import select as choose
     from eval.encoders import find_encoder
-    from submission.hardware import Fleet
+    from submission.backends.hardware import Fleet
 
     _check_apart(output, models=models)
     known = read_models(models, {"target": target, "judge": judge, "gate": gate})
@@ -222,7 +222,7 @@ def trial(
 
 def _check_apart(output: Path, **inputs: Path | None) -> None:
     """Refuse to write over a file that is read."""
-    from submission.manifest import check_apart
+    from submission.data.manifest import check_apart
 
     check_apart(output, [output], ((f"file of {what}", path) for what, path in inputs.items() if path is not None))
 

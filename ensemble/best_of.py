@@ -31,10 +31,10 @@ from ensemble.sources import Source, parse_sources
 from eval.encoders import Encoder, find_encoder
 from submission.backends import ModelSpec
 from submission.config import from_mapping
-from submission.likelihoods import Likelihoods
+from submission.calls.likelihoods import Likelihoods
 from submission.progress import tell
-from submission.recover import Setup
-from submission.templates import Template
+from submission.predict.strategies import Setup
+from submission.prompts.templates import Template
 from submission.types import Backend, Budget, Pair, Prediction, Request, Triplet
 
 _TOGETHER = 16  # rows between two looks at the clock

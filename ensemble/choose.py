@@ -11,7 +11,7 @@ from ensemble.selectors import Selector
 from ensemble.selectors.asking import ask_ahead
 from submission.errors import UserError
 from submission.progress import Progress, show_progress
-from submission.recover import DEFAULT_PROMPT
+from submission.predict.strategies import DEFAULT_PROMPT
 
 
 @dataclass(frozen=True, slots=True)

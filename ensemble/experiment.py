@@ -22,9 +22,9 @@ from eval.intervals import Interval
 from eval.scoring import Truth, check_same_ids, interval_figures, read_truth, score_texts
 from eval.sections import kinds_of_prompt
 from submission.errors import UserError
-from submission.files import write_json
-from submission.manifest import check_apart, check_free, check_output, made_files
-from submission.recover import DEFAULT_PROMPT
+from submission.data.files import write_json
+from submission.data.manifest import check_apart, check_free, check_output, made_files
+from submission.predict.strategies import DEFAULT_PROMPT
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,8 +16,8 @@ from ensemble.selectors.combine import standardised
 from eval.grouping import plain_text
 from eval.scoring import Truth
 from submission.errors import UserError
-from submission.files import read_json, write_json
-from submission.manifest import made_files
+from submission.data.files import read_json, write_json
+from submission.data.manifest import made_files
 
 _RIDGE = 1e-3
 

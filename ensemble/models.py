@@ -13,9 +13,9 @@ from eval.encoders import Encoder
 from submission.backends import ModelSpec, model_spec
 from submission.config import from_mapping, read_toml
 from submission.errors import UserError
-from submission.hardware import ALONE, Fleet
-from submission.likelihoods import Likelihoods, journalled
-from submission.models import EMBEDDED
+from submission.backends.hardware import ALONE, Fleet
+from submission.calls.likelihoods import Likelihoods, journalled
+from submission.backends.models import EMBEDDED
 
 ROLES = ("target", "judge", "gate")
 

@@ -15,7 +15,7 @@ from eval.charts import intervals
 from eval.intervals import Interval, bootstrap
 from eval.report import Example, Figure, Section, Table, Words, write_report
 from eval.sections import marked
-from submission.templates import LETTERS
+from submission.prompts.templates import LETTERS
 
 _KINDS = 6
 _EXAMPLES = 3

@@ -11,12 +11,12 @@ from pathlib import Path
 from ensemble.candidates import Draw, Row, merge, write_candidates
 from ensemble.sources import Source
 from eval.encoders import Encoder
-from submission.answers import is_blank, storable
-from submission.generation import Job, answer
-from submission.hardware import ALONE, Fleet
-from submission.manifest import check_output, made_files
-from submission.tables import says_something
-from submission.templates import Template
+from submission.prompts.answers import is_blank, storable
+from submission.calls.generation import Job, answer
+from submission.backends.hardware import ALONE, Fleet
+from submission.data.manifest import check_output, made_files
+from submission.data.tables import says_something
+from submission.prompts.templates import Template
 from submission.types import Completion, Pair, Triplet
 
 Drawn = dict[str, list[tuple[str, Draw]]]

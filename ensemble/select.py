@@ -14,10 +14,10 @@ from ensemble.choose import answer_of, score_rows
 from ensemble.models import Model, open_models, roles_needed, tools
 from ensemble.selectors import make_selectors
 from eval.encoders import Encoder
-from submission.hardware import ALONE, Fleet
-from submission.hashing import content_hash
-from submission.manifest import check_output, made_files
-from submission.tables import write_predictions
+from submission.backends.hardware import ALONE, Fleet
+from submission.data.hashing import content_hash
+from submission.data.manifest import check_output, made_files
+from submission.data.tables import write_predictions
 
 
 def select(

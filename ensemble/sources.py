@@ -22,11 +22,11 @@ from typing import Any
 from submission.backends import ModelSpec, model_spec
 from submission.config import from_mapping, read_toml, split_settings
 from submission.errors import UserError
-from submission.hardware import Fleet
-from submission.models import TUNED
-from submission.plan import choose_template
-from submission.tables import read_triplets
-from submission.templates import Template
+from submission.backends.hardware import Fleet
+from submission.backends.models import TUNED
+from submission.predict.plan import choose_template
+from submission.data.tables import read_triplets
+from submission.prompts.templates import Template
 from submission.types import Sampling, Triplet
 
 

@@ -15,8 +15,8 @@ from ensemble.sample import sample
 from ensemble.sources import Source
 from eval.encoders import Encoder
 from submission.errors import UserError
-from submission.models import EMBEDDED
-from submission.tables import read_pairs
+from submission.backends.models import EMBEDDED
+from submission.data.tables import read_pairs
 
 _SKIPPED = ("judge_pairs",)  # it asks about every two candidates: as long as all others together
 _SOURCES = (

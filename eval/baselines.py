@@ -19,14 +19,14 @@ from eval.compare import Comparison, compare, figures, read_system, table
 from eval.constant import FittedConstant, Search, fit_constant
 from eval.encoders import Encoder
 from eval.scoring import Truth, read_truth
-from submission.answers import storable
+from submission.prompts.answers import storable
 from submission.errors import UserError
-from submission.files import atomic_writer
-from submission.manifest import check_free, made_files
-from submission.models import EMBEDDED
-from submission.plan import RunConfig
-from submission.run import predict
-from submission.tables import read_triplets
+from submission.data.files import atomic_writer
+from submission.data.manifest import check_free, made_files
+from submission.backends.models import EMBEDDED
+from submission.predict.plan import RunConfig
+from submission.predict.run import predict
+from submission.data.tables import read_triplets
 from submission.types import Sampling
 
 EXPLOIT = "constant_exploit"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.encoders import Encoder
 from eval.metric import sharpened_cosines
-from submission.recover import DEFAULT_PROMPT
+from submission.predict.strategies import DEFAULT_PROMPT
 
 if TYPE_CHECKING:
     import numpy as np

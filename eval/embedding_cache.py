@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from submission.files import atomic_path, cache_folder
+from submission.data.files import atomic_path, cache_folder
 from submission.progress import tell
 
 if TYPE_CHECKING:

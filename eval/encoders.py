@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from eval.embedding_cache import EmbeddingCache
 from submission.backends import require
 from submission.backends.common import thread_count
-from submission.backends.hf_loading import stay_offline_and_quiet
+from submission.backends.transformers.loading import stay_offline_and_quiet
 from submission.errors import MissingExtra, UserError, first_line
-from submission.files import read_json
-from submission.hashing import content_hash
-from submission.models import EMBEDDED, SENTENCE_T5, embedded_encoder, encoders_on_disk
-from submission.tables import some
+from submission.data.files import read_json
+from submission.data.hashing import content_hash
+from submission.backends.models import EMBEDDED, SENTENCE_T5, embedded_encoder, encoders_on_disk
+from submission.data.tables import some
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from eval.encoders import Encoder
 from eval.grouping import NEAR, NEAR_TEXTS, near_pairs, plain_text
-from submission.tables import TRIPLET_COLUMNS, has_columns, read_table, says_something
+from submission.data.tables import TRIPLET_COLUMNS, has_columns, read_table, says_something
 
 _COLUMNS = {"rewrite_prompt": "prompts", "original_text": "original texts", "rewritten_text": "rewritten texts"}
 

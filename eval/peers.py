@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from submission.backends.llama_library import library
-from submission.backends.llama_streams import LlamaStreams
+from submission.backends.llama.library import library
+from submission.backends.llama.streams import LlamaStreams
 from submission.backends.schedule import PAD, Shape, Text
 from submission.backends.window import common_length, in_order
 from submission.errors import UserError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from submission.backends.llama_cpp import LlamaCpp
+    from submission.backends.llama.backend import LlamaCpp
 
 _CLIENTS = 8
 
@@ -60,7 +60,7 @@ class TransformersRows:
     def __init__(self, model: Path, threads: int) -> None:
         import torch
 
-        from submission.backends.hf_loading import load_model
+        from submission.backends.transformers.loading import load_model
 
         torch.set_num_threads(threads)
         self._torch = torch

@@ -14,8 +14,8 @@ from importlib import resources
 from pathlib import Path
 
 from submission.backends import require
-from submission.files import atomic_path, atomic_writer
-from submission.manifest import made_files
+from submission.data.files import atomic_path, atomic_writer
+from submission.data.manifest import made_files
 
 
 @dataclass(frozen=True, slots=True)

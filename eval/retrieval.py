@@ -23,10 +23,10 @@ from eval.encoders import Encoder, find_encoder
 from eval.grouping import unit_vectors
 from submission.config import from_mapping
 from submission.errors import UserError
-from submission.hashing import content_hash
-from submission.recover import Ask, Setup
-from submission.tables import read_triplets
-from submission.templates import get_template
+from submission.data.hashing import content_hash
+from submission.predict.strategies import Ask, Setup
+from submission.data.tables import read_triplets
+from submission.prompts.templates import get_template
 from submission.types import Budget, Pair, Prediction, Triplet
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from eval.encoders import Encoder
 from eval.grouping import unit_vectors
 from eval.report import Example, Figure, Section, Table, Words
 from eval.scoring import read_truth
-from submission.tables import PAIR_COLUMNS, has_columns, read_pairs
+from submission.data.tables import PAIR_COLUMNS, has_columns, read_pairs
 from submission.types import Pair
 
 if TYPE_CHECKING:

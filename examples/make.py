@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from submission.backends import model_spec
-from submission.tables import PAIR_COLUMNS, PREDICTION_COLUMNS, TRIPLET_COLUMNS, read_table, write_table
-from submission.templates import render_rewrite
+from submission.data.tables import PAIR_COLUMNS, PREDICTION_COLUMNS, TRIPLET_COLUMNS, read_table, write_table
+from submission.prompts.templates import render_rewrite
 from submission.types import Request, Sampling
 
 HERE = Path(__file__).parent

@@ -96,12 +96,12 @@ def predict(
     or option, 3 too many rows failed (the file is written), 130 and 143 stopped by a signal.
     """
     from submission.config import parse_duration
-    from submission.deadline import Interrupted
-    from submission.hardware import Fleet
-    from submission.outcome import print_summary
-    from submission.plan import RunConfig
-    from submission.recover import DEFAULT_PROMPT
-    from submission.run import predict as run
+    from submission.predict.deadline import Interrupted
+    from submission.backends.hardware import Fleet
+    from submission.predict.outcome import print_summary
+    from submission.predict.plan import RunConfig
+    from submission.predict.strategies import DEFAULT_PROMPT
+    from submission.predict.run import predict as run
     from submission.types import Sampling
 
     config = RunConfig(
@@ -115,7 +115,7 @@ def predict(
         max_failures=max_failures, fresh=fresh, as_json=as_json,
     )  # fmt: skip
     if dry_run:
-        from submission.rehearsal import rehearse
+        from submission.predict.estimate import rehearse
 
         _print_json(rehearse(config, say), as_json=as_json)
         return
@@ -135,9 +135,9 @@ def validate(
     encoding: Annotated[str, typer.Option(help="Of INPUT.")] = "utf-8",
 ) -> None:
     """Check a submission: ids and order of INPUT, nothing null, blank or twice. Exit code 0 or 1."""
-    from submission.files import shown
-    from submission.pairs import Pairs
-    from submission.validation import validate as problems_of
+    from submission.data.files import shown
+    from submission.data.pairs import Pairs
+    from submission.data.validation import validate as problems_of
 
     pairs = Pairs(input, encoding, limit)
     problems = problems_of(submission, pairs.ids)
@@ -156,7 +156,7 @@ def inspect(
     run: Annotated[Path, typer.Option("--run", "-o", help="The output of the run.")] = Path("submission.csv"),
 ) -> None:
     """Show one row of a run: texts, exact prompt with its token count, raw answer, parsed answer, status."""
-    from submission.inspection import inspect_row
+    from submission.predict.inspect import inspect_row
 
     tell(inspect_row(row_id, run), sys.stdout)
 
@@ -164,7 +164,7 @@ def inspect(
 @app.command()
 def doctor() -> None:
     """Say what is installed, which models, encoders, GPUs and threads would be used, and what is missing."""
-    from submission.doctor import report
+    from submission.predict.doctor import report
 
     tell(report(), sys.stdout)
 

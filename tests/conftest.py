@@ -17,8 +17,8 @@ from typing import Any
 import hypothesis
 import pytest
 
-from submission.models import embedded_gguf
-from submission.tables import write_table
+from submission.backends.models import embedded_gguf
+from submission.data.tables import write_table
 from submission.types import Backend, Chat, Failure, LogLikelihood, Pair
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,7 +168,7 @@ def tiny(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from submission.backends.hf_loading import load_tokenizer
+    from submission.backends.transformers.loading import load_tokenizer
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny")

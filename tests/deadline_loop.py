@@ -12,8 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from submission.tables import write_table
-from submission.validation import validate
+from submission.data.tables import write_table
+from submission.data.validation import validate
 from tests.conftest import PAIR_HEADER, command, environment
 
 TROUBLES = (

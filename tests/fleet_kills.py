@@ -18,8 +18,8 @@ from typing import Any
 
 import psutil
 
-from submission.journal import journal_path
-from submission.validation import validate
+from submission.calls.journal import journal_path
+from submission.data.validation import validate
 from tests.conftest import command, environment, write_examples
 
 VICTIMS = ("worker", "raylet", "driver")

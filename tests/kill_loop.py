@@ -15,8 +15,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from submission.journal import journal_path
-from submission.validation import validate
+from submission.calls.journal import journal_path
+from submission.data.validation import validate
 from tests.conftest import command, environment, write_examples
 
 

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from submission.backends import model_spec
-from submission.backends.llama_cpp import LlamaCpp
+from submission.backends.llama.backend import LlamaCpp
 from submission.backends.schedule import Prompt, Text
-from submission.tables import read_pairs
-from submission.templates import get_template
+from submission.data.tables import read_pairs
+from submission.prompts.templates import get_template
 from submission.types import Request, Sampling
 
 

@@ -21,7 +21,7 @@ from eval.encoders import Encoder, find_encoder
 from eval.intervals import bootstrap
 from eval.metric import sharpened_cosine
 from eval.scoring import score_texts
-from submission.tables import read_triplets
+from submission.data.tables import read_triplets
 
 ROWS, DISTINCT, SLOW_ROWS = 1400, 200, 200
 

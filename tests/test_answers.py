@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from submission.answers import clean_answer, is_blank
-from submission.templates import TEMPLATES
+from submission.prompts.answers import clean_answer, is_blank
+from submission.prompts.templates import TEMPLATES
 
 CASES = {
     'Sure, here is the prompt:\n\n**"Rewrite this as a sea shanty."**\n\nI hope this helps!': (

@@ -14,11 +14,11 @@ import pytest
 
 from submission.backends import ModelSpec, model_spec, names
 from submission.backends.common import stream_seed
-from submission.backends.llama_library import _leave_amx
+from submission.backends.llama.library import _leave_amx
 from submission.backends.scripted import Options, Scripted
 from submission.errors import BackendError, UserError
-from submission.hashing import content_hash
-from submission.templates import TEMPLATES
+from submission.data.hashing import content_hash
+from submission.prompts.templates import TEMPLATES
 from submission.types import Backend, Chat, Message, Pair, Part, Request, Sampling
 from tests.conftest import ROOT, Cli, read_csv, scored, scored_first
 

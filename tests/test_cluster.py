@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from submission.backends import ModelSpec, model_spec
-from submission.cluster import Cluster, Worker, connect
+from submission.calls.ray import Cluster, Worker, connect
 from submission.errors import MissingExtra, UserError
-from submission.hardware import Fleet
-from submission.templates import get_template
+from submission.backends.hardware import Fleet
+from submission.prompts.templates import get_template
 from tests.conftest import ROOT, Cli, scored
 from tests.fleet_kills import one_run
 from tests.test_workers import PAIRS, requests
@@ -80,7 +80,7 @@ def test_a_cluster_is_started_for_the_run(cli: Cli, tmp_path: Path) -> None:
 def test_what_dies_on_the_cluster_loses_no_row_and_doubles_none(
     nodes: Any, kill: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("submission.cluster._PLACE_SECONDS", 5.0)
+    monkeypatch.setattr("submission.calls.ray._PLACE_SECONDS", 5.0)
     ray.init(address=nodes.address, log_to_driver=False, ignore_reinit_error=True)
     more = nodes.add_node(num_cpus=2) if kill == "node" else None
     backend = Cluster(scripted("seconds_per_row=0.01"), Fleet(6 if more else 2, nodes.address, cpus=1))
@@ -107,7 +107,7 @@ def test_the_deadline_holds_on_a_cluster(nodes: Any, cli: Cli) -> None:
 
 
 def test_workers_that_find_room_begin(nodes: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr("submission.cluster._PLACE_SECONDS", 3.0)
+    monkeypatch.setattr("submission.calls.ray._PLACE_SECONDS", 3.0)
     first = Cluster(scripted(), Fleet(3, nodes.address, cpus=1))
     second = Cluster(scripted(), Fleet(2, nodes.address, cpus=1))
     try:

@@ -11,7 +11,7 @@ import pytest
 
 from eval.embedding_cache import EmbeddingCache
 from eval.encoders import EMBEDDED_ENCODER, Encoder, find_encoder
-from submission import models
+from submission.backends import models
 from submission.errors import UserError
 
 TEXTS = ["Rewrite this as a poem.", "Make it formal", "a", "Rewrite this as a poem.", "", "</s> lucrarea"]

@@ -16,14 +16,14 @@ import pytest
 from numpy.typing import NDArray
 
 from submission.backends import embedded, model_spec
-from submission.backends.llama_cpp import LlamaCpp, Options, _limits, weights
-from submission.backends.llama_drawing import Chain, draw_token
-from submission.backends.llama_library import cache_bytes_per_token, encode_weights
+from submission.backends.llama.backend import LlamaCpp, Options, _limits, weights
+from submission.backends.llama.drawing import Chain, draw_token
+from submission.backends.llama.library import cache_bytes_per_token, encode_weights
 from submission.backends.schedule import Shape
-from submission.hashing import content_hash
-from submission.manifest import manifest_path
-from submission.models import EMBEDDED, TUNED, tuned_adapter
-from submission.templates import TEMPLATES, render_rewrite
+from submission.data.hashing import content_hash
+from submission.data.manifest import manifest_path
+from submission.backends.models import EMBEDDED, TUNED, tuned_adapter
+from submission.prompts.templates import TEMPLATES, render_rewrite
 from submission.types import Backend, Chat, LogLikelihood, Message, Pair, Part, Request, Sampling, Triplet
 from tests.conftest import ROOT, Cli, environment, read_csv, scored
 from tests.parity import compare_greedy

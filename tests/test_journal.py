@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from submission import journal as module
+from submission.calls import journal as module
 from submission.errors import PromptRecoveryError, UserError
-from submission.journal import Journal, read_finished
+from submission.calls.journal import Journal, read_finished
 from submission.types import Prediction
 
 FINGERPRINT = {"input": "1", "model": "m"}

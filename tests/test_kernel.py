@@ -16,16 +16,16 @@ from pathlib import Path
 import pytest
 
 from submission import kernel
-from submission.answers import _READ_AS_NULL
+from submission.prompts.answers import _READ_AS_NULL
 from submission.errors import UserError
-from submission.models import PACKAGED
-from submission.outcome import BLANK_INPUT
+from submission.backends.models import PACKAGED
+from submission.predict.outcome import BLANK_INPUT
 from submission.publish.bundle import BundleConfig, bundle, check_replaceable, model_instance, roots, write_contents
 from submission.publish.dry_run import LAYOUTS, Outcome, dry_run, lay_out, network_cut, run_kernel
 from submission.publish.image import kaggle_image
 from submission.publish.wheels import distribution, lacking, newest_needed, own_wheel
-from submission.recover import DEFAULT_PROMPT
-from submission.validation import validate
+from submission.predict.strategies import DEFAULT_PROMPT
+from submission.data.validation import validate
 from tests.conftest import ROOT, small_disk, write_csv
 
 CODE_FILE = ROOT / "submission" / "kernel.py"

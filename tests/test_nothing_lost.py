@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from submission.errors import UserError
-from submission.hashing import content_hash
-from submission.manifest import check_free, claim, made_by, made_files
-from submission.tables import write_table
+from submission.data.hashing import content_hash
+from submission.data.manifest import check_free, claim, made_by, made_files
+from submission.data.tables import write_table
 from submission.types import Pair
 from tests.conftest import ROOT, Cli, command, environment, read_csv, runner, write_csv
 from tests.fuzz.models import write_gguf
@@ -262,7 +262,7 @@ def test_a_model_whose_tensors_are_not_those_of_its_configuration_is_refused(
     import torch
     from safetensors.torch import load_file, save_file
 
-    from submission.backends.hf_loading import load_model
+    from submission.backends.transformers.loading import load_model
     from train.trainer import load_base
 
     shutil.copytree(tiny, tmp_path / "m")
@@ -290,7 +290,7 @@ def test_an_encoder_that_lacks_tensors_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     from eval.encoders import Encoder
-    from submission.models import embedded_encoder
+    from submission.backends.models import embedded_encoder
 
     folder = embedded_encoder()
     assert folder is not None
@@ -306,7 +306,7 @@ def test_an_adapter_of_another_base_is_refused(tiny: Path, tmp_path: Path) -> No
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from submission.backends.hf_loading import load_model
+    from submission.backends.transformers.loading import load_model
 
     def adapter(name: str, **shape: int) -> Path:
         config = LlamaConfig.from_pretrained(tiny, **shape)
@@ -367,7 +367,7 @@ def test_a_gguf_adapter_that_does_not_fit_is_refused(cli: Cli, pairs_csv: Path, 
 def test_large_files_are_told_apart_by_every_byte_and_hashed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from submission import hashing
+    from submission.data import hashing
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = tmp_path / "large"
@@ -493,7 +493,7 @@ def test_the_source_of_a_user_s_module_decides_answers(cli: Cli, pairs_csv: Path
 
 def test_rows_that_cannot_be_read_to_their_end_are_no_matter_of_the_deadline() -> None:
     from submission.errors import PromptRecoveryError
-    from submission.retry import answer_all
+    from submission.calls.retry import answer_all
     from submission.types import Budget, Prediction
 
     def rows() -> Iterator[Pair]:

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from submission.backends import model_spec
-from submission.backends.llama_library import open_model
-from submission.backends.llama_tokenizer import GgufTokenizer
+from submission.backends.llama.library import open_model
+from submission.backends.llama.tokenizer import GgufTokenizer
 from submission.backends.scripted import WordTokenizer
 from submission.errors import BackendError
-from submission.prompts import CUT_MARK, ChatEncoder, cut_middle, looks_like_markup
-from submission.templates import TEMPLATES, render_rewrite
+from submission.prompts.encoding import CUT_MARK, ChatEncoder, cut_middle, looks_like_markup
+from submission.prompts.templates import TEMPLATES, render_rewrite
 from submission.types import Chat, Message, Pair, Part, Triplet
 
 MARKERS = (
@@ -208,7 +208,7 @@ def test_a_unigram_vocabulary_does_not_bring_special_tokens_back() -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from submission.backends.hf_tokenizer import HfTokenizer
+    from submission.backends.transformers.tokenizer import HfTokenizer
 
     pieces = [("<unk>", -20.0), ("<s>", 0.0), ("</s>", 0.0), *((c, -5.0) for c in "▁helo</s>wrd:")]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))

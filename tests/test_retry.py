@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from submission.errors import UserError
-from submission.retry import answer_all
+from submission.calls.retry import answer_all
 from submission.types import Budget, Pair, Prediction
 
 PAIRS = [Pair(str(number), "a", "b") for number in range(20)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from submission.recover import DEFAULT_PROMPT
+from submission.predict.strategies import DEFAULT_PROMPT
 from tests.conftest import Cli, command, environment, read_csv, write_csv
 
 SCRIPTED = ("--backend", "scripted")

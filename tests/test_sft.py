@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from submission.backends import model_spec
-from submission.backends.hf_loading import load_tokenizer
-from submission.backends.hf_tokenizer import HfTokenizer
+from submission.backends.transformers.loading import load_tokenizer
+from submission.backends.transformers.tokenizer import HfTokenizer
 from submission.errors import UserError
-from submission.tables import read_triplets
-from submission.templates import TEMPLATES, get_template
+from submission.data.tables import read_triplets
+from submission.prompts.templates import TEMPLATES, get_template
 from submission.types import Pair, Triplet
 from tests.conftest import ROOT, Cli, command, environment, read_csv, runner
 from tests.test_prompts import MARKERS, sentencepiece_folder

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from eval.encoders import Encoder, find_encoder
 from submission.errors import UserError
-from submission.journal import Journal
-from submission.likelihoods import Likelihoods
-from submission.tables import read_triplets
+from submission.calls.journal import Journal
+from submission.calls.likelihoods import Likelihoods
+from submission.data.tables import read_triplets
 from submission.types import Backend, Pair, Sampling
 from tests.conftest import ROOT, Cli, command, environment, read_csv, runner, write_csv
 from train.cleaning import Cleaner, Cleaning, Row, clean_prompt

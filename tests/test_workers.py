@@ -15,13 +15,13 @@ import pytest
 
 from submission.backends import ModelSpec, model_spec
 from submission.errors import BackendError, UserError
-from submission.fleet import shares
-from submission.hardware import Fleet, visible_gpus
-from submission.likelihoods import Likelihoods
-from submission.tables import read_pairs
-from submission.templates import get_template
+from submission.calls.fleet import shares
+from submission.backends.hardware import Fleet, visible_gpus
+from submission.calls.likelihoods import Likelihoods
+from submission.data.tables import read_pairs
+from submission.prompts.templates import get_template
 from submission.types import Pair, Request, Sampling
-from submission.workers import Process, Workers
+from submission.calls.processes import Process, Workers
 from tests.conftest import ROOT, Cli, command, environment
 
 PAIRS = [Pair(str(number), f"text {number}", f"rewrite {number}") for number in range(300)]

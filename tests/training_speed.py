@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from submission.backends.hf_loading import stay_offline_and_quiet
+from submission.backends.transformers.loading import stay_offline_and_quiet
 from train.bases import base_folder
 from train.encoding import Example
 from train.sft import prepare

@@ -24,7 +24,7 @@ from eval.encoders import Encoder, find_encoder
 from eval.grouping import near_duplicate_groups
 from eval.intervals import bootstrap
 from submission.progress import say
-from submission.tables import read_triplets
+from submission.data.tables import read_triplets
 from submission.types import Triplet
 
 _GAINS = (-np.inf, 1.0, 8.0)  # nats

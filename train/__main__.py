@@ -115,7 +115,7 @@ def rewrites(
     Prompts of one style meet texts of their own, so the triplets can be split with no style or text on two sides.
     """
     from submission.backends import model_spec
-    from submission.hardware import Fleet
+    from submission.backends.hardware import Fleet
     from train.stages import Rewrites, make_rewrites
 
     config = Rewrites(size, temperature, top_p, min_p, length_factor, max_new_tokens, keep_cut, seed)

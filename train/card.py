@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.scoring import one_line
-from submission.files import atomic_path, atomic_writer
+from submission.data.files import atomic_path, atomic_writer
 from train.cleaning import Row
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from submission.tables import says_something
+from submission.data.tables import says_something
 
 _BEFORE_MARK = re.compile(r"\s+([?.!,':;])")
 

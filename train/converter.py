@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from submission.errors import MissingExtra, UserError
-from submission.files import atomic_folder, cache_folder
-from submission.hashing import content_hash
-from submission.manifest import installed_version
+from submission.data.files import atomic_folder, cache_folder
+from submission.data.hashing import content_hash
+from submission.data.manifest import installed_version
 from submission.progress import tell
 
 _MODEL, _LORA = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from submission.backends.hf_loading import load_config, stay_offline_and_quiet
-from submission.backends.hf_tokenizer import HfTokenizer
+from submission.backends.transformers.loading import load_config, stay_offline_and_quiet
+from submission.backends.transformers.tokenizer import HfTokenizer
 from submission.errors import UserError, first_line
 from submission.progress import spelled_out, tell
 from train.bases import base_folder

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from submission.backends.hf_tokenizer import HfTokenizer
+from submission.backends.transformers.tokenizer import HfTokenizer
 from submission.errors import BackendError, UserError
-from submission.prompts import ChatEncoder
-from submission.templates import Template
+from submission.prompts.encoding import ChatEncoder
+from submission.prompts.templates import Template
 from submission.types import Triplet
 
 IGNORED = -100

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from submission.backends.hf_tokenizer import HfTokenizer
+from submission.backends.transformers.tokenizer import HfTokenizer
 from submission.errors import BackendError, UserError
-from submission.prompts import ChatEncoder
-from submission.templates import NO, YES, render_yes_no
+from submission.prompts.encoding import ChatEncoder
+from submission.prompts.templates import NO, YES, render_yes_no
 from submission.types import Pair, Triplet
 from train.encoding import Example
 

@@ -19,12 +19,12 @@ from typing import Any
 
 from eval.encoders import Encoder
 from submission.errors import UserError
-from submission.files import atomic_path
-from submission.hashing import content_hash
-from submission.likelihoods import journalled
-from submission.manifest import check_apart, check_free, claim, read_manifest, write_manifest
+from submission.data.files import atomic_path
+from submission.data.hashing import content_hash
+from submission.calls.likelihoods import journalled
+from submission.data.manifest import check_apart, check_free, claim, read_manifest, write_manifest
 from submission.progress import show_progress
-from submission.tables import some, write_table
+from submission.data.tables import some, write_table
 from train import card, screens
 from train.cleaning import Cleaner, Row
 from train.recipe import Recipe, Source

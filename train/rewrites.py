@@ -15,10 +15,10 @@ from pathlib import Path
 
 from submission.backends import ModelSpec
 from submission.errors import UserError
-from submission.generation import Job
-from submission.prompts import ChatEncoder
-from submission.tables import has_columns, read_table
-from submission.templates import render_rewrite
+from submission.calls.generation import Job
+from submission.prompts.encoding import ChatEncoder
+from submission.data.tables import has_columns, read_table
+from submission.prompts.templates import render_rewrite
 from submission.types import Sampling
 from train.prompts import Prompt
 

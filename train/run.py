@@ -18,10 +18,10 @@ from eval.encoders import Encoder, find_encoder
 from submission.backends import model_spec
 from submission.config import from_mapping, read_toml
 from submission.errors import UserError
-from submission.files import write_json
-from submission.hashing import content_hash
-from submission.manifest import check_free, claim, made_by, manifest_path, read_manifest
-from submission.models import resolve_folder
+from submission.data.files import write_json
+from submission.data.hashing import content_hash
+from submission.data.manifest import check_free, claim, made_by, manifest_path, read_manifest
+from submission.backends.models import resolve_folder
 from train.gguf import Gguf, export
 from train.merge import merge
 from train.prepare import prepare

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from eval.encoders import Encoder
 from eval.grouping import plain_text
 from eval.metric import sharpened_cosine
-from submission.likelihoods import Likelihoods
-from submission.templates import render_rewrite
+from submission.calls.likelihoods import Likelihoods
+from submission.prompts.templates import render_rewrite
 from submission.types import Chat, Message, Part
 from train.cleaning import Row
 

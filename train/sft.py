@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from submission.backends import require
-from submission.backends.hf_loading import load_tokenizer, stay_offline_and_quiet
+from submission.backends.transformers.loading import load_tokenizer, stay_offline_and_quiet
 from submission.errors import UserError, first_line
-from submission.files import atomic_path, read_json, write_json
-from submission.hashing import content_hash
-from submission.manifest import check_apart, check_free, claim, made_by, made_folder, write_manifest
-from submission.models import NOTE
+from submission.data.files import atomic_path, read_json, write_json
+from submission.data.hashing import content_hash
+from submission.data.manifest import check_apart, check_free, claim, made_by, made_folder, write_manifest
+from submission.backends.models import NOTE
 from submission.progress import show_progress
-from submission.tables import read_triplets
-from submission.templates import get_template
+from submission.data.tables import read_triplets
+from submission.prompts.templates import get_template
 from submission.types import Triplet
 from train.bases import base_folder
 from train.encoding import Example

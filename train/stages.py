@@ -16,11 +16,11 @@ from typing import Any
 from eval.encoders import Encoder
 from submission.backends import ModelSpec
 from submission.errors import UserError
-from submission.files import on_store
-from submission.generation import answer
-from submission.hashing import content_hash
-from submission.manifest import check_output, claim, read_manifest, write_manifest
-from submission.tables import read_table, says_something, write_table
+from submission.data.files import on_store
+from submission.calls.generation import answer
+from submission.data.hashing import content_hash
+from submission.data.manifest import check_output, claim, read_manifest, write_manifest
+from submission.data.tables import read_table, says_something, write_table
 from submission.types import Sampling
 from train import prompts, rewrites, texts
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from submission.backends.hf_tokenizer import HfTokenizer
-from submission.prompts import ChatEncoder
-from submission.templates import get_template
+from submission.backends.transformers.tokenizer import HfTokenizer
+from submission.prompts.encoding import ChatEncoder
+from submission.prompts.templates import get_template
 from submission.types import Triplet
 from train.encoding import AnswerEncoder, Example
 from train.judging import QuestionEncoder, questions

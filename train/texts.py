@@ -22,8 +22,8 @@ from eval.encoders import Encoder
 from eval.grouping import NEAR_TEXTS, first_of_each
 from submission.config import read_toml
 from submission.errors import UserError
-from submission.generation import Job
-from submission.tables import says_something
+from submission.calls.generation import Job
+from submission.data.tables import says_something
 from submission.types import Chat, Message, Part, Sampling
 from train.sources import read_records
 

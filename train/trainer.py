@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from submission.backends.hf_loading import from_disk
+from submission.backends.transformers.loading import from_disk
 from submission.errors import UserError, first_line
 from train.encoding import IGNORED, Example
 from train.sft_config import Sft

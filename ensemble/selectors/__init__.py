@@ -16,7 +16,7 @@ from ensemble.selectors.asking import Asking, Selector
 from ensemble.selectors.combine import combined
 from eval.encoders import Encoder
 from submission.errors import UserError
-from submission.likelihoods import Likelihoods
+from submission.calls.likelihoods import Likelihoods
 
 __all__ = ["SELECTORS", "Asking", "Candidate", "Selector", "Tools", "make_selectors"]
 

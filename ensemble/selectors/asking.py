@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from ensemble.candidates import Candidate
-from submission.likelihoods import Known, Likelihoods, Question
+from submission.calls.likelihoods import Known, Likelihoods, Question
 from submission.types import Pair
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from ensemble.candidates import Candidate
 from ensemble.selectors.asking import Asking, Selector
-from submission.likelihoods import Likelihoods, Question
+from submission.calls.likelihoods import Likelihoods, Question
 from submission.types import Pair
 
 

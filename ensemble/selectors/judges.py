@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from ensemble.candidates import Candidate
 from ensemble.selectors.asking import Asker, softmax
-from submission.likelihoods import Known, Likelihoods, Question
-from submission.templates import LETTERS, NO, RATINGS, YES, render_pick, render_rate, render_yes_no
+from submission.calls.likelihoods import Known, Likelihoods, Question
+from submission.prompts.templates import LETTERS, NO, RATINGS, YES, render_pick, render_rate, render_yes_no
 from submission.types import Pair
 
 if TYPE_CHECKING:

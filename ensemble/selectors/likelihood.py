@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from ensemble.candidates import Candidate
 from ensemble.selectors.asking import Asker
-from submission.likelihoods import Known, Question
-from submission.recover import DEFAULT_PROMPT
-from submission.templates import render_rewrite
+from submission.calls.likelihoods import Known, Question
+from submission.predict.strategies import DEFAULT_PROMPT
+from submission.prompts.templates import render_rewrite
 from submission.types import Pair
 
 

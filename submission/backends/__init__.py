@@ -14,15 +14,15 @@ from typing import Any, Protocol, cast
 
 from submission.config import from_settings
 from submission.errors import MissingExtra, UserError
-from submission.hardware import ALONE, Fleet
-from submission.models import EMBEDDED, PACKAGED, TUNED
-from submission.prompts import ChatEncoder
+from submission.backends.hardware import ALONE, Fleet
+from submission.backends.models import EMBEDDED, PACKAGED, TUNED
+from submission.prompts.encoding import ChatEncoder
 from submission.types import Backend
 
 # name -> (module, packages it needs as (import name, extra); "" is the core installation)
 _BACKENDS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
-    "llama_cpp": ("submission.backends.llama_cpp", (("llama_cpp", ""),)),
-    "transformers": ("submission.backends.transformers", (("torch", "hf"), ("transformers", "hf"))),
+    "llama_cpp": ("submission.backends.llama.backend", (("llama_cpp", ""),)),
+    "transformers": ("submission.backends.transformers.backend", (("torch", "hf"), ("transformers", "hf"))),
     "scripted": ("submission.backends.scripted", ()),
 }
 
@@ -55,11 +55,11 @@ class ModelSpec:
             UserError: the files are there but cannot be loaded.
         """
         if self.fleet.ray:
-            from submission.cluster import Cluster
+            from submission.calls.ray import Cluster
 
             return Cluster(self, self.fleet)
         if not self.fleet.alone:
-            from submission.workers import Workers
+            from submission.calls.processes import Workers
 
             return Workers(self, self.fleet.count)
         return _module(self.backend).load(self)

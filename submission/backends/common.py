@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from submission.prompts import EncodedPrompt
+from submission.prompts.encoding import EncodedPrompt
 from submission.types import Completion, Request
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from submission.errors import BackendError, UserError
-from submission.files import read_json
-from submission.prompts import ChatEncoder, SpecialToken
+from submission.data.files import read_json
+from submission.prompts.encoding import ChatEncoder, SpecialToken
 from submission.types import Chat, Completion, Failure, LogLikelihood, Request
 
 if TYPE_CHECKING:

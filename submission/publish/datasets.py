@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from submission.errors import UserError
-from submission.files import write_json
+from submission.data.files import write_json
 from submission.publish.client import TRANSFER_SECONDS, KaggleError, Say, failure, http_status, run_client, shell_line
 from submission.publish.metadata import (
     DATASET_FILE,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from submission.errors import UserError
-from submission.files import read_json
+from submission.data.files import read_json
 
 PLACEHOLDER = "OWNER"
 """Stands for the user who pushes, wherever an owner is expected."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from submission import kernel
 from submission.errors import UserError
-from submission.models import PACKAGED
+from submission.backends.models import PACKAGED
 
 _GPU = "NvidiaTeslaT4"  # two of them, the competition's usual machine
 _GPU_CODE = ("libggml-cuda", "libggml-hip")  # in a wheel of llama-cpp-python that was built for GPUs

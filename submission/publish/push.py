@@ -14,8 +14,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from submission.files import write_json
-from submission.manifest import made_files
+from submission.data.files import write_json
+from submission.data.manifest import made_files
 from submission.publish.client import (
     CALL_SECONDS,
     TRANSFER_SECONDS,

@@ -13,8 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 from submission.errors import PromptRecoveryError, UserError
-from submission.files import atomic_folder, cache_folder
-from submission.manifest import installed_version
+from submission.data.files import atomic_folder, cache_folder
+from submission.data.manifest import installed_version
 from submission.publish.image import Image
 
 OURS = "prompt-recovery"

@@ -39,7 +39,7 @@ def prepare(kind: str) -> None:
         llama_probe.subprocess.run = fork_instead  # type: ignore[attr-defined]
 
 
-_ROOMS = ("submission.__main__", "eval.__main__", "train.__main__", "ensemble.__main__", "submission.run")
+_ROOMS = ("submission.__main__", "eval.__main__", "train.__main__", "ensemble.__main__", "submission.predict.run")
 _IMPORTS = {
     "csv": _ROOMS,
     "parquet": (*_ROOMS, "pandas", "pyarrow.parquet"),

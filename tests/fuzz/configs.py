@@ -117,8 +117,8 @@ def manifest_case(draw: random.Random, folder: Path) -> Callable[[], object]:
 
 
 def _finished_run(folder: Path) -> Path:
-    from submission.plan import RunConfig
-    from submission.run import predict
+    from submission.predict.plan import RunConfig
+    from submission.predict.run import predict
 
     predict(RunConfig(folder / "pairs.csv", folder / "out.csv", backend="scripted"), lambda _: None)
     return folder / "out.csv.run.json"
@@ -276,7 +276,7 @@ def _note(draw: random.Random, folder: Path) -> Callable[[], object]:
     (adapter / "prompt-recovery.json").write_bytes(mutate.json_bytes(draw, {"template": "brief", "base": "embedded"}))
     (adapter / "adapter_config.json").write_bytes(mutate.json_bytes(draw, {"base_model_name_or_path": "none", "r": 4}))
     (adapter / "adapter_model.safetensors").write_bytes(b"")
-    from submission.models import noted_template
+    from submission.backends.models import noted_template
     from train.merge import named_base
 
     return lambda: (noted_template(adapter), named_base(adapter))

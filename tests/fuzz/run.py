@@ -159,7 +159,7 @@ def _digest(file: Path) -> str:
 
 
 def fork_instead(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """Stands for `subprocess.run` of `python -m submission.backends.llama_probe`: its `main`, in a forked process.
+    """Stands for `subprocess.run` of `python -m submission.backends.llama.probe`: its `main`, in a forked process.
 
     The same code in a process of its own, without starting an interpreter for each case.
     """

@@ -1,0 +1,171 @@
+"""Models, adapters and tokenizers of transformers, from disk only."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from submission.backends.transformers.tokenizer import HfTokenizer
+from submission.errors import UserError, first_line
+from submission.data.tables import some
+
+
+def stay_offline_and_quiet() -> None:
+    # Read when huggingface_hub is first imported; `local_files_only` alone leaves some look-ups.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TQDM_DISABLE"] = "1"  # the run has a progress bar of its own
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels that a CPU does not need
+
+
+def load_tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, path, "tokenizer")
+
+
+def load_config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, path, "configuration")
+
+
+def _from_pretrained(kind: Any, path: Path, what: str) -> Any:
+    folder, file = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **file)
+    except Exception as error:
+        raise UserError(f"the {what} of {path} cannot be loaded: {first_line(error)}") from error
+
+
+def load_model(path: Path, adapter: Path | None, *, device: str, dtype: str, load_in_4bit: bool) -> Any:
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        on_gpu = torch.device(device).type == "cuda"
+    except RuntimeError as error:
+        raise UserError(f"option device={device!r} is no device of torch: {first_line(error)[:200]}") from None
+    if on_gpu and not torch.cuda.is_available():
+        raise UserError(f"option device={device!r}: torch finds no CUDA GPU; use device=cpu")
+    if dtype == "auto":
+        # T4 and older have no bfloat16 units.
+        dtype = ("bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16") if on_gpu else "float32"
+    arguments: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    folder = path
+    if path.is_file():
+        from transformers import GgufConfig
+
+        folder = path.parent
+        # Without `dequantize` the weights stay packed, at half the speed.
+        arguments |= {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
+    if load_in_4bit:
+        from transformers import BitsAndBytesConfig
+
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )  # fmt: skip
+        arguments["device_map"] = {"": device}
+    model = from_disk(folder, path, **arguments)
+    if adapter is not None:
+        model = with_adapter(model, adapter)
+        if not load_in_4bit:
+            model = model.merge_and_unload()  # an unmerged adapter nearly halves the speed
+    if not load_in_4bit:
+        try:
+            model = model.to(device)
+        except (RuntimeError, AssertionError) as error:  # unknown, or not there, or too small
+            raise UserError(f"the model cannot be put on device={device!r}: {first_line(error)}") from error
+    return model.eval()
+
+
+def from_disk(folder: Path, path: Path, **arguments: Any) -> Any:
+    """A causal language model, with all of its tensors.
+
+    Args:
+        folder: that holds it.
+        path: of the model, as its user named it.
+        arguments: more, as `from_pretrained` takes them.
+
+    Raises:
+        UserError: it cannot be loaded, or its weights are not those of its configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if path.is_dir():
+        arguments["use_safetensors"] = True
+    try:
+        # Mismatched sizes are let through here: the library's own error does not name them.
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True,
+            trust_remote_code=False, **arguments,
+        )  # fmt: skip
+    except Exception as error:
+        raise UserError(f"model {path} cannot be loaded by transformers: {first_line(error)}") from error
+    _check_complete(path, found)
+    return model
+
+
+def _check_complete(path: Path, found: Mapping[str, Any]) -> None:
+    """Refuse weights that are not those of the configuration; what is missing would be random.
+
+    Args:
+        path: of the model.
+        found: the loading info of `from_pretrained`.
+    """
+    mismatched = [f"{name} (shape {tuple(there)} instead of {tuple(wanted)})"
+                  for name, there, wanted in found["mismatched_keys"]]  # fmt: skip
+    for what, names in (("lacks", found["missing_keys"]), ("has, and its configuration does not know,",
+                        found["unexpected_keys"]), ("has in other shapes", mismatched)):  # fmt: skip
+        if names:
+            raise UserError(
+                f"model {path} {what} {len(names)} tensors: {some(sorted(names))}\n"
+                "Its weights and its config.json do not go together, or a file is missing."
+            )
+
+
+def with_adapter(model: Any, adapter: Path) -> Any:
+    """A model with a PEFT adapter beside its weights.
+
+    Raises:
+        UserError: it is damaged, or one of its tensors has no place in the model, or a place has no tensor.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    own = set(model.state_dict())
+    try:
+        model = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
+        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+            given = set(file.keys())
+        places = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    except Exception as error:
+        words = " ".join(str(error).split())[:300]  # torch names the tensor on its second line
+        raise UserError(f"adapter {adapter} does not fit this model: {type(error).__name__}: {words}") from error
+    homeless = sorted(name for name in given - places if name.removeprefix("base_model.model.") not in own)
+    for what, names in (("has no place for", homeless), ("misses", sorted(places - given))):
+        if names:
+            raise UserError(
+                f"adapter {adapter} does not fit this model, which {what} {len(names)} of its tensors: {some(names)}\n"
+                "Was it trained on another base?"
+            )
+    return model
+
+
+def end_tokens(model: Any, tokenizer: HfTokenizer) -> list[int]:
+    """All ids that end an answer: the model's, the tokenizer's and the usual end-of-turn markers."""
+    configured = model.generation_config.eos_token_id
+    ends = [*(configured if isinstance(configured, list) else [configured]), tokenizer.hf.eos_token_id]
+    markers = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "</s>")
+    ends += [tokenizer.specials[name].id for name in markers if name in tokenizer.specials]
+    found = [end for end in dict.fromkeys(ends) if end is not None]
+    if not found:
+        raise UserError("the model names no end-of-text token")
+    return found

@@ -1,0 +1,1 @@
+"""Model calls, in processes of their own."""

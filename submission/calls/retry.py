@@ -1,0 +1,134 @@
+"""No row is lost to a failing batch: it is split and tried again, down to single rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+from submission.prompts.answers import is_blank, storable
+from submission.errors import PromptRecoveryError, UserError, first_line
+from submission.types import Budget, Pair, Prediction, Recover
+
+_REASON_CHARS = 200
+
+
+_BLOCK = 64  # rows that are suspected when a way of predicting fails before it took one
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    pairs: Iterator[Pair]
+    rows: int = 0  # of pairs that have failed before, in other company; 0 for untried ones
+
+
+def answer_all(recover: Recover, pairs: Iterable[Pair], budget: Budget) -> Iterator[Prediction]:
+    """Yield one prediction per pair, in any order; rows that fail alone, twice, come out as `failed`.
+
+    Pairs are taken as the way of predicting takes them. When it raises, the rows that it had taken without answering
+    are split into halves and tried again before it goes on with the rest.
+
+    Raises:
+        UserError: passed on, since trying again would not help.
+        PromptRecoveryError: the pairs cannot be read to their end, or the way of predicting ended the process.
+    """
+    pairs = _Source(pairs)
+    work = [_Attempt(iter(pairs))]
+    while work:
+        attempt = work.pop()
+        taken: dict[str, Pair] = {}
+
+        def feed(rest: Iterator[Pair] = attempt.pairs, taken: dict[str, Pair] = taken) -> Iterator[Pair]:
+            for pair in rest:
+                taken[pair.id] = pair
+                yield pair
+
+        try:
+            for prediction in recover(feed(), budget):
+                if not isinstance(prediction, Prediction):
+                    raise TypeError(f"an answer that is no Prediction but {type(prediction).__name__}")
+                if not isinstance(prediction.id, str) or taken.pop(prediction.id, None) is None:
+                    raise RuntimeError(f"an answer for id {prediction.id!r}, which was not asked for")
+                yield checked(prediction)
+            trouble = None
+        except UserError:
+            raise
+        except SystemExit as error:
+            raise PromptRecoveryError(f"the way of predicting called sys.exit({error.code!r}): it must not") from error
+        except Exception as error:
+            # Only its words are kept: its frames may hold a GPU's memory, which the next try needs.
+            trouble = first_line(error)[:_REASON_CHARS]
+        pairs.check()
+        if trouble is None or attempt.rows == 1:
+            for pair in chain(taken.values(), attempt.pairs):
+                yield Prediction(pair.id, "", "failed", trouble or "no answer")
+            continue
+        # If it failed before it took a row, the rows ahead are what to divide.
+        failed = list(taken.values()) or list(islice(attempt.pairs, _BLOCK))
+        ahead = list(islice(attempt.pairs, 1))
+        if ahead:
+            work.append(_Attempt(chain(ahead, attempt.pairs)))
+        half = (len(failed) + 1) // 2
+        work += [_Attempt(iter(part), len(part)) for part in (failed[half:], failed[:half]) if part]
+
+
+class _Source:
+    """The pairs of a run, as they are read; remembers when they could not be."""
+
+    def __init__(self, pairs: Iterable[Pair]) -> None:
+        self._pairs = iter(pairs)
+        self._trouble: Exception | None = None
+
+    def __iter__(self) -> Iterator[Pair]:
+        return self
+
+    def __next__(self) -> Pair:
+        try:
+            return next(self._pairs)
+        except StopIteration:
+            raise
+        except Exception as error:
+            self._trouble = error
+            raise
+
+    def check(self) -> None:
+        """Raise what went wrong when a pair was read: no other pairs will come."""
+        if isinstance(self._trouble, PromptRecoveryError):
+            raise self._trouble
+        if self._trouble is not None:
+            raise PromptRecoveryError(
+                f"the rows cannot be read to their end: {first_line(self._trouble)}\n"
+                "What is finished is safe in the journal."
+            ) from self._trouble
+
+
+def checked(prediction: Prediction) -> Prediction:
+    """The prediction if it is sound, or as near as can be: a row with a text of another kind failed.
+
+    It may come from a way of predicting of the user's own, so any field may hold anything.
+    """
+    text, status, reason = prediction.text, prediction.status, prediction.reason
+    if not isinstance(text, str):
+        text, status, reason = "", "failed", f"its text is no text but {type(text).__name__}"
+    text = storable(text)
+    if status not in ("ok", "failed", "unfinished"):
+        text, status, reason = "", "failed", f"its status is {str(status)[:40]!r}"
+    elif status == "ok" and is_blank(text):
+        text, status, reason = "", "failed", "empty answer"
+    return Prediction(
+        prediction.id, text, status, storable(_as_text(reason))[:_REASON_CHARS], storable(_as_text(prediction.raw)),
+        _as_number(prediction.prompt_tokens), bool(_as_number(prediction.truncated)),
+    )  # fmt: skip
+
+
+def _as_text(value: object) -> str:
+    return value if type(value) is str else "" if value is None else str(value)[:_REASON_CHARS]
+
+
+def _as_number(value: Any) -> int:
+    """A whole number of any kind, such as numpy's; 0 for what is none."""
+    try:
+        return max(0, int(value))
+    except (TypeError, ValueError, OverflowError):
+        return 0

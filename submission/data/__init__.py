@@ -1,0 +1,1 @@
+"""Tables and files: what is read, what is written, and whose it is."""

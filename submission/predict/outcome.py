@@ -1,0 +1,163 @@
+"""The end of a run: fill what is missing with the fallback, write the file whole, read it back, sum up."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from submission.errors import PromptRecoveryError
+from submission.data.files import shown
+from submission.calls.journal import journal_path
+from submission.progress import tell
+from submission.data.tables import write_predictions
+from submission.types import Prediction
+from submission.data.validation import validate
+
+BLANK_INPUT = "blank rewritten_text"
+DEADLINE = "deadline"
+NO_ANSWER = "no answer"
+
+EXIT_TOO_MANY_FAILED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What came out of a run.
+
+    Attributes:
+        rows: of the output.
+        fallbacks: rows that took the fallback, for whatever reason.
+        reasons: how many for which reason, most frequent first.
+        truncated: rows whose texts were cut to fit the model.
+        computed: rows computed by this process; the others were in the journal.
+        seconds: since the process started.
+        rows_per_second: computed rows per second of computing, loading left out; 0 if none was computed.
+        too_many_failed: more rows failed than was allowed.
+    """
+
+    rows: int
+    fallbacks: int
+    reasons: Mapping[str, int]
+    truncated: int
+    computed: int
+    seconds: float
+    rows_per_second: float
+    output: Path
+    too_many_failed: bool
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 3 when too many rows failed."""
+        return EXIT_TOO_MANY_FAILED if self.too_many_failed else 0
+
+    def as_json(self) -> str:
+        """One line for programs."""
+        return json.dumps(
+            {
+                "rows": self.rows,
+                "fallbacks": self.fallbacks,
+                "reasons": dict(self.reasons),
+                "truncated": self.truncated,
+                "computed": self.computed,
+                "seconds": round(self.seconds, 3),
+                "rows_per_second": round(self.rows_per_second, 4),
+                "output": shown(self.output),
+                "journal": str(journal_path(self.output)),
+                "exit_code": self.exit_code,
+            }
+        )
+
+    def as_text(self) -> str:
+        """A few lines for people."""
+        lines = [f"rows       {self.rows} ({self.computed} computed now)"]
+        lines.append(f"fallbacks  {self.fallbacks}")
+        lines += [f"           {count} x {reason}" for reason, count in self.reasons.items()]
+        lines.append(f"truncated  {self.truncated}")
+        lines.append(f"time       {self.seconds:.1f} s, {self.rows_per_second:.2f} rows/s")
+        lines.append(f"output     {shown(self.output)} (valid)")
+        if self.too_many_failed:
+            lines.append("Too many rows failed: look at one with `inspect ID`, then run again with --fresh.")
+        return "\n".join(lines)
+
+
+def finish(
+    output: Path,
+    ids: Iterable[str],
+    finished: Mapping[str, Prediction],
+    *,
+    fallback: str,
+    max_failures: float,
+    computed: int,
+    seconds: float,
+    computing_seconds: float,
+    late: bool,
+) -> Summary:
+    """Write the output for all `ids` and validate it by reading it back.
+
+    Args:
+        ids: in order; they are gone through more than once.
+        finished: the rows that were tried; the others count as stopped by the deadline, if it came.
+        fallback: takes the place of failed and missing answers.
+        max_failures: the share of tried rows, 0 to 1, above which too many failed.
+        late: whether the deadline came before all rows were tried.
+
+    Raises:
+        PromptRecoveryError: what was read back is not valid (a fault of the disk or of this program).
+        OSError: the file could not be written.
+    """
+    count = _Count(finished, fallback, late=late)
+    write_predictions(output, count.rows(ids))
+    problems = validate(output, ids)
+    if problems:
+        raise PromptRecoveryError(f"{shown(output)} was written but is not valid: {problems[0]}")
+    return Summary(
+        rows=count.written,
+        fallbacks=sum(count.reasons.values()),
+        reasons=dict(count.reasons.most_common()),
+        truncated=count.truncated,
+        computed=computed,
+        seconds=seconds,
+        rows_per_second=computed / computing_seconds if computed and computing_seconds > 0 else 0.0,
+        output=output,
+        too_many_failed=count.failed > max_failures * count.asked,
+    )
+
+
+class _Count:
+    """Goes through the rows once, so that what is written and what is told agree while the journal still grows."""
+
+    def __init__(self, finished: Mapping[str, Prediction], fallback: str, *, late: bool) -> None:
+        self._finished, self._fallback, self._late = finished, fallback, late
+        self.reasons: Counter[str] = Counter()
+        self.written = self.truncated = self.asked = self.failed = 0
+
+    def rows(self, ids: Iterable[str]) -> Iterator[tuple[str, str]]:
+        """What is to be written."""
+        for row_id in ids:
+            self.written += 1
+            prediction = self._finished.get(row_id)
+            if prediction is None:
+                self.reasons[DEADLINE if self._late else NO_ANSWER] += 1
+                self.asked += not self._late
+                self.failed += not self._late
+                yield row_id, self._fallback
+                continue
+            failed = prediction.status != "ok"
+            self.truncated += prediction.truncated
+            if prediction.reason != BLANK_INPUT:
+                self.asked += 1
+                self.failed += failed
+            if failed:
+                self.reasons[prediction.reason] += 1
+            yield row_id, self._fallback if failed else prediction.text
+
+
+def print_summary(summary: Summary, *, as_json: bool) -> None:
+    """For people on standard error when a program reads standard output."""
+    tell(summary.as_text(), sys.stderr if as_json else sys.stdout)
+    if as_json:
+        tell(summary.as_json(), sys.stdout)

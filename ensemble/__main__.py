@@ -222,7 +222,7 @@ def trial(
 
 def _check_apart(output: Path, **inputs: Path | None) -> None:
     """Refuse to write over a file that is read."""
-    from submission.data.manifest import check_apart
+    from submission.data.outputs import check_apart
 
     check_apart(output, [output], ((f"file of {what}", path) for what, path in inputs.items() if path is not None))
 

@@ -23,7 +23,7 @@ from eval.scoring import Truth, check_same_ids, interval_figures, read_truth, sc
 from eval.sections import kinds_of_prompt
 from submission.errors import UserError
 from submission.data.files import write_json
-from submission.data.manifest import check_apart, check_free, check_output, made_files
+from submission.data.outputs import check_apart, check_free, check_output, made_files
 from submission.predict.strategies import DEFAULT_PROMPT
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from eval.grouping import plain_text
 from eval.scoring import Truth
 from submission.errors import UserError
 from submission.data.files import read_json, write_json
-from submission.data.manifest import made_files
+from submission.data.outputs import made_files
 
 _RIDGE = 1e-3
 

@@ -14,7 +14,7 @@ from eval.encoders import Encoder
 from submission.prompts.answers import is_blank, storable
 from submission.calls.generation import Job, answer
 from submission.backends.hardware import ALONE, Fleet
-from submission.data.manifest import check_output, made_files
+from submission.data.outputs import check_output, made_files
 from submission.data.tables import says_something
 from submission.prompts.templates import Template
 from submission.types import Completion, Pair, Triplet

@@ -16,7 +16,7 @@ from ensemble.selectors import make_selectors
 from eval.encoders import Encoder
 from submission.backends.hardware import ALONE, Fleet
 from submission.data.hashing import content_hash
-from submission.data.manifest import check_output, made_files
+from submission.data.outputs import check_output, made_files
 from submission.data.tables import write_predictions
 
 

@@ -72,7 +72,7 @@ def constant(
     from eval.constant import Search, fit_constant
     from eval.encoders import find_encoder
     from eval.scoring import read_truth
-    from submission.data.manifest import check_output
+    from submission.data.outputs import check_output
 
     if output is not None:
         check_output(output, [("training table", train), *([("test table", test)] if test else [])])
@@ -209,7 +209,7 @@ def report(
     from eval.encoders import find_encoder
     from eval.report import write_report
     from eval.sections import Subject, sections
-    from submission.data.manifest import check_output
+    from submission.data.outputs import check_output
 
     check_output(output, [("truth", truth)])
     chosen = find_encoder(encoder)

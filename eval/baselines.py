@@ -22,7 +22,7 @@ from eval.scoring import Truth, read_truth
 from submission.prompts.answers import storable
 from submission.errors import UserError
 from submission.data.files import atomic_writer
-from submission.data.manifest import check_free, made_files
+from submission.data.outputs import check_free, made_files
 from submission.backends.models import EMBEDDED
 from submission.predict.plan import RunConfig
 from submission.predict.run import predict

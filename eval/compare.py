@@ -16,7 +16,7 @@ from eval.encoders import Encoder
 from eval.intervals import Interval, bootstrap, rows_needed
 from eval.scoring import Scored, Truth, interval_figures, one_line, score_file, score_texts
 from submission.errors import UserError
-from submission.data.manifest import manifest_path, read_manifest
+from submission.data.outputs import manifest_path, read_manifest
 from submission.predict.strategies import DEFAULT_PROMPT
 
 N = TypeVar("N", int, float)

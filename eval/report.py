@@ -15,7 +15,7 @@ from pathlib import Path
 
 from submission.backends import require
 from submission.data.files import atomic_path, atomic_writer
-from submission.data.manifest import made_files
+from submission.data.outputs import made_files
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from submission.backends.llama.backend import LlamaCpp, weights
 from submission.backends.schedule import Text
 from submission.errors import UserError
 from submission.data.files import atomic_path
-from submission.data.manifest import check_output, made_files
+from submission.data.outputs import check_output, made_files
 from submission.backends.models import EMBEDDED
 from submission.data.tables import read_pairs, read_triplets
 from submission.prompts.templates import get_template, render_rewrite

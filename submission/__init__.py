@@ -3,6 +3,8 @@
 python -m submission predict examples/test.csv -o submission.csv
 """
 
+import time
+
 from submission.errors import BackendError, MissingExtra, PromptRecoveryError, UserError
 from submission.types import (
     Backend,
@@ -12,6 +14,7 @@ from submission.types import (
     Failure,
     LogLikelihood,
     Message,
+    Model,
     Pair,
     Part,
     Prediction,
@@ -23,7 +26,11 @@ from submission.types import (
 
 __version__ = "0.1.0"
 
+STARTED = time.monotonic()
+"""When the program began: from here a deadline counts."""
+
 __all__ = [
+    "STARTED",
     "Backend",
     "BackendError",
     "Budget",
@@ -33,6 +40,7 @@ __all__ = [
     "LogLikelihood",
     "Message",
     "MissingExtra",
+    "Model",
     "Pair",
     "Part",
     "Prediction",

@@ -61,9 +61,7 @@ def predict(
         Path | None, typer.Option(help="Triplets (pairs with rewrite_prompt) to show as examples.")
     ] = None,
     n_shots: Annotated[int, typer.Option(min=0, help="How many examples: the first rows of --shots.")] = 3,
-    recover: Annotated[
-        str, typer.Option(help="Way of predicting: zero_shot, few_shot, constant or module:object.")
-    ] = "",
+    recover: Annotated[str, typer.Option(help="Strategy: zero_shot, few_shot, constant or module:object.")] = "",
     recover_config: Annotated[Path | None, typer.Option(help="TOML file with the options of --recover.")] = None,
     fallback: Annotated[
         str | None, typer.Option(help="Prompt for rows without an answer; default: a sensible constant.")
@@ -74,13 +72,13 @@ def predict(
     min_p: Annotated[float, typer.Option(min=0, max=1, help="Least probability beside the best token's.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the random streams.")] = 0,
     deadline: Annotated[
-        str | None, typer.Option(help="Have a complete file by then, such as 8h30m, from the start of the process.")
+        str | None, typer.Option(help="Have a complete file by then, such as 8h30m, from the start of the command.")
     ] = None,
     limit: Annotated[int, typer.Option(min=0, help="First rows only; 0 means all.")] = 0,
     max_failures: Annotated[
         float, typer.Option(min=0, max=1, help="Share of failed rows above which the exit code is 3.")
     ] = 0.2,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew: forget the journal of an earlier run.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew: forget the log of an earlier run.")] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Say what it would take (rows, tokens, memory, time); write nothing."),
@@ -92,16 +90,16 @@ def predict(
 ) -> None:
     """Predict the rewrite prompt of every pair of INPUT.
 
-    Finished rows go to a journal beside OUTPUT; the same command again resumes. Exit codes: 0 done, 2 wrong input
-    or option, 3 too many rows failed (the file is written), 130 and 143 stopped by a signal.
+    Every call of a model goes to a log beside OUTPUT; the same command again computes nothing twice. Exit codes: 0,
+    2 wrong input or option, 3 too many rows failed (the file is written), 130 and 143 stopped by a signal.
     """
+    from submission.backends.hardware import Fleet
     from submission.config import parse_duration
     from submission.predict.deadline import Interrupted
-    from submission.backends.hardware import Fleet
     from submission.predict.outcome import print_summary
     from submission.predict.plan import RunConfig
-    from submission.predict.strategies import DEFAULT_PROMPT
     from submission.predict.run import predict as run
+    from submission.predict.strategies import DEFAULT_PROMPT
     from submission.types import Sampling
 
     config = RunConfig(
@@ -115,12 +113,12 @@ def predict(
         max_failures=max_failures, fresh=fresh, as_json=as_json,
     )  # fmt: skip
     if dry_run:
-        from submission.predict.estimate import rehearse
+        from submission.predict.estimate import estimate
 
-        _print_json(rehearse(config, say), as_json=as_json)
+        _print_json(estimate(config, say), as_json=as_json)
         return
     try:
-        summary = run(config, say)
+        summary = run(config)
     except Interrupted as stop:
         raise typer.Exit(stop.exit_code) from None
     print_summary(summary, as_json=as_json)

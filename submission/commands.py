@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -44,6 +45,7 @@ def run_command(command: Callable[[], object]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # whatever encoding the terminal has
+    _show_log()
     try:
         command()
     except KeyboardInterrupt:
@@ -58,6 +60,22 @@ def run_command(command: Callable[[], object]) -> None:
         _fail(_words(error), 1)
     except PromptRecoveryError as error:
         _fail(str(error), 1)
+
+
+def _show_log() -> None:
+    """What is logged goes to standard error, in plain lines."""
+    handler = _ToStandardError()
+    for room in ("submission", "eval", "train", "ensemble"):
+        logger = logging.getLogger(room)
+        logger.setLevel(logging.INFO)
+        logger.handlers = [handler]
+        logger.propagate = False
+
+
+class _ToStandardError(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a line."""
+        tell(record.getMessage(), sys.stderr)
 
 
 def _fail(words: str, code: int) -> None:

@@ -41,8 +41,8 @@ def say(line: str) -> None:
 class Progress(Protocol):
     """What the driver tells while it works."""
 
-    def advance(self, *, fell_back: bool) -> None:
-        """One more row is done."""
+    def advance(self, *, fell_back: bool = False, computed: bool = True) -> None:
+        """One more row is done; if it was not computed now, it says nothing of the pace."""
         ...
 
 
@@ -72,9 +72,10 @@ class _Pace:
         self._resumed = done
         self._start = time.monotonic()
 
-    def advance(self, *, fell_back: bool) -> None:
+    def advance(self, *, fell_back: bool = False, computed: bool = True) -> None:
         self.done += 1
         self.fell_back += fell_back
+        self._resumed += not computed
 
     def text(self) -> str:
         elapsed = time.monotonic() - self._start
@@ -92,8 +93,8 @@ class _Lines:
         self._pace = pace
         self._printed_at = time.monotonic()
 
-    def advance(self, *, fell_back: bool) -> None:
-        self._pace.advance(fell_back=fell_back)
+    def advance(self, *, fell_back: bool = False, computed: bool = True) -> None:
+        self._pace.advance(fell_back=fell_back, computed=computed)
         now = time.monotonic()
         if now - self._printed_at >= _LINE_SECONDS or self._pace.done == self._pace.total:
             self._printed_at = now
@@ -121,7 +122,7 @@ class _Bar:
         with suppress(OSError):  # the terminal has gone
             self._bar.stop()
 
-    def advance(self, *, fell_back: bool) -> None:
-        self._pace.advance(fell_back=fell_back)
+    def advance(self, *, fell_back: bool = False, computed: bool = True) -> None:
+        self._pace.advance(fell_back=fell_back, computed=computed)
         with suppress(OSError):
             self._bar.update(self._task, completed=self._pace.done, pace=self._pace.text())

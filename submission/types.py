@@ -10,9 +10,13 @@ One row of the competition's data, and what is made of it on the way:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,8 @@ class Completion:
 
     `logprob` is the sum of the natural-log probabilities of the answer's tokens at temperature 1 over the
     whole vocabulary (end-of-turn token included when there is one); `tokens` is their number.
-    `prompt_tokens` is the number of ids fed; `truncated` says that texts were cut to make them fit.
+    `prompt_tokens` is the number of ids fed; `truncated` says that texts were cut to make them fit. `seconds` is what
+    the call took beside others, known once it is in a log.
     """
 
     text: str
@@ -101,18 +106,26 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int = 0
     truncated: bool = False
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class LogLikelihood:
     """log P(continuation | chat): natural log, summed over the continuation's `tokens` only.
 
-    `prompt_tokens` is the number of the chat's tokens, whether or not they were shared with other items.
+    `prompt_tokens` is the number of the chat's tokens, whether or not they were shared with other items; `seconds` is
+    as in `Completion`.
     """
 
     sum: float
     tokens: int
     prompt_tokens: int = 0
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def per_token(self) -> float:
+        """Mean over the continuation's tokens, nats; 0 for a text of none."""
+        return self.sum / self.tokens if self.tokens else self.sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +135,28 @@ class Failure:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt as a model sees it: the number of its tokens, whether texts were cut to fit, and its text.
+
+    `context` is the number of tokens that a prompt and its answer may have together.
+    """
+
+    tokens: int
+    truncated: bool
+    text: str
+    context: int
+
+
 class Backend(Protocol):
     """A language model behind two methods. Both stream, so memory does not grow with the input.
 
-    Answers may come in any order. When a method raises, requests that were taken and not answered count
-    as failed together; the caller retries them in smaller batches.
+    Answers may come in any order. When a method raises, requests that were taken and not answered count as failed
+    together; the caller asks them again in smaller groups. A thin layer over an engine: it takes no part in resuming,
+    deadlines or distribution.
     """
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion]]]:
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion] | Failure]]:
         """Yield `(key, completions)` per request, `sampling.n` completions each."""
         ...
 
@@ -173,11 +200,32 @@ class Budget:
         return float("inf") if self.end is None else max(0.0, self.end - self.clock())
 
 
-class Recover(Protocol):
-    """A whole way of predicting: takes pairs, yields their predictions in any order.
+class Model(Protocol):
+    """A model as a strategy sees it: every call is looked up in the run's log, and computed by workers if it is new."""
 
-    It never writes files; the driver owns journal, deadline and fallback. It may be called again with
-    pairs that an exception left without an answer.
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion] | Failure]]:
+        """As of `Backend`; a request that cannot be answered has a `Failure`."""
+        ...
+
+    def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood | Failure]]:
+        """As of `Backend`."""
+        ...
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embeddings of texts, shape (texts, dim), by an encoder.
+
+        Raises:
+            BackendError: a text has none.
+        """
+        ...
+
+
+class Recover(Protocol):
+    """A strategy: a whole way of predicting. It takes pairs and yields their predictions in any order.
+
+    It is plain Python and loads no model: it asks those of `models`, by the roles that it declares. It may yield a row
+    again when it knows better; when the time is over, the last answer counts. It never writes files. It may be called
+    again with pairs that an exception left without an answer.
     """
 
-    def __call__(self, pairs: Iterable[Pair], budget: Budget) -> Iterator[Prediction]: ...
+    def __call__(self, pairs: Iterable[Pair], models: Mapping[str, Model], budget: Budget) -> Iterator[Prediction]: ...

@@ -21,7 +21,7 @@ from submission.backends.llama.drawing import Chain, draw_token
 from submission.backends.llama.library import cache_bytes_per_token, encode_weights
 from submission.backends.schedule import Shape
 from submission.data.hashing import content_hash
-from submission.data.manifest import manifest_path
+from submission.data.outputs import manifest_path
 from submission.backends.models import EMBEDDED, TUNED, tuned_adapter
 from submission.prompts.templates import TEMPLATES, render_rewrite
 from submission.types import Backend, Chat, LogLikelihood, Message, Pair, Part, Request, Sampling, Triplet

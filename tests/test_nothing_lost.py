@@ -17,7 +17,7 @@ import pytest
 
 from submission.errors import UserError
 from submission.data.hashing import content_hash
-from submission.data.manifest import check_free, claim, made_by, made_files
+from submission.data.outputs import check_free, claim, made_by, made_files
 from submission.data.tables import write_table
 from submission.types import Pair
 from tests.conftest import ROOT, Cli, command, environment, read_csv, runner, write_csv

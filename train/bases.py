@@ -9,7 +9,7 @@ from submission.backends.transformers.loading import load_model, load_tokenizer,
 from submission.errors import UserError, first_line
 from submission.data.files import atomic_folder, cache_folder
 from submission.data.hashing import content_hash
-from submission.data.manifest import check_apart, check_folder, made_folder, write_manifest
+from submission.data.outputs import check_apart, check_folder, made_folder, write_manifest
 from submission.backends.models import resolve_folder
 from submission.progress import tell
 

@@ -25,7 +25,7 @@ from submission.backends.llama.library import encode_weights, library
 from submission.errors import UserError
 from submission.data.files import atomic_path
 from submission.data.hashing import content_hash
-from submission.data.manifest import check_output, claim, read_manifest, write_manifest
+from submission.data.outputs import check_output, claim, read_manifest, write_manifest
 from submission.backends.models import check_peft_adapter, noted_template, resolve_folder
 from train.bases import base_folder
 from train.converter import Converter, find_converter

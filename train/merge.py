@@ -13,11 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from submission.backends import require
-from submission.backends.transformers.loading import load_config, load_model, load_tokenizer, stay_offline_and_quiet, with_adapter
+from submission.backends.transformers.loading import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    stay_offline_and_quiet,
+    with_adapter,
+)
 from submission.errors import UserError, first_line
 from submission.data.files import read_json
 from submission.data.hashing import content_hash
-from submission.data.manifest import check_apart, check_folder, made_folder, write_manifest
+from submission.data.outputs import check_apart, check_folder, made_folder, write_manifest
 from submission.backends.models import NOTE, check_peft_adapter, noted_template
 from train.bases import base_folder
 

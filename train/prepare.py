@@ -22,7 +22,7 @@ from submission.errors import UserError
 from submission.data.files import atomic_path
 from submission.data.hashing import content_hash
 from submission.calls.likelihoods import journalled
-from submission.data.manifest import check_apart, check_free, claim, read_manifest, write_manifest
+from submission.data.outputs import check_apart, check_free, claim, read_manifest, write_manifest
 from submission.progress import show_progress
 from submission.data.tables import some, write_table
 from train import card, screens

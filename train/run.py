@@ -20,7 +20,7 @@ from submission.config import from_mapping, read_toml
 from submission.errors import UserError
 from submission.data.files import write_json
 from submission.data.hashing import content_hash
-from submission.data.manifest import check_free, claim, made_by, manifest_path, read_manifest
+from submission.data.outputs import check_free, claim, made_by, manifest_path, read_manifest
 from submission.backends.models import resolve_folder
 from train.gguf import Gguf, export
 from train.merge import merge

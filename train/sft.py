@@ -22,7 +22,7 @@ from submission.backends.transformers.loading import load_tokenizer, stay_offlin
 from submission.errors import UserError, first_line
 from submission.data.files import atomic_path, read_json, write_json
 from submission.data.hashing import content_hash
-from submission.data.manifest import check_apart, check_free, claim, made_by, made_folder, write_manifest
+from submission.data.outputs import check_apart, check_free, claim, made_by, made_folder, write_manifest
 from submission.backends.models import NOTE
 from submission.progress import show_progress
 from submission.data.tables import read_triplets

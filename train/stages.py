@@ -19,7 +19,7 @@ from submission.errors import UserError
 from submission.data.files import on_store
 from submission.calls.generation import answer
 from submission.data.hashing import content_hash
-from submission.data.manifest import check_output, claim, read_manifest, write_manifest
+from submission.data.outputs import check_output, claim, read_manifest, write_manifest
 from submission.data.tables import read_table, says_something, write_table
 from submission.types import Sampling
 from train import prompts, rewrites, texts

@@ -15,7 +15,7 @@ from typing import Any
 from submission.config import from_mapping, split_list
 from submission.errors import UserError
 from submission.data.files import atomic_path, write_json
-from submission.data.manifest import check_apart, check_free, claim, read_manifest
+from submission.data.outputs import check_apart, check_free, claim, read_manifest
 from submission.data.tables import write_table
 from train.sft import sft
 from train.sft_config import Sft, read_sft

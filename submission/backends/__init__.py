@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from submission.config import from_settings
-from submission.errors import MissingExtra, UserError
 from submission.backends.hardware import ALONE, Fleet
 from submission.backends.models import EMBEDDED, PACKAGED, TUNED
+from submission.config import from_settings
+from submission.errors import MissingExtra, UserError
 from submission.prompts.encoding import ChatEncoder
 from submission.types import Backend
 
@@ -49,19 +49,11 @@ class ModelSpec:
     fleet: Fleet = ALONE
 
     def load(self) -> Backend:
-        """Load the model, here or in processes of their own.
+        """Load the model, in this process; runs have workers do it (`submission.calls`).
 
         Raises:
             UserError: the files are there but cannot be loaded.
         """
-        if self.fleet.ray:
-            from submission.calls.ray import Cluster
-
-            return Cluster(self, self.fleet)
-        if not self.fleet.alone:
-            from submission.calls.processes import Workers
-
-            return Workers(self, self.fleet.count)
         return _module(self.backend).load(self)
 
     def held_by(self, fleet: Fleet) -> ModelSpec:

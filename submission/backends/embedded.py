@@ -25,9 +25,9 @@ from pathlib import Path
 
 from submission.backends.common import thread_count
 from submission.backends.llama.library import encode_weights, library
+from submission.backends.models import EMBEDDED, resolve_gguf
 from submission.data.files import atomic_path, atomic_writer, cache_folder, remove_leftovers
 from submission.data.hashing import content_hash
-from submission.backends.models import EMBEDDED, resolve_gguf
 from submission.progress import tell
 
 _FILE_TYPES = {"BF16": 32, "F16": 1}  # llama_ftype in llama.h

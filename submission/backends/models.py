@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from submission.errors import MissingExtra, UserError
 from submission.data.files import read_json
-from submission.data.manifest import manifest_path
+from submission.data.outputs import manifest_path
+from submission.errors import MissingExtra, UserError
 
 EMBEDDED = "embedded"
 TUNED = "embedded-tuned"  # with the adapter that comes with this package

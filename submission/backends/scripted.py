@@ -16,8 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from submission.errors import BackendError, UserError
 from submission.data.files import read_json
+from submission.errors import BackendError, UserError
 from submission.prompts.encoding import ChatEncoder, SpecialToken
 from submission.types import Chat, Completion, Failure, LogLikelihood, Request
 

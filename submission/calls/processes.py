@@ -1,164 +1,137 @@
-"""A model held by several processes of this machine: one for each GPU, or the cores divided.
+"""Workers as processes of this machine: one for each GPU, or the cores divided.
 
-    python -m submission predict test.csv -o submission.csv --workers 2
-
-A process that is killed is replaced, and what it had is asked again.
+A process is asked and heard in threads of its own, so that one that is stopped in the middle of a message holds up
+nobody. It dies with this process, however that ends.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import Empty, SimpleQueue
 
-from submission.errors import UserError, first_line
-from submission.calls.fleet import Event, Inbox, Member, Method, Spread, load_words, shares, work
-from submission.progress import say
+from submission.calls.supervisor import Carrier, Message, Worker
+from submission.calls.worker import Loadable
 
-if TYPE_CHECKING:
-    from submission.backends import ModelSpec
+_ROOT = Path(__file__).resolve().parents[2]
+_END_SECONDS = 10.0  # that a killed process may take to be gone; one that waits for a broken GPU may never be
 
 
 @dataclass(slots=True, eq=False)
-class Process(Member):
-    """A process and the line to it."""
+class _Process:
+    process: subprocess.Popen[bytes]
+    line: Connection
+    outbox: SimpleQueue[Message | None]
 
-    process: BaseProcess = field(init=False)
-    line: Connection = field(init=False)
 
-
-class Workers(Spread[Process]):
-    """A `Backend` of several processes with a copy of the model each.
+class Processes(Carrier):
+    """Processes that each load a model.
 
     Args:
-        spec: the model.
-        count: of processes.
-
-    Raises:
-        UserError: the model cannot be loaded.
+        shares: what each loads, and its environment.
     """
 
-    def __init__(self, spec: ModelSpec, count: int) -> None:
-        super().__init__()
-        self._shares = shares(spec, count)
-        self.members = [Process(number) for number in range(count)]
-        for member in self.members:
-            self._start(member)
-        for member in self.members:
-            _await_ready(member)
+    def __init__(self, shares: Sequence[tuple[Loadable, Mapping[str, str]]]) -> None:
+        self.count = len(shares)
+        self._shares = shares
+        self._inbox: SimpleQueue[tuple[Worker, Message | None]] = SimpleQueue()
+        self._halted: set[Worker] = set()
 
-    def close(self) -> None:
-        """End the processes."""
-        for member in self.members:
-            with suppress(AttributeError):  # that was never started
-                member.line.close()
-                member.process.kill()
-                member.process.join()
-
-    def _ask(self, member: Process, call: int, method: Method, items: Sequence[Any]) -> None:
-        with suppress(OSError):
-            member.line.send((call, method, list(items)))
-
-    def _stop(self, member: Process, call: int) -> None:
-        with suppress(OSError):
-            member.line.send((call, None, None))
-
-    def _listen(self, members: Sequence[Process]) -> Iterator[tuple[Process, Event | None]]:
-        lines = {member.line: member for member in members}
-        for line in wait(list(lines)):
-            member = lines[cast(Connection, line)]
-            try:
-                yield member, cast(Connection, line).recv()
-            except (EOFError, OSError):
-                yield member, None
-
-    def _start(self, member: Process) -> None:
-        spec, environment = self._shares[member.number]
-        member.line, there = get_context("spawn").Pipe()
-        # A daemon: it is ended with this process, and may not have children of its own.
-        member.process = get_context("spawn").Process(
-            target=_serve, args=(spec, environment, there), name=f"worker-{member.number}", daemon=True
+    def start(self, worker: Worker) -> None:
+        """See `Carrier`."""
+        what, more = self._shares[worker.number]
+        line, there = Pipe()
+        path = os.pathsep.join(part for part in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if part)
+        process = subprocess.Popen(
+            # -P: nothing in the current folder takes the place of a package.
+            [sys.executable, "-P", "-m", "submission.calls.worker", str(there.fileno()), str(os.getpid())],
+            env={**os.environ, "PYTHONPATH": path, **more},
+            stdin=subprocess.DEVNULL,
+            stdout=_standard_error(),  # standard output may be read by a program
+            pass_fds=(there.fileno(),),
         )
-        member.process.start()
         there.close()
+        worker.handle = made = _Process(process, line, SimpleQueue())
+        made.outbox.put((what, list(sys.path)))
+        threading.Thread(target=_write, args=(made,), daemon=True).start()
+        threading.Thread(target=self._read, args=(worker, made), daemon=True).start()
 
-    def _replace(self, member: Process) -> str:
-        member.line.close()
-        words = _last_words(member)
-        self._start(member)
-        try:
-            _await_ready(member)
-        except UserError as error:  # memory is short: the others go on
-            self.members.remove(member)
-            if not self.members:
-                raise
-            say(f"{words}, and another cannot be started ({first_line(error)}): {len(self.members)} are left")
-        return words
+    def send(self, worker: Worker, message: Message) -> None:
+        """See `Carrier`."""
+        worker.handle.outbox.put(message)
+
+    def receive(self, workers: Sequence[Worker], seconds: float) -> Iterator[tuple[Worker, Message | None]]:
+        """See `Carrier`."""
+        del workers
+        with suppress(Empty):
+            yield self._inbox.get(timeout=max(0.0, seconds))
+            while True:
+                yield self._inbox.get_nowait()
+
+    def end(self, worker: Worker) -> str:
+        """See `Carrier`."""
+        if (made := worker.handle) is None:  # it could not be started
+            return f"worker {worker.number} could not be started"
+        made.outbox.put(None)
+        gone = made.process.poll()
+        made.process.kill()
+        with suppress(subprocess.TimeoutExpired):
+            made.process.wait(_END_SECONDS)
+        how = f"was killed by signal {-gone}" if gone is not None and gone < 0 else f"ended with exit code {gone}"
+        return f"worker {worker.number} (process {made.process.pid}) {how if gone is not None else 'was ended'}"
+
+    def peak_memory(self, worker: Worker) -> float:
+        """See `Carrier`."""
+        with suppress(OSError, ValueError):
+            for line in Path(f"/proc/{worker.handle.process.pid}/status").read_text(encoding="ascii").splitlines():
+                if line.startswith("VmHWM:"):
+                    return float(line.split()[1]) * 1024
+        return 0.0
+
+    def halted(self, worker: Worker) -> bool:
+        """Whether the process is stopped, and was when it was last looked at."""
+        was = worker in self._halted
+        self._halted.discard(worker)
+        if _state(worker.handle.process.pid) not in ("T", "t"):
+            return False
+        self._halted.add(worker)
+        return was
+
+    def _read(self, worker: Worker, made: _Process) -> None:
+        with suppress(EOFError, OSError), made.line:
+            while True:
+                self._inbox.put((worker, made.line.recv()))
+        with suppress(subprocess.TimeoutExpired):  # its socket is closed a moment before it is gone
+            made.process.wait(1)
+        self._inbox.put((worker, None))
 
 
-def _await_ready(member: Process) -> None:
+def _write(made: _Process) -> None:
+    with suppress(OSError, ValueError):  # it is gone, which its reader sees
+        while (message := made.outbox.get()) is not None:
+            made.line.send(message)
+
+
+def _standard_error() -> int:
     try:
-        event = member.line.recv()
-    except (EOFError, OSError):
-        raise UserError(
-            f"{_last_words(member)} while it loaded the model\nThere may be too little memory: use fewer --workers"
-        ) from None
-    if event[0] != "ready":
-        raise UserError(event[2])
+        os.fstat(2)
+    except OSError:  # it is closed
+        return subprocess.DEVNULL
+    return 2
 
 
-def _last_words(member: Process) -> str:
-    member.process.join(5)
-    code = member.process.exitcode
-    how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
-    return f"worker {member.number} (process {member.process.pid}) {how}"
-
-
-def _serve(spec: ModelSpec, environment: Mapping[str, str], line: Connection) -> None:
-    """What a process does: load the model, answer until the line is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the driver decides
-    os.environ.update(environment)
-    _end_with_parent()
+def _state(process: int) -> str:
+    """The state of a process as proc(5) has it; "" where there is no such file."""
     try:
-        backend = spec.load()
-    except Exception as error:
-        line.send(("refused", 0, load_words(error)))
-        return
-    inbox = Inbox()
-    threading.Thread(target=_read, args=(line, inbox), daemon=True).start()
-    with suppress(OSError):  # the driver has gone
-        line.send(("ready", 0))
-        for event in work(backend, inbox):
-            line.send(event)
-
-
-def _read(line: Connection, inbox: Inbox) -> None:
-    with suppress(EOFError, OSError):
-        while True:
-            call, method, items = line.recv()
-            if method is None:
-                inbox.stopped = call
-            else:
-                inbox.put(call, method, items)
-    inbox.close()
-
-
-def _end_with_parent() -> None:
-    with suppress(AttributeError, OSError):  # Linux does it also when a native call holds the interpreter
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    threading.Thread(target=_wait_for_parent, daemon=True).start()
-
-
-def _wait_for_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-    os._exit(1)
+        content = Path(f"/proc/{process}/stat").read_bytes()
+    except OSError:
+        return ""
+    return chr(content.rpartition(b")")[2].split()[0][0])

@@ -1,10 +1,9 @@
-"""A model held by actors of a Ray cluster: the same worker, with Ray to place it, carry its messages and watch it.
+"""Workers as actors of a Ray cluster: Ray places them, carries their messages and watches them.
 
     python -m submission predict test.csv -o submission.csv --ray local --workers 4
     python -m train rewrites prompts.csv texts.csv -o triplets.csv --ray 10.0.0.1:6379 --workers 16
 
-The journal, the deadline and the fallback stay with the driver. An actor that dies with its node is started elsewhere;
-where there is no room for it, the others do its work.
+An actor that dies with its node is started elsewhere; where there is no room for it, the others do its work.
 """
 
 from __future__ import annotations
@@ -14,38 +13,30 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from dataclasses import dataclass, field, replace
+from queue import Empty, SimpleQueue
+from typing import Any, TextIO, cast
 
-from submission.errors import MissingExtra, UserError, first_line
-from submission.calls.fleet import Event, Inbox, Member, Method, Spread, divided, gathered, load_words, work
+from submission.backends import ModelSpec
 from submission.backends.hardware import Fleet
-from submission.progress import say
-
-if TYPE_CHECKING:
-    from submission.backends import ModelSpec
+from submission.calls.supervisor import Carrier, Message, Worker
+from submission.calls.worker import Inbox, Outbox, load, work
+from submission.errors import MissingExtra, UserError, first_line
 
 _CONNECT_SECONDS = 5.0
 _PLACE_SECONDS = 15.0  # for an actor to find room
+_TOLD_SECONDS = 0.1  # that messages wait for each other: one costs a millisecond, whatever is in it
 _PORT, _CLIENT_PORT = 6379, 10001
 
 
-@dataclass(slots=True, eq=False)
-class Actor(Member):
-    """An actor's handle, the stream of what it tells, and the task that becomes ready when its model is loaded."""
-
-    handle: Any = field(init=False)
-    told: Any = field(init=False)
-
-
-class Worker:
-    """What runs on the cluster: holds a `Backend`; `serve` runs as long as the actor does, the others beside it."""
+class ActorBody:
+    """What runs on the cluster: `serve` runs as long as the actor does, the others beside it."""
 
     def __init__(self) -> None:
         self._inbox = Inbox()
-        self._backend: Any = None
 
     def node(self) -> str:
         """Where it runs."""
@@ -55,153 +46,115 @@ class Worker:
         """The id of its process."""
         return os.getpid()
 
-    def load(self, spec: ModelSpec) -> str:
-        """Load the model; returns what is wrong, or nothing."""
-        try:
-            self._backend = spec.load()
-        except Exception as error:
-            return f"on node {self.node()}: {load_words(error)}"
-        return ""
+    def take(self, message: Message) -> None:
+        """Take a message."""
+        self._inbox.take(message)
 
-    def put(self, call: int, method: Method, items: list[Any]) -> None:
-        """Take requests."""
-        self._inbox.put(call, method, items)
-
-    def stop(self, call: int) -> None:
-        """Give a call up."""
-        self._inbox.stopped = call
-
-    def serve(self) -> Iterator[list[Event]]:
-        """Answer, for ever."""
-        yield from gathered(work(self._backend, self._inbox))
-
-
-class _DiedError(UserError):
-    """A worker died before it was ready."""
+    def serve(self, spec: ModelSpec) -> Iterator[list[Message]]:
+        """Load the model and answer, for ever; yields what is to be told."""
+        backend, wrong = load(spec)
+        yield [("refused", f"on node {self.node()}: {wrong}") if wrong else ("ready", self.node())]
+        if wrong:
+            return
+        told: SimpleQueue[Message] = SimpleQueue()
+        outbox = Outbox(told.put)
+        threading.Thread(target=work, args=(backend, self._inbox, outbox.put), daemon=True).start()
+        while True:
+            group = [told.get()]
+            with suppress(Empty):
+                while True:
+                    group.append(told.get(timeout=_TOLD_SECONDS))
+            yield group
 
 
-class Cluster(Spread[Actor]):
-    """A `Backend` of actors with a copy of the model each.
+@dataclass(slots=True, eq=False)
+class _Actor:
+    actor: Any
+    told: Any  # the stream of what it tells
+    placed: Any  # becomes ready when it runs somewhere
+    until: float = field(default_factory=lambda: time.monotonic() + _PLACE_SECONDS)
+
+
+class Actors(Carrier):
+    """Actors that each load a model.
 
     Args:
         spec: the model; its path must be there on every node.
         fleet: how many and where.
 
     Raises:
-        UserError: no cluster, another version of Ray or Python there, too few resources, or a model that is missing on
-            a node; said within seconds.
+        UserError: no cluster, another version of Ray or Python there, or too few resources; said within seconds.
     """
 
     def __init__(self, spec: ModelSpec, fleet: Fleet) -> None:
-        super().__init__()
-        ray = connect(fleet)
-        self._ray = ray
+        from submission.calls.ways import divided
+
+        self._ray = ray = connect(fleet)
         there = ray.cluster_resources()
         gpus = fleet.gpus if fleet.gpus is not None else (1.0 if there.get("GPU", 0) else 0.0)
-        count = fleet.workers or max(1, int(there.get("GPU", 0)))
+        self.count = fleet.workers or max(1, int(there.get("GPU", 0)))
         largest = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=1)
-        cpus = fleet.cpus or max(1, min(int(there.get("CPU", 1)) // count, largest))
+        cpus = fleet.cpus or max(1, min(int(there.get("CPU", 1)) // self.count, largest))
         for name, each in (("CPU", cpus), ("GPU", gpus)):
-            if each * count > there.get(name, 0):
+            if each * self.count > there.get(name, 0):
                 raise UserError(
-                    f"{count} workers of {each:g} {name}s are too many for this cluster, which has "
+                    f"{self.count} workers of {each:g} {name}s are too many for this cluster, which has "
                     f"{there.get(name, 0):g}: lower --workers or the {name}s of each"
                 )
+        self._takes = f"{cpus} CPUs, {gpus:g} GPUs each"
         self._spec = divided(spec, 1, cpus)
-        # Four threads: `serve` never ends, `put`, `stop` and `node` come in beside it.
-        self._make = ray.remote(num_cpus=cpus, num_gpus=gpus, max_concurrency=4, max_restarts=0)(Worker)
-        self.members = [Actor(number) for number in range(count)]
-        for member in self.members:
-            self._start(member)
-        loading = {member: member.handle.load.remote(self._spec) for member in self.members}
-        self.members = self._placed(self.members)
-        each_takes = f"{cpus} CPUs, {gpus:g} GPUs each"
-        if not self.members:
-            raise UserError(
-                f"the cluster has no room for a worker now ({each_takes}): others use it; wait, or ask for less"
-            )
-        if len(self.members) < count:
-            say(f"the cluster has room for {len(self.members)} of {count} workers now ({each_takes}): they begin")
-        for member in list(self.members):
-            try:
-                self._loaded(member, loading[member])
-            except _DiedError as error:
-                self.members.remove(member)
-                if not self.members:
-                    raise
-                say(f"{error}: the others begin")
+        options = {"threads": cpus} if hasattr(spec.options, "threads") and not spec.options.threads else {}
+        self._spec = replace(self._spec, options=replace(self._spec.options, **options))
+        # `serve` never ends; the others come in beside it.
+        self._make = ray.remote(num_cpus=cpus, num_gpus=gpus, max_concurrency=4, max_restarts=0)(ActorBody)
 
-    def close(self) -> None:
-        """End the actors; a cluster that was started for this run ends with the process."""
-        if not self._ray.is_initialized():  # the process ends: a call to Ray would connect again, and hang
-            return
-        for member in self.members:
-            with suppress(Exception):
-                self._ray.kill(member.handle)
+    def start(self, worker: Worker) -> None:
+        """See `Carrier`."""
+        actor = self._make.remote()
+        told = actor.serve.options(num_returns="streaming").remote(self._spec)
+        worker.handle = _Actor(actor, told, actor.node.remote())
 
-    def _ask(self, member: Actor, call: int, method: Method, items: Sequence[Any]) -> None:
-        member.handle.put.remote(call, method, list(items))
+    def send(self, worker: Worker, message: Message) -> None:
+        """See `Carrier`."""
+        worker.handle.actor.take.remote(message)
 
-    def _stop(self, member: Actor, call: int) -> None:
-        member.handle.stop.remote(call)
-
-    def _listen(self, members: Sequence[Actor]) -> Iterator[tuple[Actor, Event | None]]:
-        by_stream = {member.told: member for member in members}
-        ready, _ = self._ray.wait(list(by_stream), num_returns=1)
+    def receive(self, workers: Sequence[Worker], seconds: float) -> Iterator[tuple[Worker, Message | None]]:
+        """See `Carrier`."""
+        by_stream = {worker.handle.told: worker for worker in workers}
+        ready, _ = self._ray.wait(list(by_stream), num_returns=1, timeout=max(0.0, seconds))
         for stream in ready:
-            member = by_stream[stream]
+            worker = by_stream[stream]
             try:
-                events = self._ray.get(next(stream))
+                messages = self._ray.get(next(stream))
             except (StopIteration, self._ray.exceptions.RayError):
-                yield member, None
+                yield worker, None
                 continue
-            for event in events:
-                yield member, event
+            for message in messages:
+                yield worker, message
+        for worker in workers:
+            if not worker.ready and worker.handle.placed is not None and not self._placed(worker.handle):
+                yield (
+                    worker,
+                    (
+                        "refused",
+                        f"the cluster has no room for worker {worker.number} now ({self._takes}): others use it; wait, or "
+                        "ask for less",
+                    ),
+                )
 
-    def _replace(self, member: Actor) -> str:
-        words = f"worker {member.number} on the cluster died"
-        self._start(member)
-        loaded = member.handle.load.remote(self._spec)
-        why = "there is no room for another"
-        if self._placed([member]):
-            try:
-                self._loaded(member, loaded)
-            except UserError as error:  # its node died as well, or is out of memory
-                why = first_line(error)
-                self._ray.kill(member.handle)
-            else:
-                say(f"{words}: another took its place")
-                return words
-        self.members.remove(member)
-        if not self.members:
-            raise UserError(f"{words}, and none is left ({why}): start more nodes and run the same command again")
-        say(f"{words}, and {why}: {len(self.members)} are left")
-        return words
+    def end(self, worker: Worker) -> str:
+        """See `Carrier`."""
+        if worker.handle is not None and self._ray.is_initialized():  # else a call to Ray would connect again, and hang
+            with suppress(Exception):
+                self._ray.kill(worker.handle.actor)
+        return f"worker {worker.number} on the cluster died"
 
-    def _start(self, member: Actor) -> None:
-        member.handle = self._make.remote()
-
-    def _placed(self, members: Sequence[Actor]) -> list[Actor]:
-        """Those of these actors that run somewhere, soon; the others are ended."""
-        asked = {member.handle.node.remote(): member for member in members}
-        self._ray.wait(list(asked), num_returns=len(asked), timeout=_PLACE_SECONDS)
-        found = []
-        for where, member in asked.items():
-            try:
-                self._ray.get(where, timeout=0)
-                found.append(member)
-            except self._ray.exceptions.RayError:
-                self._ray.kill(member.handle)
-        return found
-
-    def _loaded(self, member: Actor, loaded: Any) -> None:
-        try:
-            wrong = self._ray.get(loaded)
-        except self._ray.exceptions.RayError as error:
-            raise _DiedError(f"worker {member.number} died while it loaded the model: {first_line(error)}") from None
-        if wrong:
-            raise UserError(wrong)
-        member.told = member.handle.serve.options(num_returns="streaming").remote()
+    def _placed(self, actor: _Actor) -> bool:
+        """Whether an actor runs somewhere, or may still find room."""
+        if self._ray.wait([actor.placed], timeout=0)[0]:
+            actor.placed = None
+            return True
+        return time.monotonic() < actor.until
 
 
 def connect(fleet: Fleet) -> Any:

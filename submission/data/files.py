@@ -171,7 +171,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """An empty folder beside `path` that takes its place when the block ends well; what was there before goes.
 
-    Whoever calls it has made sure that nothing of the user's is in there; see `submission.data.manifest.made_folder`.
+    Whoever calls it has made sure that nothing of the user's is in there; see `submission.data.outputs.made_folder`.
     """
     path = _target(path)
     part, old = (Path(tempfile.mkdtemp(prefix=f".{path.name}.{_TEMPORARY}", suffix=".tmp", dir=path.parent))

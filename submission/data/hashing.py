@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from submission.errors import UserError
 from submission.data.files import cache_folder, on_store, open_binary, read_json, write_json
+from submission.errors import UserError
 
 _LARGE = 8 << 20  # bytes below which remembering costs more than hashing
 _SETTLED = 3.0  # seconds after which a write shows in a file's times, on every file system

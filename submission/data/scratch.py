@@ -7,6 +7,7 @@ It has no name in the file system and is gone with its connection. SQLite puts i
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from typing import Any
 
 from submission.errors import UserError
@@ -23,8 +24,15 @@ class Scratch(sqlite3.Connection):
         Raises:
             UserError: the disk of temporary files is full, or failed.
         """
+        return self._tried(super().execute, arguments)
+
+    def executemany(self, *arguments: Any) -> sqlite3.Cursor:
+        """As of a connection; errors as of `execute`."""
+        return self._tried(super().executemany, arguments)
+
+    def _tried(self, execute: Callable[..., sqlite3.Cursor], arguments: tuple[Any, ...]) -> sqlite3.Cursor:
         try:
-            return super().execute(*arguments)
+            return execute(*arguments)
         except sqlite3.OperationalError as error:
             raise UserError(
                 f"no room for working tables: {error}\n"

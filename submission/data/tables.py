@@ -23,9 +23,9 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from submission.errors import UserError, first_line
 from submission.data.files import atomic_path, files_in, is_folder, open_binary, shown
 from submission.data.scratch import key_of, scratch
+from submission.errors import UserError, first_line
 from submission.types import Pair, Triplet
 
 PAIR_COLUMNS = ("id", "original_text", "rewritten_text")

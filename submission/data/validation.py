@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-from submission.prompts.answers import is_blank
-from submission.errors import UserError
 from submission.data.files import shown
 from submission.data.tables import PREDICTION_COLUMNS, Row, is_parquet, read_table, stream_table
+from submission.errors import UserError
+from submission.prompts.answers import is_blank
 
 
 def validate(submission: Path, ids: Iterable[str], encoding: str = "utf-8") -> list[str]:

@@ -1,10 +1,7 @@
-"""Deadlines that are kept: the clock of the process, when to stop, and a watchdog that does not wait.
+"""Deadlines that are kept: when to stop, signals, and a watchdog that does not wait.
 
-Three lines of defence write the whole file before the deadline:
-
-1. the driver stops between two answers when the budget is spent;
-2. a thread writes the file from the journal and ends the process when an answer takes too long;
-3. a process of its own (`submission.predict.guard`) does so when a native call keeps all threads from running.
+Handles stop a strategy when the time is over (`submission.calls.supervisor.DeadlineReached`). A strategy that sits in
+code of its own meanwhile is overtaken by a thread, which writes the file and ends the process.
 """
 
 from __future__ import annotations
@@ -20,7 +17,6 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-_IMPORTED_AT = time.monotonic()
 _TICK = 0.25
 _STOP_SECONDS = 5.0  # how long a signalled process may take to come back from a native call
 
@@ -44,14 +40,12 @@ class Timetable:
 
     Attributes:
         stop: compute no further; what is left takes the fallback.
-        thread: the watchdog thread takes over.
-        guard: the guard process takes over, unless the run is finishing.
-        last_call: it takes over even then.
+        takeover: the watchdog writes the file, if nobody does.
+        last_call: the same, of a run that does not know its rows yet.
     """
 
     stop: float
-    thread: float
-    guard: float
+    takeover: float
     last_call: float
 
     @classmethod
@@ -63,22 +57,7 @@ class Timetable:
         """
         reserve = min(min(max(2.0, 0.1 * seconds), 30.0, seconds / 2) + 45e-6 * rows, 0.9 * seconds)
         end = start + seconds
-        return cls(end - reserve, end - 0.9 * reserve, end - 0.5 * reserve, end - min(0.2 * reserve, 1.0))
-
-
-def process_start() -> float:
-    """When this process started, in seconds of `time.monotonic()`; to about 0.01 s on Linux.
-
-    Elsewhere, when this module was imported, which is a moment later.
-    """
-    try:
-        with open("/proc/self/stat", "rb") as stat:
-            # Field 22 of proc(5), in clock ticks since boot; the name in field 2 may hold blanks.
-            ticks = int(stat.read().rpartition(b")")[2].split()[19])
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError, AttributeError):
-        return _IMPORTED_AT
-    return time.monotonic() - max(0.0, age)
+        return cls(end - reserve, end - 0.8 * reserve, end - min(0.1 * reserve, 1.0))
 
 
 class Watchdog:
@@ -89,7 +68,6 @@ class Watchdog:
         take_over: finishes the run and ends the process; called in the watchdog's thread.
         stop_now: ends the process for an exit code without finishing the run; called in the watchdog's
             thread when the main thread has not come back seconds after a signal.
-        tick: called a few times a second.
     """
 
     def __init__(
@@ -98,12 +76,10 @@ class Watchdog:
         takeover_at: float | None,
         take_over: Callable[[], None],
         stop_now: Callable[[int], None],
-        tick: Callable[[], None],
     ) -> None:
-        self._takeover_at = takeover_at
+        self.takeover_at = takeover_at
         self._take_over = take_over
         self._stop_now = stop_now
-        self._tick = tick
         self._signalled: tuple[float, int] | None = None
         self._done = threading.Event()
         self._handlers: dict[signal.Signals, Any] = {}
@@ -153,9 +129,8 @@ class Watchdog:
                         self._signalled = (time.monotonic(), signum)
             if self._done.is_set():
                 return
-            self._tick()
             if self._signalled and time.monotonic() > self._signalled[0] + _STOP_SECONDS:
                 self._stop_now(SIGNALS[signal.Signals(self._signalled[1])])
-            if self._takeover_at is not None and time.monotonic() >= self._takeover_at:
+            if self.takeover_at is not None and time.monotonic() >= self.takeover_at:
                 self._take_over()
                 return

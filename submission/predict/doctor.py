@@ -15,10 +15,17 @@ from pathlib import Path
 
 import submission
 from submission.backends.common import thread_count
-from submission.errors import pip_command
 from submission.backends.hardware import nvidia_smi
-from submission.data.manifest import installed_version
-from submission.backends.models import EMBEDDED_NAME, SENTENCE_T5, TUNED, embedded_encoder, embedded_gguf, encoders_on_disk
+from submission.backends.models import (
+    EMBEDDED_NAME,
+    SENTENCE_T5,
+    TUNED,
+    embedded_encoder,
+    embedded_gguf,
+    encoders_on_disk,
+)
+from submission.data.outputs import installed_version
+from submission.errors import pip_command
 
 # distribution -> (extra that brings it, what it is for)
 _PACKAGES = {

@@ -1,84 +1,106 @@
-"""What a run would take, before it is started: rows, tokens, memory, time.
+"""What a run would take, before it is started: models, rows, tokens, memory, time.
 
 python -m submission predict test.csv -o submission.csv --dry-run
 """
 
 from __future__ import annotations
 
-import sys
+import tempfile
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from submission.errors import BackendError, UserError
-from submission.calls.journal import journal_path, read_finished
-from submission.predict.plan import RunConfig, plan
-from submission.calls.retry import answer_all
+from submission.backends import ModelSpec
+from submission.calls.log import Log, log_path
+from submission.calls.models import encode, open_models
 from submission.data.tables import says_something
-from submission.types import Budget, Pair
+from submission.errors import UserError
+from submission.predict.asking import answer_all
+from submission.predict.plan import Plan, RunConfig, plan
+from submission.predict.strategies import GENERATOR, Ask
+from submission.types import Budget, Failure, Pair, Prediction
 
 _SAMPLE = 5  # rows that are answered to measure the speed
 
 
-def rehearse(config: RunConfig, say: Callable[[str], None]) -> dict[str, float]:
+def estimate(config: RunConfig, say: Callable[[str], None]) -> dict[str, float]:
     """Count the prompts' tokens and time a few rows of every length; writes nothing.
 
     Returns:
-        rows, rows_left, tokens (prompt tokens in all), longest (of one prompt), truncated (rows),
-        memory_mb (peak so far, model included), seconds (to be expected for the rows left, loading included).
+        rows, rows_left; of strategies that ask models also memory_mb (peak of a worker so far) and seconds (to be
+        expected for the rows left, loading included); of zero-shot and few-shot also tokens (prompt tokens in all),
+        longest (of one prompt) and truncated (rows).
 
     Raises:
         UserError: as `predict`.
     """
-    checked = plan(config)
-    finished = {} if config.fresh else read_finished(journal_path(config.output), checked.fingerprint)
+    made = plan(config)
+    for role in made.roles:
+        about = made.describe(role)
+        say(f"role       {role}: {about.get('model')}" + (f" with {about['adapter']}" if about.get("adapter") else ""))
+    known = set() if config.fresh else _known(made)
 
     def left() -> Iterator[Pair]:
-        return (pair for pair in checked.pairs if pair.id not in finished and says_something(pair.rewritten_text))
+        return (pair for pair in made.pairs if pair.id not in known and says_something(pair.rewritten_text))
 
     rows_left = sum(1 for _ in left())
-    figures: dict[str, float] = {"rows": len(checked.pairs), "rows_left": rows_left}
-    if checked.spec is None:
+    figures: dict[str, float] = {"rows": len(made.pairs), "rows_left": rows_left}
+    if not made.roles:
         say("no model is used: the run takes no time to speak of")
         return figures
-    encoder = checked.spec.load_encoder()
-    lengths, truncated = array("I"), 0
-    try:
-        for pair in left():
-            prompt = encoder.encode_for(checked.template.render(pair, checked.shots), config.sampling.max_new_tokens)
-            lengths.append(len(prompt.ids))
-            truncated += prompt.truncated
-    except BackendError as error:
-        raise UserError(str(error)) from None
+    lengths = array("I", (len(pair.original_text) + len(pair.rewritten_text) for pair in left()))
+    spec = made.roles.get(GENERATOR)
+    if isinstance(made.strategy, Ask) and isinstance(spec, ModelSpec):
+        lengths, truncated, context = _count(made, spec, left())
+        figures |= {"tokens": sum(lengths), "longest": max(lengths, default=0), "truncated": truncated}
+        say(f"tokens     {sum(lengths)} in the prompts, {max(lengths, default=0)} in the longest, up to "
+            f"{config.sampling.max_new_tokens * rows_left} new ones")  # fmt: skip
+        say(f"truncated  {truncated} rows have texts cut to fit a context of {context} tokens")
     by_length = sorted(range(rows_left), key=lengths.__getitem__)
     step = max(1, rows_left // _SAMPLE)
     chosen = set(by_length[step // 2 :: step][:_SAMPLE])
     sample = [pair for number, pair in enumerate(left()) if number in chosen]
-    began = time.monotonic()
-    recover = checked.recover.make(checked.setup())
-    loading = time.monotonic() - began
-    began = time.monotonic()
-    answers = list(answer_all(recover, sample, Budget()))
-    each = (time.monotonic() - began) / len(answers) if answers else 0.0
-    figures |= {
-        "tokens": sum(lengths),
-        "longest": max(lengths, default=0),
-        "truncated": truncated,
-        "memory_mb": round(_peak_memory() / 1e6),
-        "seconds": round(loading + each * rows_left, 1),
-    }
-    say(f"rows       {rows_left} to compute of {len(checked.pairs)}")
-    say(f"tokens     {figures['tokens']:.0f} in the prompts, {figures['longest']:.0f} in the longest, up to "
-        f"{config.sampling.max_new_tokens * rows_left} new ones")  # fmt: skip
-    say(f"truncated  {figures['truncated']:.0f} rows have texts cut to fit a context of {encoder.context} tokens")
+    loading, each, memory = _time(made, sample)
+    figures |= {"memory_mb": round(memory / 1e6), "seconds": round(loading + each * rows_left, 1)}
+    say(f"rows       {rows_left} to compute of {len(made.pairs)}")
     say(f"memory     {figures['memory_mb']:.0f} MB at the peak of {len(sample)} sample rows")
     say(f"time       about {figures['seconds']:.0f} s ({loading:.1f} s loading, {each:.2f} s a row)")
     return figures
 
 
-def _peak_memory() -> float:
-    """Peak resident memory of this process in bytes."""
-    import resource
+def _known(made: Plan) -> set[str]:
+    """Rows whose answers are in the log."""
+    with open_models(made.roles, Log(log_path(made.config.output), read_only=True), compute=False) as models:
+        answers = answer_all(made.strategy, made.pairs, models, Budget())
+        return {answer.id for answer in answers if answer.status == "ok" and models.found}
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(peak if sys.platform == "darwin" else peak * 1024)
+
+def _count(made: Plan, spec: ModelSpec, pairs: Iterator[Pair]) -> tuple[array[int], int, int]:
+    """Tokens of the prompts in the order of the pairs, how many are cut, and the context's size."""
+    new_tokens = made.config.sampling.max_new_tokens
+    items = ((str(number), made.template.render(pair, made.shots), new_tokens) for number, pair in enumerate(pairs))
+    found: dict[int, int] = {}
+    truncated = context = 0
+    for key, seen in encode(spec, items):
+        if isinstance(seen, Failure):
+            raise UserError(seen.reason)
+        found[int(key)] = seen.tokens
+        truncated, context = truncated + seen.truncated, seen.context
+    return array("I", (found[number] for number in range(len(found)))), truncated, context
+
+
+def _time(made: Plan, sample: list[Pair]) -> tuple[float, float, float]:
+    """Seconds of loading, seconds a row, and the peak of the workers' memory in bytes, of rows that are answered."""
+    with tempfile.TemporaryDirectory() as folder, \
+            open_models(made.roles, Log(Path(folder) / "sample.calls.jsonl")) as models:  # fmt: skip
+        first: list[Prediction] = []
+        began = time.monotonic()
+        for answer in answer_all(made.strategy, sample[:1], models, Budget()):
+            first.append(answer)
+        with_loading = time.monotonic() - began
+        began = time.monotonic()
+        rest = list(answer_all(made.strategy, sample[1:], models, Budget()))
+        seconds = time.monotonic() - began
+        each = seconds / len(rest) if rest else 0.0
+        return max(0.0, with_loading - each), each or with_loading, models.peak_memory()

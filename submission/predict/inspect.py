@@ -1,22 +1,29 @@
-"""One row of a run, looked at closely: its texts, the exact prompt, the raw and the parsed answer.
+"""One row of a run, looked at closely: its texts, the exact prompts, the raw answers, and what came of them.
 
 python -m submission inspect ID --run submission.csv
+
+The run's strategy is run again for this row, with the log and without computing anything.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from submission.backends import ModelSpec, model_spec
+from submission.backends import ModelSpec
+from submission.backends.hardware import Fleet
+from submission.calls.log import Log, log_path
+from submission.calls.models import Asked, Models, NotComputed, encode, open_models
+from submission.data.outputs import manifest_path, read_manifest
+from submission.data.tables import PREDICTION_COLUMNS, stream_table
 from submission.errors import UserError, first_line
-from submission.calls.journal import journal_path, read_finished
-from submission.data.manifest import manifest_path, read_manifest
-from submission.data.pairs import Pairs
-from submission.data.tables import PREDICTION_COLUMNS, read_triplets, stream_table
-from submission.prompts.templates import get_template
-from submission.types import Pair
+from submission.predict.plan import RunConfig, plan
+from submission.types import Budget, Completion, Failure, LogLikelihood, Prediction, Request, Sampling
+
+_MOST = 20  # calls that are shown
 
 
 def inspect_row(row_id: str, output: Path) -> str:
@@ -24,75 +31,89 @@ def inspect_row(row_id: str, output: Path) -> str:
 
     Args:
         row_id: the id, as in the input.
-        output: the output of the run, whose journal and manifest lie beside it.
+        output: the output of the run, whose log and manifest lie beside it.
 
     Raises:
         UserError: there is no such run, input or row.
     """
-    told = _read(output)
-    pairs = Pairs(Path(told.input), told.encoding)
-    pair = next((pair for pair in pairs if pair.id == row_id), None)
+    manifest = read_manifest(output)
+    config = dataclasses.replace(_config(manifest, output), output=output)
+    made = plan(config, writes=False)
+    pair = next((pair for pair in made.pairs if pair.id == row_id), None)
     if pair is None:
-        raise UserError(f"id {row_id!r} is not in {told.input}; its ids begin with {', '.join(islice(pairs.ids, 5))}")
-    if pairs.digest != told.digest:
-        raise UserError(f"{told.input} was changed after the run that made {output}: run predict again")
-    sections = [
-        ("id", row_id),
-        ("original text", pair.original_text),
-        ("rewritten text", pair.rewritten_text),
-    ]
-    if told.spec is not None:
-        prompt, tokens, note = _prompt(pair, told, told.spec)
-        sections.append((f"prompt ({tokens} tokens{note})", prompt))
-    prediction = read_finished(journal_path(output)).get(row_id)
-    if prediction is None:
-        sections.append(("status", "not finished: it is not in the journal"))
+        raise UserError(
+            f"id {row_id!r} is not in {config.input}; its ids begin with {', '.join(islice(made.pairs.ids, 5))}"
+        )
+    if made.pairs.digest != manifest.get("input_sha256"):
+        raise UserError(f"{config.input} was changed after the run that made {output}: run predict again")
+    sections = [("id", row_id), ("original text", pair.original_text), ("rewritten text", pair.rewritten_text)]
+    answer: Prediction | None = None
+    with open_models(made.roles, Log(log_path(output), read_only=True), compute=False) as models:
+        asked: list[Asked] = []
+        models.asked = asked
+        try:
+            answer = list(made.strategy([pair], models, Budget()))[-1]
+        except (NotComputed, IndexError):
+            answer = None
+        sections += _calls(asked, models)
+    if answer is None:
+        sections.append(("status", "not finished: not all of its calls are in the log"))
     else:
-        sections.append(("raw answer", prediction.raw))
-        sections.append(("parsed answer", prediction.text))
-        reason = f": {prediction.reason}" if prediction.reason else ""
-        sections.append(("status", prediction.status + reason))
+        sections.append(("parsed answer", answer.text))
+        sections.append(("status", answer.status + (f": {answer.reason}" if answer.reason else "")))
     sections.append(("in the output", _written(row_id, output)))
     return "\n\n".join(f"== {title}\n{text}" for title, text in sections)
 
 
-@dataclass(frozen=True, slots=True)
-class _Told:
-    """What the manifest of a run says, as far as it is needed here; `spec` is None for a run without a model."""
-
-    input: str
-    encoding: str
-    digest: str
-    spec: ModelSpec | None
-    template: str
-    shots: str
-    n_shots: int
-    max_new_tokens: int
-
-
-def _read(output: Path) -> _Told:
-    manifest = read_manifest(output)
+def _config(manifest: Mapping[str, Any], output: Path) -> RunConfig:
+    """The configuration of a run, as its manifest has it."""
     try:
-        config, model = manifest["config"], manifest["model"]
-        spec = None
-        if model is not None:
-            adapter = Path(model["adapter"]) if model["adapter"] else None
-            spec = model_spec(str(model["backend"]), str(model["model"]), adapter, list(map(str, model["settings"])))
-        return _Told(
-            str(config["input"]), str(config["encoding"]), str(manifest["fingerprint"]["input"]), spec,
-            str(manifest["template"]), str(config["shots"] or ""), int(config["n_shots"]),
-            int(config["sampling"]["max_new_tokens"]),
-        )  # fmt: skip
+        values: dict[str, Any] = dict(manifest["config"])
+        values |= {name: Path(values[name]) if values[name] else None
+                   for name in ("input", "output", "adapter", "shots", "recover_config")}  # fmt: skip
+        values["sampling"] = Sampling(**{**values["sampling"], "stop": tuple(values["sampling"]["stop"])})
+        values["fleet"] = Fleet(**values["fleet"])
+        config = RunConfig(**values)
+        if config.input is None or not all(isinstance(one, str) for one in config.settings):
+            raise TypeError("input and settings must be there")
+        _check_types(config)
+        return config
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{manifest_path(output)} is not the manifest of a run: {first_line(error)}") from None
 
 
-def _prompt(pair: Pair, told: _Told, spec: ModelSpec) -> tuple[str, int, str]:
-    encoder = spec.load_encoder()
-    shots = read_triplets(Path(told.shots), told.encoding)[: told.n_shots] if told.shots else []
-    chat = get_template(told.template).render(pair, shots)
-    encoded = encoder.encode_for(chat, told.max_new_tokens)
-    return encoder.text(encoded.ids), len(encoded.ids), ", texts cut to fit" if encoded.truncated else ""
+def _check_types(config: RunConfig) -> None:
+    """Raise TypeError where a plain value is of another kind than its default."""
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), field.default
+        if type(default) in (str, int, bool) and type(value) is not type(default):
+            raise TypeError(f"{field.name} must be {type(default).__name__}")
+    sampling = dataclasses.asdict(config.sampling)
+    if not all(isinstance(value, int | float | tuple | list) for value in sampling.values()):
+        raise TypeError("sampling must be numbers")
+
+
+def _calls(asked: list[Asked], models: Models) -> Iterator[tuple[str, str]]:
+    """What the strategy asked, as the models saw it, and what they answered."""
+    for call in asked[:_MOST]:
+        role = next((role for role, model in models.items() if model.spec == call.spec), "model")
+        named = role if len(models) > 1 or len(asked) > 1 else ""
+        if isinstance(call.item, Request) and isinstance(call.spec, ModelSpec):
+            ((_, seen),) = encode(call.spec, [("0", call.item.chat, call.item.sampling.max_new_tokens)])
+            if isinstance(seen, Failure):
+                yield f"prompt {named}".rstrip(), seen.reason
+            else:
+                note = ", texts cut to fit" if seen.truncated else ""
+                yield f"prompt {named} ({seen.tokens} tokens{note})".replace("  ", " "), seen.text
+        answer = call.answer
+        if isinstance(answer, list) and all(isinstance(one, Completion) for one in answer):
+            for place, one in enumerate(answer):
+                which = f" {place + 1}" if len(answer) > 1 else ""
+                yield f"raw answer{which} {named}".rstrip(), one.text
+        elif isinstance(answer, LogLikelihood):
+            yield f"likelihood {named}".rstrip(), f"{answer.sum:.3f} nats, {answer.tokens} tokens: {call.item[2]}"
+    if len(asked) > _MOST:
+        yield "more", f"{len(asked) - _MOST} more calls"
 
 
 def _written(row_id: str, output: Path) -> str:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from submission.errors import PromptRecoveryError
+from submission.calls.log import log_path
 from submission.data.files import shown
-from submission.calls.journal import journal_path
-from submission.progress import tell
 from submission.data.tables import write_predictions
-from submission.types import Prediction
 from submission.data.validation import validate
+from submission.errors import PromptRecoveryError
+from submission.progress import tell
+from submission.types import Prediction
 
 BLANK_INPUT = "blank rewritten_text"
 DEADLINE = "deadline"
@@ -33,8 +33,9 @@ class Summary:
         fallbacks: rows that took the fallback, for whatever reason.
         reasons: how many for which reason, most frequent first.
         truncated: rows whose texts were cut to fit the model.
-        computed: rows computed by this process; the others were in the journal.
+        computed: rows computed by this process; the others were in the log.
         seconds: since the process started.
+        humbler: how models were held after trouble, in words; usually nothing.
         rows_per_second: computed rows per second of computing, loading left out; 0 if none was computed.
         too_many_failed: more rows failed than was allowed.
     """
@@ -47,6 +48,7 @@ class Summary:
     seconds: float
     rows_per_second: float
     output: Path
+    humbler: tuple[str, ...]
     too_many_failed: bool
 
     @property
@@ -65,8 +67,9 @@ class Summary:
                 "computed": self.computed,
                 "seconds": round(self.seconds, 3),
                 "rows_per_second": round(self.rows_per_second, 4),
+                "humbler": list(self.humbler),
                 "output": shown(self.output),
-                "journal": str(journal_path(self.output)),
+                "log": str(log_path(self.output)),
                 "exit_code": self.exit_code,
             }
         )
@@ -76,11 +79,12 @@ class Summary:
         lines = [f"rows       {self.rows} ({self.computed} computed now)"]
         lines.append(f"fallbacks  {self.fallbacks}")
         lines += [f"           {count} x {reason}" for reason, count in self.reasons.items()]
+        lines += [f"models     held {words} after trouble" for words in self.humbler]
         lines.append(f"truncated  {self.truncated}")
         lines.append(f"time       {self.seconds:.1f} s, {self.rows_per_second:.2f} rows/s")
         lines.append(f"output     {shown(self.output)} (valid)")
         if self.too_many_failed:
-            lines.append("Too many rows failed: look at one with `inspect ID`, then run again with --fresh.")
+            lines.append("Too many rows failed: look at one with `inspect ID`; the same command tries them again.")
         return "\n".join(lines)
 
 
@@ -95,6 +99,7 @@ def finish(
     seconds: float,
     computing_seconds: float,
     late: bool,
+    humbler: Sequence[str] = (),
 ) -> Summary:
     """Write the output for all `ids` and validate it by reading it back.
 
@@ -104,6 +109,7 @@ def finish(
         fallback: takes the place of failed and missing answers.
         max_failures: the share of tried rows, 0 to 1, above which too many failed.
         late: whether the deadline came before all rows were tried.
+        humbler: how models were held after trouble, in words.
 
     Raises:
         PromptRecoveryError: what was read back is not valid (a fault of the disk or of this program).
@@ -123,12 +129,13 @@ def finish(
         seconds=seconds,
         rows_per_second=computed / computing_seconds if computed and computing_seconds > 0 else 0.0,
         output=output,
+        humbler=tuple(humbler),
         too_many_failed=count.failed > max_failures * count.asked,
     )
 
 
 class _Count:
-    """Goes through the rows once, so that what is written and what is told agree while the journal still grows."""
+    """Goes through the rows once, so that what is written and what is told agree while more answers come."""
 
     def __init__(self, finished: Mapping[str, Prediction], fallback: str, *, late: bool) -> None:
         self._finished, self._fallback, self._late = finished, fallback, late

@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from submission.prompts.answers import is_blank, storable
 from submission.backends import ModelSpec, model_spec
-from submission.config import read_toml
-from submission.errors import UserError
-from submission.data.files import check_writable, leftovers
 from submission.backends.hardware import ALONE, Fleet
-from submission.calls.journal import journal_path
-from submission.data.manifest import check_apart, check_free
 from submission.backends.models import PACKAGED, TUNED, adapter_of, noted_template
+from submission.calls.log import is_log, log_path
+from submission.calls.models import Spec
+from submission.calls.supervisor import STALL_SECONDS
+from submission.config import read_toml
+from submission.data.files import check_writable, leftovers
+from submission.data.outputs import check_apart, check_free
 from submission.data.pairs import Pairs
-from submission.predict.strategies import DEFAULT_PROMPT, RecoverSource, Setup, find_recover
-from submission.data.tables import digest_pairs, read_triplets
+from submission.data.tables import read_triplets
+from submission.errors import UserError
+from submission.predict.strategies import DEFAULT_PROMPT, RecoverSource, Setup, find_recover, roles_of
+from submission.prompts.answers import is_blank, storable
 from submission.prompts.templates import Template, get_template
-from submission.types import Backend, Pair, Sampling, Triplet
+from submission.types import Recover, Sampling, Triplet
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,7 @@ class RunConfig:
     max_failures: float = 0.2
     fresh: bool = False
     as_json: bool = False
+    stall: float = STALL_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,35 +61,32 @@ class Plan:
     config: RunConfig
     pairs: Pairs
     recover: RecoverSource
-    spec: ModelSpec | None
+    strategy: Recover
+    roles: dict[str, Spec]
     template: Template
     shots: list[Triplet]
-    recover_config: dict[str, object]
-    fingerprint: dict[str, str]
 
-    def setup(self) -> Setup:
-        """What the way of predicting is made from; the model is loaded when first asked for."""
-        loaded: list[Backend] = []
-
-        def load() -> Backend:
-            if self.spec is None:
-                raise UserError(f"recover {self.recover.name} was said to need no model, and asks for one")
-            if not loaded:
-                loaded.append(self.spec.load())
-            return loaded[0]
-
-        return Setup(load, self.template, self.shots, self.config.sampling, self.recover_config)
+    def describe(self, role: str) -> dict[str, Any]:
+        """A role's model, for the manifest and for people."""
+        describe = getattr(self.roles[role], "describe", None)
+        return dict(describe()) if describe else {"model": str(self.roles[role])}
 
 
-def plan(config: RunConfig) -> Plan:
+def plan(config: RunConfig, *, writes: bool = True) -> Plan:
     """Check all that was asked for, before any model is loaded.
+
+    Args:
+        config: what to do.
+        writes: False for a run that is only looked at: its output may be anything.
 
     Raises:
         UserError: something is missing or wrong.
     """
-    check_writable(config.output)
-    files = [config.output, journal_path(config.output), *leftovers(config.output)]
-    check_apart(config.output, files, (one for one in _inputs(config) if not one[1].is_dir()))
+    files = [config.output, log_path(config.output)]
+    if writes:
+        check_writable(config.output)
+        files += leftovers(config.output)
+        check_apart(config.output, files, (one for one in _inputs(config) if not one[1].is_dir()))
     if is_blank(config.fallback) or storable(config.fallback) != config.fallback:
         raise UserError(f"--fallback {config.fallback!r} is blank, reads as null or is not UTF-8: give a prompt")
     if config.shots is not None and config.n_shots < 1:
@@ -99,30 +100,25 @@ def plan(config: RunConfig) -> Plan:
     recover_config = read_toml(config.recover_config, "--recover-config") if config.recover_config else {}
     pairs = Pairs(config.input, config.encoding, config.limit)
     shots = read_triplets(config.shots, config.encoding)[: config.n_shots] if config.shots else []
-    spec = (
-        model_spec(config.backend, config.model, config.adapter, config.settings, config.fleet)
-        if recover.uses_model
-        else None
-    )
-    if spec is not None and config.sampling.max_new_tokens > spec.options.context // 2:
+    setup = Setup(cache(lambda: _model(config)), template, shots, config.sampling, recover_config)
+    strategy = recover.make(setup)
+    roles = roles_of(strategy, setup)
+    if writes:
+        options = [asdict(spec.options) for spec in roles.values() if isinstance(spec, ModelSpec)]
+        check_apart(config.output, files, _inputs(config, recover_config, *options))
+        check_free(config.output, files[:1] if is_log(files[1]) else files[:2])
+    return Plan(config, pairs, recover, strategy, roles, template, shots)
+
+
+def _model(config: RunConfig) -> ModelSpec:
+    """The model of --model, checked."""
+    spec = model_spec(config.backend, config.model, config.adapter, config.settings, config.fleet)
+    if config.sampling.max_new_tokens > spec.options.context // 2:
         raise UserError(
             f"--max-new-tokens {config.sampling.max_new_tokens} leaves too little of the context of "
             f"{spec.options.context} tokens to the prompt: lower it, or raise --set context=N"
         )
-    check_apart(config.output, files, _inputs(config, recover_config, asdict(spec.options) if spec else {}))
-    check_free(config.output, [config.output])
-    fingerprint = {"input": pairs.digest, "recover": recover.name}
-    if recover_config:
-        fingerprint["recover_config"] = repr(sorted(recover_config.items()))
-    fingerprint |= recover.fingerprint(recover_config)
-    if spec is not None:
-        fingerprint |= spec.fingerprint()
-        fingerprint |= {"template": template.fingerprint(), "shots": _shots_mark(shots)}
-        fingerprint["sampling"] = _sampling_mark(config.sampling)
-    checked = Plan(config, pairs, recover, spec, template, shots, recover_config, fingerprint)
-    if not recover.uses_model:
-        recover.make(checked.setup())  # costs nothing, and its options are checked now
-    return checked
+    return spec
 
 
 def _inputs(config: RunConfig, *named: dict[str, Any]) -> Iterator[tuple[str, Path]]:
@@ -159,18 +155,3 @@ def choose_template(asked: str, model: str, adapter: Path | None, *, shots: bool
     """
     suits = "few_shot" if shots else noted_template(adapter_of(model, adapter), Path(model).expanduser())
     return get_template(asked or suits or "short")
-
-
-def _shots_mark(shots: list[Triplet]) -> str:
-    texts = (Pair(shot.rewrite_prompt, shot.pair.original_text, shot.pair.rewritten_text) for shot in shots)
-    return f"{len(shots)}: {digest_pairs(texts)}" if shots else "none"
-
-
-def _sampling_mark(sampling: Sampling) -> str:
-    mark = f"{sampling.max_new_tokens} tokens"
-    if sampling.temperature <= 0:
-        return f"{mark}, greedy"
-    return (
-        f"{mark}, temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, min_p {sampling.min_p:g}, "
-        f"seed {sampling.seed}"
-    )

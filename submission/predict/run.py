@@ -1,208 +1,236 @@
 """One run of the predictor, from a table of pairs to a valid submission.csv.
 
-    read pairs -> skip rows already in the journal -> Recover -> journal -> fill with the fallback at the end
-    or at the deadline -> write whole -> read back and validate
+    read pairs -> strategy -> best answer of each row -> fill with the fallback, at the end or at the deadline ->
+    write whole -> read back and validate
 
-The driver alone owns journal, deadline, fallback and files.
+This process owns the files and loads no model: workers do, and every call of a model is in the log beside the output.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import NoReturn
 
-from submission.predict.deadline import Interrupted, Timetable, Watchdog, process_start
+from submission import STARTED
+from submission.calls.log import Log, log_path
+from submission.calls.models import Limits, Models, open_models
+from submission.calls.supervisor import DeadlineReached
 from submission.data.files import remove_leftovers
-from submission.predict.guard import Guard, Orders, guarded
-from submission.calls.journal import Journal, journal_path
-from submission.data.manifest import Manifest, manifest_path
+from submission.data.outputs import manifest_path
+from submission.data.scratch import key_of, scratch, text_of
+from submission.data.tables import says_something
+from submission.predict.asking import answer_all
+from submission.predict.deadline import Interrupted, Timetable, Watchdog
+from submission.predict.manifest import Manifest
 from submission.predict.outcome import BLANK_INPUT, Summary, finish, print_summary
 from submission.predict.plan import Plan, RunConfig, plan
-from submission.progress import Progress, show_progress, tell
-from submission.calls.retry import answer_all
-from submission.data.tables import says_something
-from submission.types import Budget, Pair, Prediction, Recover
+from submission.progress import show_progress, tell
+from submission.types import Budget, Pair, Prediction
+
+LOG = logging.getLogger(__name__)
 
 
-def predict(config: RunConfig, say: Callable[[str], None]) -> Summary:
+def predict(config: RunConfig) -> Summary:
     """Run to the end, the deadline or a signal.
-
-    Args:
-        config: what to do.
-        say: takes lines for people.
 
     Raises:
         UserError: something is missing or wrong; nothing was overwritten.
-        Interrupted: a signal stopped the run; the journal holds what was finished.
+        Interrupted: a signal stopped the run; the log holds what was computed.
     """
-    started = process_start()
     try:
-        run_plan = plan(config)
-        if config.shots and len(run_plan.shots) < config.n_shots:
-            say(f"{config.shots} has {len(run_plan.shots)} examples of the {config.n_shots} asked for")
-        return _Run(run_plan, started, say).run()
+        return _Run(config).run()
     except KeyboardInterrupt:  # a moment before the run's own handlers were there
         raise Interrupted(signal.SIGINT) from None
+
+
+class Answers(Mapping[str, Prediction]):
+    """The best answer so far of each row, by id; on disk, as far as it outgrows a cache."""
+
+    def __init__(self) -> None:
+        columns = "id BLOB PRIMARY KEY, text TEXT, status TEXT, reason TEXT, truncated INT"
+        self._rows = scratch(f"CREATE TABLE answers ({columns}) WITHOUT ROWID")
+
+    def put(self, answer: Prediction) -> bool:
+        """Take a row's answer, in place of one that it had; whether it had none."""
+        new = answer.id not in self
+        cells = (key_of(answer.id), answer.text, answer.status, answer.reason, answer.truncated)
+        self._rows.execute("REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", cells)
+        return new
+
+    def __getitem__(self, row_id: str) -> Prediction:
+        found = self._rows.execute(
+            "SELECT text, status, reason, truncated FROM answers WHERE id = ?", (key_of(row_id),)
+        ).fetchone()
+        if found is None:
+            raise KeyError(row_id)
+        return Prediction(row_id, found[0], found[1], found[2], truncated=bool(found[3]))
+
+    def __contains__(self, row_id: object) -> bool:
+        asked = (key_of(str(row_id)),)
+        return self._rows.execute("SELECT 1 FROM answers WHERE id = ?", asked).fetchone() is not None
+
+    def __iter__(self) -> Iterator[str]:
+        for (key,) in self._rows.execute("SELECT id FROM answers"):
+            yield text_of(key)
+
+    def __len__(self) -> int:
+        (count,) = self._rows.execute("SELECT count(*) FROM answers").fetchone()
+        return int(count)
 
 
 class _Run:
     """The state of one run that the main thread and the watchdog share."""
 
-    def __init__(self, run_plan: Plan, started: float, say: Callable[[str], None]) -> None:
-        self._plan = run_plan
-        self._config = run_plan.config
-        self._started = started
-        self._say = say
-        self._times = (
-            Timetable.until(self._config.deadline, started, len(run_plan.pairs)) if self._config.deadline else None
-        )
-        self._journal = Journal(journal_path(self._config.output), run_plan.fingerprint, fresh=self._config.fresh)
-        for file in (self._config.output, manifest_path(self._config.output)):
-            remove_leftovers(file)  # of a run that was killed while it wrote
-        self._manifest = Manifest(run_plan)
-        known = self._journal.finished
-        self._resumed = sum(row_id in known for row_id in run_plan.pairs.ids) if known else 0
-        self._added = 0  # to the journal, by this process
-        self._computed = 0
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._plan: Plan | None = None
+        self._answers = Answers()
+        self._manifest: Manifest | None = None
+        self._models: Models | None = None
+        self._computed = self._from_log = 0  # rows
         self._computing_since: float | None = None
         self._computing_seconds = 0.0
         self._finishing = threading.Lock()
-        self._guard = Guard(None)
 
     def run(self) -> Summary:
-        if self._journal.damaged:
-            self._say(
-                f"{self._journal.damaged} damaged lines of the journal are left out; their rows are computed again"
-            )
-        if self._resumed:
-            self._say(f"resuming: {self._resumed} of {len(self._plan.pairs)} rows are in the journal")
+        deadline = self._config.deadline
+        times = Timetable.until(deadline, STARTED, 0) if deadline else None
         watchdog = Watchdog(
-            takeover_at=self._times.thread if self._times else None,
-            take_over=self._take_over,
-            stop_now=self._stop_now,
-            tick=self._journal.sync_if_due,
+            takeover_at=times.last_call if times else None, take_over=self._take_over, stop_now=self._stop_now
         )
         try:
-            with guarded(self._orders(), self._plan.pairs.ids) as guard, watchdog:
-                self._guard = guard
-                late = self._compute()
-                # Beyond this point the watchdog thread finds the lock taken; the guard still stands by.
+            with watchdog:
+                made = self._plan = plan(self._config)
+                if self._config.shots and len(made.shots) < self._config.n_shots:
+                    LOG.info("%s has %d examples of the %d asked for", self._config.shots, len(made.shots),
+                             self._config.n_shots)  # fmt: skip
+                if deadline:
+                    times = Timetable.until(deadline, STARTED, len(made.pairs))
+                    watchdog.takeover_at = times.takeover
+                late = self._compute(made, times.stop if times else None)
+                # Beyond this point the watchdog finds the lock taken.
                 self._finishing.acquire()
                 watchdog.stand_down()
-                summary = self._finish(late=late)
-                if late:
-                    # Freeing a large model or joining a busy thread may take longer than is left.
-                    self._end_process(summary)
+                return self._finish(made, late=late)
         except Interrupted:
-            self._manifest.write("interrupted")
-            self._say(self._how_to_resume())
+            if self._manifest is not None:
+                self._manifest.write("interrupted")
+            tell(self._how_to_resume(), sys.stderr)
             raise
-        finally:
-            self._journal.close()
-        return summary
 
-    def _compute(self) -> bool:
-        """Answer all rows that are not in the journal; True if the deadline came first."""
-        first = next(self._to_ask(), None)
-        # The model is loaded before the journal is touched: a run that cannot start changes nothing.
-        recover: Recover | None = self._plan.recover.make(self._plan.setup()) if first else None
-        self._journal.begin()
-        self._manifest.write("running")
-        budget = Budget(self._times.stop if self._times else None)
-        with show_progress(len(self._plan.pairs), self._resumed) as progress:
-            for pair in self._plan.pairs:
-                if not says_something(pair.rewritten_text) and pair.id not in self._journal.finished:
-                    self._add(Prediction(pair.id, "", "failed", BLANK_INPUT), progress)
-            if recover is None:
-                return False
-            self._computing_since = time.monotonic()
-            for prediction in answer_all(recover, self._to_ask(), budget):
-                if prediction.status != "unfinished":
-                    self._add(prediction, progress)
-                    self._computed += 1
-                if budget.remaining() == 0:
-                    return True
-            self._stop_clock()
-        return False
+    def _compute(self, made: Plan, end: float | None) -> bool:
+        """Answer all rows; True if the deadline came first."""
+        config = self._config
+        log = Log(log_path(config.output), fresh=config.fresh, before_writing=self._begin)
+        if log.damaged:
+            LOG.warning("%d damaged lines of %s are left alone; their calls are computed again", log.damaged, log.path)
+        late = False
+        with open_models(made.roles, log, Limits(end, config.stall)) as models:
+            self._models = models
+            for pair in made.pairs:
+                if not says_something(pair.rewritten_text):
+                    self._answers.put(Prediction(pair.id, "", "failed", BLANK_INPUT))
+            with show_progress(len(made.pairs), len(self._answers)) as progress:
+                self._computing_since = time.monotonic()
+                before = 0
+                try:
+                    budget = Budget(end)
+                    for answer in answer_all(
+                        made.strategy, self._to_ask(made), models, budget, self._answers.__contains__
+                    ):
+                        if not self._answers.put(answer):
+                            continue
+                        now = models.computed + models.failed
+                        from_log = models.found > 0 and now == before
+                        before = now
+                        self._from_log += from_log
+                        self._computed += not from_log
+                        progress.advance(fell_back=answer.status != "ok", computed=not from_log)
+                        if budget.remaining() == 0:
+                            late = len(self._answers) < len(made.pairs)
+                            break
+                except DeadlineReached:
+                    late = True
+                self._stop_clock()
+        return late
 
-    def _to_ask(self) -> Iterator[Pair]:
-        """The pairs that are not in the journal and can be asked about."""
-        for pair in self._plan.pairs:
-            if says_something(pair.rewritten_text) and pair.id not in self._journal.finished:
-                yield pair
+    def _begin(self) -> None:
+        """Something is about to be written: what it will be is ours from now on."""
+        assert self._plan is not None
+        for file in (self._config.output, manifest_path(self._config.output)):
+            remove_leftovers(file)  # of a run that was killed while it wrote
+        if self._manifest is None:
+            self._manifest = Manifest(self._plan)
+            self._manifest.write("running")
 
-    def _add(self, prediction: Prediction, progress: Progress) -> None:
-        self._journal.append(prediction)
-        self._added += 1
-        progress.advance(fell_back=prediction.status == "failed")
+    def _to_ask(self, made: Plan) -> Iterator[Pair]:
+        return (pair for pair in made.pairs if says_something(pair.rewritten_text))
 
     def _stop_clock(self) -> None:
         if self._computing_since is not None:
             self._computing_seconds = time.monotonic() - self._computing_since
             self._computing_since = None
 
-    def _finish(self, *, late: bool) -> Summary:
+    def _finish(self, made: Plan, *, late: bool) -> Summary:
         self._stop_clock()
-        self._guard.stand_by()
+        self._begin()
         summary = finish(
             self._config.output,
-            self._plan.pairs.ids,
-            self._journal.finished,
+            made.pairs.ids,
+            self._answers,
             fallback=self._config.fallback,
             max_failures=self._config.max_failures,
             computed=self._computed,
-            seconds=time.monotonic() - self._started,
+            seconds=time.monotonic() - STARTED,
             computing_seconds=self._computing_seconds,
             late=late,
+            humbler=self._models.humbler if self._models else (),
         )
-        self._journal.sync()
+        assert self._manifest is not None
         self._manifest.write("complete", summary)
         return summary
 
+    # -- in the watchdog's thread -------------------------------------------------------------------------------
+
     def _take_over(self) -> None:
-        """The watchdog's thread finishes the run: the main thread is in a call that takes too long."""
+        """The main thread is in code of a strategy that does not come back, or still reads the table."""
         if not self._finishing.acquire(blocking=False):
             return
+        if self._plan is None:
+            self._end_process("error: the deadline was over before the input was read: no file was written", 1)
+        if self._models is not None:
+            self._models.close()
         try:
-            summary = self._finish(late=True)
+            summary = self._finish(self._plan, late=True)
         except BaseException as error:
-            tell(f"error: {error}", sys.stderr)
-            os._exit(1)
-        self._end_process(summary)
-
-    def _end_process(self, summary: Summary) -> NoReturn:
+            self._end_process(f"error: {error}", 1)
         _leave_progress()
         print_summary(summary, as_json=self._config.as_json)
         os._exit(summary.exit_code)
 
     def _stop_now(self, exit_code: int) -> None:
-        self._journal.sync()
+        self._end_process(self._how_to_resume(), exit_code)
+
+    def _end_process(self, words: str, exit_code: int) -> NoReturn:
         _leave_progress()
-        tell(self._how_to_resume(), sys.stderr)
+        tell(words, sys.stderr)
         os._exit(exit_code)
 
     def _how_to_resume(self) -> str:
+        if self._plan is None or self._manifest is None:
+            return "stopped before anything was computed"
+        done, rows = self._computed + self._from_log, len(self._plan.pairs)
         return (
-            f"stopped: {self._resumed + self._added} of {len(self._plan.pairs)} rows are safe in {self._journal.path}\n"
+            f"stopped: {done} of {rows} rows were answered; their calls are safe in {log_path(self._config.output)}\n"
             "Run the same command again to go on from there."
         )
-
-    def _orders(self) -> Orders | None:
-        if self._times is None:
-            return None
-        config = self._config
-        return Orders(
-            pid=os.getpid(), started=self._started, act_at=self._times.guard, last_call=self._times.last_call,
-            output=str(config.output), fallback=config.fallback,
-            max_failures=config.max_failures, as_json=config.as_json, resumed=self._resumed,
-            fingerprint=self._plan.fingerprint,
-        )  # fmt: skip
 
 
 def _leave_progress() -> None:

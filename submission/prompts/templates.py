@@ -12,8 +12,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from submission.prompts.answers import clean_answer
 from submission.errors import UserError
+from submission.prompts.answers import clean_answer
 from submission.prompts.encoding import cut_middle
 from submission.types import Chat, Message, Pair, Part, Triplet
 

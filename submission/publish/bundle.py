@@ -18,15 +18,15 @@ from typing import Any
 
 import submission
 from submission import kernel
-from submission.config import read_toml
-from submission.errors import UserError
-from submission.data.files import atomic_folder, files_in, read_json, write_json
-from submission.data.manifest import check_apart, made_folder, manifest_path
 from submission.backends.models import PACKAGED, TUNED, check_gguf_adapter, check_peft_adapter, is_gguf, resolve_folder
+from submission.config import read_toml
+from submission.data.files import atomic_folder, files_in, read_json, write_json
+from submission.data.outputs import check_apart, made_folder, manifest_path
+from submission.data.tables import some
+from submission.errors import UserError
 from submission.publish.image import Image, kaggle_image
 from submission.publish.metadata import DATASET_FILE
 from submission.publish.wheels import LLAMA, OURS, distribution, fetch, lacking, newest_needed, own_wheel, version_of
-from submission.data.tables import some
 
 DATASET = "prompt-recovery-bundle"
 ATTACHED = "attached"

@@ -11,8 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from submission.errors import UserError
 from submission.data.files import write_json
+from submission.errors import UserError
 from submission.publish.client import TRANSFER_SECONDS, KaggleError, Say, failure, http_status, run_client, shell_line
 from submission.publish.metadata import (
     DATASET_FILE,

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from submission import kernel
-from submission.errors import PromptRecoveryError, UserError
 from submission.data.files import cache_folder, read_json
-from submission.data.manifest import installed_version
+from submission.data.outputs import installed_version
+from submission.data.tables import PAIR_COLUMNS, read_pairs, write_table
+from submission.data.validation import validate
+from submission.errors import PromptRecoveryError, UserError
 from submission.publish.bundle import DATASET, read_contents, write_contents
 from submission.publish.image import Image, kaggle_image
 from submission.publish.wheels import DATA_ONLY, OURS, distribution, fetch, required
-from submission.data.tables import PAIR_COLUMNS, read_pairs, write_table
-from submission.data.validation import validate
 
 LAYOUTS: Mapping[str, tuple[str, str, str]] = {
     # name: folders below /kaggle/input of the competition, the dataset and models

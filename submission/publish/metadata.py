@@ -14,8 +14,8 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
-from submission.errors import UserError
 from submission.data.files import read_json
+from submission.errors import UserError
 
 PLACEHOLDER = "OWNER"
 """Stands for the user who pushes, wherever an owner is expected."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from submission import kernel
-from submission.errors import UserError
 from submission.backends.models import PACKAGED
+from submission.errors import UserError
 
 _GPU = "NvidiaTeslaT4"  # two of them, the competition's usual machine
 _GPU_CODE = ("libggml-cuda", "libggml-hip")  # in a wheel of llama-cpp-python that was built for GPUs

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from submission.data.files import write_json
-from submission.data.manifest import made_files
+from submission.data.outputs import made_files
 from submission.publish.client import (
     CALL_SECONDS,
     TRANSFER_SECONDS,

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from submission.errors import PromptRecoveryError, UserError
 from submission.data.files import atomic_folder, cache_folder
-from submission.data.manifest import installed_version
+from submission.data.outputs import installed_version
+from submission.errors import PromptRecoveryError, UserError
 from submission.publish.image import Image
 
 OURS = "prompt-recovery"

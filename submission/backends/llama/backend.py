@@ -25,10 +25,10 @@ from submission.backends.llama.library import (
 from submission.backends.llama.probe import probe
 from submission.backends.llama.streams import LlamaStreams
 from submission.backends.llama.tokenizer import GgufTokenizer
-from submission.backends.schedule import Limits, Prompt, Scheduler, Shape, Text
-from submission.errors import BackendError, UserError, first_line
-from submission.data.hashing import content_hash
 from submission.backends.models import PACKAGED, TUNED, adapter_of, check_gguf_adapter, resolve_gguf
+from submission.backends.schedule import Limits, Prompt, Scheduler, Shape, Text
+from submission.data.hashing import content_hash
+from submission.errors import BackendError, UserError, first_line
 from submission.prompts.encoding import ChatEncoder
 from submission.types import Chat, Completion, Failure, LogLikelihood, Request
 

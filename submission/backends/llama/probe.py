@@ -13,11 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from submission.errors import PromptRecoveryError, UserError
+from submission.backends.models import embedded_gguf, tuned_adapter
 from submission.data.files import cache_folder
 from submission.data.hashing import recall, remember
-from submission.data.manifest import installed_version
-from submission.backends.models import embedded_gguf, tuned_adapter
+from submission.data.outputs import installed_version
+from submission.errors import PromptRecoveryError, UserError
 
 _SECONDS = 300.0  # for the largest file on a slow disk
 _MEMORY = 8 << 30  # bytes beyond twice the file

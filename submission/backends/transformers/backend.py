@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from submission.backends.common import Asked, stop_at, stream_seed, thread_count
+from submission.backends.models import check_peft_adapter, resolve_folder
 from submission.backends.transformers.drawing import Drawer, Stopper
 from submission.backends.transformers.loading import (
     end_tokens,
@@ -23,9 +24,8 @@ from submission.backends.transformers.loading import (
 )
 from submission.backends.transformers.tokenizer import HfTokenizer
 from submission.backends.window import Window, common_length
-from submission.errors import BackendError, PromptRecoveryError, UserError, first_line
 from submission.data.hashing import content_hash
-from submission.backends.models import check_peft_adapter, resolve_folder
+from submission.errors import BackendError, PromptRecoveryError, UserError, first_line
 from submission.prompts.encoding import ChatEncoder, EncodedPrompt
 from submission.types import Chat, Completion, Failure, LogLikelihood, Request, Sampling
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from submission.backends.transformers.tokenizer import HfTokenizer
-from submission.errors import UserError, first_line
 from submission.data.tables import some
+from submission.errors import UserError, first_line
 
 
 def stay_offline_and_quiet() -> None:

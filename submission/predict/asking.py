@@ -1,20 +1,21 @@
-"""No row is lost to a failing batch: it is split and tried again, down to single rows."""
+"""Rows of a strategy that raises are asked again in smaller parts, down to single ones; what it says is checked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-from submission.prompts.answers import is_blank, storable
+from submission.calls.supervisor import LostError
 from submission.errors import PromptRecoveryError, UserError, first_line
-from submission.types import Budget, Pair, Prediction, Recover
+from submission.prompts.answers import is_blank, storable
+from submission.types import Budget, Model, Pair, Prediction, Recover
 
 _REASON_CHARS = 200
 
 
-_BLOCK = 64  # rows that are suspected when a way of predicting fails before it took one
+_BLOCK = 64  # rows that are suspected when a strategy fails before it took one
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +24,28 @@ class _Attempt:
     rows: int = 0  # of pairs that have failed before, in other company; 0 for untried ones
 
 
-def answer_all(recover: Recover, pairs: Iterable[Pair], budget: Budget) -> Iterator[Prediction]:
-    """Yield one prediction per pair, in any order; rows that fail alone, twice, come out as `failed`.
+def answer_all(
+    recover: Recover,
+    pairs: Iterable[Pair],
+    models: Mapping[str, Model],
+    budget: Budget,
+    known: Callable[[str], bool] = lambda _: False,
+) -> Iterator[Prediction]:
+    """Yield a prediction for every pair, in any order, and better ones as they come.
 
-    Pairs are taken as the way of predicting takes them. When it raises, the rows that it had taken without answering
-    are split into halves and tried again before it goes on with the rest.
+    Pairs are taken as the strategy takes them. When it raises, the rows that it had taken without answering
+    are split into halves and tried again before it goes on with the rest; one that does it alone is `failed`.
+
+    Args:
+        recover: the strategy.
+        pairs: of the run.
+        models: by role.
+        budget: of time.
+        known: whether a row has a prediction already, which a better one may replace.
 
     Raises:
         UserError: passed on, since trying again would not help.
-        PromptRecoveryError: the pairs cannot be read to their end, or the way of predicting ended the process.
+        PromptRecoveryError: the pairs cannot be read to their end, or the strategy ended the process.
     """
     pairs = _Source(pairs)
     work = [_Attempt(iter(pairs))]
@@ -45,17 +59,18 @@ def answer_all(recover: Recover, pairs: Iterable[Pair], budget: Budget) -> Itera
                 yield pair
 
         try:
-            for prediction in recover(feed(), budget):
+            for prediction in recover(feed(), models, budget):
                 if not isinstance(prediction, Prediction):
                     raise TypeError(f"an answer that is no Prediction but {type(prediction).__name__}")
-                if not isinstance(prediction.id, str) or taken.pop(prediction.id, None) is None:
+                first = taken.pop(prediction.id, None) if isinstance(prediction.id, str) else None
+                if first is None and not (isinstance(prediction.id, str) and known(prediction.id)):
                     raise RuntimeError(f"an answer for id {prediction.id!r}, which was not asked for")
                 yield checked(prediction)
             trouble = None
-        except UserError:
+        except (UserError, LostError):
             raise
         except SystemExit as error:
-            raise PromptRecoveryError(f"the way of predicting called sys.exit({error.code!r}): it must not") from error
+            raise PromptRecoveryError(f"the strategy called sys.exit({error.code!r}): it must not") from error
         except Exception as error:
             # Only its words are kept: its frames may hold a GPU's memory, which the next try needs.
             trouble = first_line(error)[:_REASON_CHARS]
@@ -99,14 +114,14 @@ class _Source:
         if self._trouble is not None:
             raise PromptRecoveryError(
                 f"the rows cannot be read to their end: {first_line(self._trouble)}\n"
-                "What is finished is safe in the journal."
+                "What was computed is safe in the log."
             ) from self._trouble
 
 
 def checked(prediction: Prediction) -> Prediction:
     """The prediction if it is sound, or as near as can be: a row with a text of another kind failed.
 
-    It may come from a way of predicting of the user's own, so any field may hold anything.
+    It may come from a strategy of the user's own, so any field may hold anything.
     """
     text, status, reason = prediction.text, prediction.status, prediction.reason
     if not isinstance(text, str):

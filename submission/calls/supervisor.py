@@ -1,0 +1,415 @@
+"""Workers that hold a model, and what happens when one is lost.
+
+Items are dealt to the worker that has the least to do, and answers come back as they are finished. A worker that dies,
+hangs or is stopped is replaced. What it had is asked again apart from everything else, and divided each time that
+happens again, until the item that does it stands alone: its result is a `Failure`. The same is done when a batch fails
+with an exception, without a new worker.
+
+What carries the messages is for a `Carrier` to say: processes of this machine, or actors of a Ray cluster.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from submission.calls.requests import Kind
+from submission.errors import PromptRecoveryError, UserError
+from submission.types import Failure
+
+LOG = logging.getLogger(__name__)
+
+AHEAD = 256  # items that a worker may have: what a backend looks at together, so that none runs dry
+_BLOCK = 8  # items that are dealt together: neighbours often share a beginning
+_PARTS = 4  # that a suspected group is divided in
+_DEATHS_ALONE, _ERRORS_ALONE = 3, 2  # after which an item on its own is given up
+_DEATHS_IN_A_ROW, _ERRORS_IN_A_ROW = 12, 64  # without one answer, beyond which the model is given up
+_LOADS = 3  # workers in a row that may die while they load the model
+_TICK = 0.5  # seconds between two looks at workers that say nothing
+STALL_SECONDS = 900.0  # without an answer, beyond which a busy worker counts as hanging
+_LOADING_SECONDS = 3600.0
+
+Message = tuple[Any, ...]
+"""To a worker: ("ask", call, method, items), ("stop", call). From it: ("ready", where), ("refused", words) of a model
+that cannot be loaded, ("answers", call, [(key, answer), ...]), ("trouble", call, words)."""
+
+
+class DeadlineReached(BaseException):
+    """The time of the run is over. Not an Exception: no strategy swallows it by accident."""
+
+
+class HopelessError(PromptRecoveryError):
+    """A model's workers were lost again and again without one answer in between."""
+
+
+class LostError(PromptRecoveryError):
+    """No worker is left, and none can be started."""
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """A worker as the supervisor sees it; a carrier keeps what it needs in `handle`.
+
+    Attributes:
+        number: its own.
+        handle: of the carrier.
+        ready: its model is loaded.
+        since: when it was last heard of or given something to do, in seconds of `time.monotonic()`.
+        asked: items that it has not answered, by call and key.
+        load: the work that they are, in characters.
+        alone: what it has was suspected, so it gets nothing else.
+        loads: workers before it that died in its place while they loaded the model.
+    """
+
+    number: int
+    handle: Any = None
+    ready: bool = False
+    since: float = field(default_factory=time.monotonic)
+    asked: dict[tuple[int, str], Item] = field(default_factory=dict)
+    load: int = 0
+    alone: bool = False
+    loads: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """Something that is asked, and how often it was alone with a worker that was lost or failed."""
+
+    call: int
+    key: str
+    content: Any
+    size: int
+    deaths: int = 0
+    errors: int = 0
+
+
+class Carrier(ABC):
+    """Starts workers, carries messages, and knows when a worker is gone."""
+
+    count: int
+    """Of workers that are wanted."""
+
+    @abstractmethod
+    def start(self, worker: Worker) -> None:
+        """Start what `worker` stands for; it tells ("ready", ...) or ("refused", ...) when its model is loaded."""
+
+    @abstractmethod
+    def send(self, worker: Worker, message: Message) -> None:
+        """Send; a worker that is gone is found out by `receive`."""
+
+    @abstractmethod
+    def receive(self, workers: Sequence[Worker], seconds: float) -> Iterator[tuple[Worker, Message | None]]:
+        """What workers have told, after waiting so long for it at most; None for a worker that is gone."""
+
+    @abstractmethod
+    def end(self, worker: Worker) -> str:
+        """End a worker, however it is; returns what became of it, for people."""
+
+    def peak_memory(self, worker: Worker) -> float:
+        """Bytes that a worker took at its peak; 0 where that is not known."""
+        del worker
+        return 0.0
+
+    def halted(self, worker: Worker) -> bool:
+        """Whether somebody stopped the worker without ending it."""
+        del worker
+        return False
+
+
+class Pool:
+    """The workers of one model.
+
+    Args:
+        carrier: of messages.
+        end: when all workers are to be ended, in seconds of `time.monotonic()`; None for never.
+        stall: seconds without an answer after which a busy worker is replaced.
+
+    Raises:
+        UserError: the model cannot be loaded.
+        DeadlineReached: while it was.
+    """
+
+    def __init__(self, carrier: Carrier, end: float | None = None, stall: float = STALL_SECONDS) -> None:
+        self._carrier = carrier
+        self._end, self._stall = end, stall
+        self._calls: dict[int, Call] = {}
+        self._numbers = 0
+        self._deaths = self._errors = 0  # since the last answer
+        self._slowest = 0.0  # seconds that a worker took between two answers
+        self.workers = [Worker(number) for number in range(carrier.count)]
+        try:
+            for worker in self.workers:
+                carrier.start(worker)
+            while not any(worker.ready for worker in self.workers):
+                self._receive()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is being answered."""
+        return bool(self._calls)
+
+    def peak_memory(self) -> float:
+        """Bytes that the workers took at their peaks, together; 0 where that is not known."""
+        return sum(map(self._carrier.peak_memory, self.workers))
+
+    def open(self, kind: Kind) -> Call:
+        """Begin a call; several may be open at once."""
+        self._numbers += 1
+        call = Call(self, self._numbers, kind)
+        self._calls[call.number] = call
+        return call
+
+    def give_up(self, call: Call) -> None:
+        """Forget a call; workers stop what they do for it."""
+        if self._calls.pop(call.number, None) is None:
+            return
+        for worker in self.workers:
+            if gone := [key for key in worker.asked if key[0] == call.number]:
+                for key in gone:
+                    self._drop(worker, key)
+                worker.alone = worker.alone and bool(worker.asked)
+                self._carrier.send(worker, ("stop", call.number))
+
+    def close(self) -> None:
+        """End all workers; nothing of them is left."""
+        workers, self.workers = self.workers, []
+        for worker in workers:
+            self._carrier.end(worker)
+
+    # -- dealing ----------------------------------------------------------------------------------------------
+
+    def has_room(self) -> bool:
+        """Whether a worker could take more."""
+        return any(len(worker.asked) < AHEAD and not worker.alone for worker in self.workers)
+
+    def deal(self, call: Call) -> None:
+        """Send what waits in a call to workers: suspected groups to idle ones, the rest to those with the least."""
+        for worker in self.workers:
+            if call.suspects and worker.ready and not worker.asked:
+                worker.alone = True
+                self._give(worker, call, call.suspects.pop())
+        while call.waiting and not call.suspects:
+            free = [one for one in self.workers if one.ready and not one.alone and len(one.asked) < AHEAD]
+            if not free:
+                return
+            block = [call.waiting.popleft() for _ in range(min(_BLOCK, len(call.waiting)))]
+            self._give(min(free, key=lambda one: one.load), call, block)
+
+    def _give(self, worker: Worker, call: Call, items: list[Item]) -> None:
+        if not worker.asked:
+            worker.since = time.monotonic()
+        for item in items:
+            worker.asked[item.call, item.key] = item
+            worker.load += item.size
+        self._carrier.send(worker, ("ask", call.number, call.kind.method, [item.content for item in items]))
+
+    # -- listening --------------------------------------------------------------------------------------------
+
+    def listen(self) -> None:
+        """Wait for something to happen, and deal with it.
+
+        Raises:
+            DeadlineReached: the time is over; all workers were ended.
+            LostError: no worker is left.
+        """
+        self._receive()
+        for call in self._calls.values():
+            self.deal(call)
+
+    def _receive(self) -> None:
+        left = _TICK if self._end is None else min(_TICK, self._end - time.monotonic())
+        if left <= 0:
+            self.close()
+            raise DeadlineReached
+        before = time.monotonic()
+        for worker, message in self._carrier.receive(list(self.workers), left):
+            if worker not in self.workers:
+                continue
+            if message is None:
+                self._lose(worker, self._carrier.end(worker))
+            else:
+                self._take(worker, message)
+        now = time.monotonic()
+        if now - before > _TICK + 5:  # this very process was halted: what the others have told is still to be read
+            for worker in self.workers:
+                worker.since = now
+            return
+        for worker in list(self.workers):
+            self._look_after(worker, now)
+
+    def _look_after(self, worker: Worker, now: float) -> None:
+        limit = max(self._stall, 4 * self._slowest) if worker.ready else _LOADING_SECONDS
+        why = ""
+        if self._carrier.halted(worker):
+            why = "was stopped"
+        elif (worker.asked or not worker.ready) and now - worker.since > limit:
+            why = f"gave no answer for {now - worker.since:.0f} s"
+        if why:
+            self._carrier.end(worker)
+            self._lose(worker, f"worker {worker.number} {why}")
+
+    def _take(self, worker: Worker, message: Message) -> None:
+        kind, *told = message
+        now = time.monotonic()
+        if kind == "ready":
+            worker.ready, worker.since = True, now
+        elif kind == "refused":
+            self._carrier.end(worker)
+            self._leave_out(worker, str(told[0]))
+        elif kind == "answers":
+            number, answers = told
+            gap = (now - worker.since) / max(1, len(answers))
+            self._slowest = max(self._slowest, now - worker.since)
+            worker.since = now
+            self._deaths = self._errors = 0
+            call = self._calls.get(number)
+            for key, answer in answers:
+                item = worker.asked.pop((number, key), None)
+                if item is None:
+                    continue
+                worker.load -= item.size
+                if call is not None:
+                    call.finish(item, answer, gap)
+            worker.alone = worker.alone and bool(worker.asked)
+        else:
+            number, words = told
+            worker.since = now
+            items = [self._drop(worker, key) for key in list(worker.asked) if key[0] == number]
+            worker.alone = worker.alone and bool(worker.asked)
+            self._suspect(items, words, died=False)
+
+    def _drop(self, worker: Worker, key: tuple[int, str]) -> Item:
+        item = worker.asked.pop(key)
+        worker.load -= item.size
+        return item
+
+    # -- losses -----------------------------------------------------------------------------------------------
+
+    def _lose(self, worker: Worker, words: str) -> None:
+        """A worker is gone: another takes its place, and what it had is asked again."""
+        items = [self._drop(worker, key) for key in list(worker.asked)]
+        loads = 0 if worker.ready else worker.loads + 1
+        if loads == _LOADS:
+            self._leave_out(
+                worker, f"{words} while it loaded the model\nThere may be too little memory: use fewer --workers"
+            )
+        else:
+            if worker.ready:
+                LOG.warning("%s: another takes its place, what it had is asked again", words)
+            place = self.workers.index(worker)
+            self.workers[place] = Worker(worker.number, loads=loads)
+            try:
+                self._carrier.start(self.workers[place])
+            except UserError as error:
+                self._leave_out(self.workers[place], str(error))
+        self._suspect(items, words, died=True)
+
+    def _leave_out(self, worker: Worker, words: str) -> None:
+        """A worker cannot be started: the others go on."""
+        self.workers.remove(worker)
+        if not self.workers:
+            if not self._calls:
+                raise UserError(words)
+            raise LostError(f"{words}\nNo worker is left; what was computed is safe.")
+        LOG.warning("%s: %d workers are left", words.splitlines()[0], len(self.workers))
+
+    def _suspect(self, items: list[Item], words: str, *, died: bool) -> None:
+        """Ask items again that a worker had when it was lost or failed, in smaller groups."""
+        if not items:
+            return
+        self._deaths += died
+        self._errors += not died
+        if self._deaths > _DEATHS_IN_A_ROW or self._errors > _ERRORS_IN_A_ROW:
+            raise HopelessError(words)
+        by_call: dict[int, list[Item]] = {}
+        for item in items:
+            by_call.setdefault(item.call, []).append(item)
+        for number, group in by_call.items():
+            if (call := self._calls.get(number)) is not None:
+                call.suspect(group, words, died=died)
+
+
+class Call:
+    """Items of one call of a method, and their results as they come.
+
+    Attributes:
+        number: of the call.
+        kind: of the method.
+        waiting: items that no worker has.
+        suspects: groups that are to be asked apart from everything else; the last one first, so that a culprit is found
+            before the next group is tried.
+    """
+
+    def __init__(self, pool: Pool, number: int, kind: Kind) -> None:
+        self.number, self.kind = number, kind
+        self.waiting: deque[Item] = deque()
+        self.suspects: list[list[Item]] = []
+        self._pool = pool
+        self._open: dict[str, Item] = {}
+        self._results: deque[tuple[Any, Any, float]] = deque()
+
+    @property
+    def pending(self) -> list[Any]:
+        """What has no result yet."""
+        return [item.content for item in self._open.values()]
+
+    @property
+    def has_room(self) -> bool:
+        """Whether workers could take more than what waits."""
+        return len(self.waiting) < _BLOCK
+
+    def add(self, content: Any) -> None:
+        """Ask something; its key must be another than those of what has no result yet."""
+        key = self.kind.key(content)
+        if key in self._open:
+            raise ValueError(f"two items of one call have the key {key!r}")
+        self._open[key] = item = Item(self.number, key, content, self.kind.size(content))
+        self.waiting.append(item)
+
+    def results(self) -> Iterator[tuple[Any, Any, float]]:
+        """Results that are there: item, answer or `Failure`, seconds that it took beside others."""
+        while self._results:
+            yield self._results.popleft()
+
+    def wait(self) -> None:
+        """Deal what waits, and come back when there is a result or room for more.
+
+        Raises:
+            DeadlineReached, HopelessError, LostError: see each.
+        """
+        self._pool.deal(self)
+        while self._open and not self._results:
+            self._pool.listen()
+            if not self.waiting and not self.suspects and self._pool.has_room():
+                return
+
+    def finish(self, item: Item, answer: Any, seconds: float) -> None:
+        """An item has a result."""
+        if self._open.pop(item.key, None) is not None:
+            self._results.append((item.content, answer, seconds))
+
+    def suspect(self, group: list[Item], words: str, *, died: bool) -> None:
+        """One of these items did harm."""
+        if len(group) > 1:
+            size = -(-len(group) // _PARTS)
+            self.suspects.extend(reversed([group[at : at + size] for at in range(0, len(group), size)]))
+            return
+        (item,) = group
+        item.deaths += died
+        item.errors += not died
+        if item.deaths >= _DEATHS_ALONE or item.errors >= _ERRORS_ALONE:
+            self.finish(item, Failure(words), 0.0)
+        else:
+            self.suspects.append(group)
+
+    def close(self) -> None:
+        """Give up what has no result."""
+        self._pool.give_up(self)

@@ -1,0 +1,111 @@
+"""How a model is held: by how many workers, with which share of the machine, and how else if that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from submission.backends import ModelSpec
+from submission.backends.common import memory_budget, thread_count
+from submission.backends.hardware import ALONE, visible_gpus
+from submission.calls.processes import Processes
+from submission.calls.supervisor import Carrier
+from submission.calls.worker import Loadable
+from submission.errors import BackendError, first_line
+from submission.types import Chat, Encoded, Failure
+
+_SMALL = {"batch": 4, "streams": 4}  # answers that are computed together when memory or a GPU gave trouble
+_OF_SMALL = {"transformers": "batch", "llama_cpp": "streams"}
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way of holding a model.
+
+    Attributes:
+        what: is loaded.
+        words: how it is held, for people; "" as it was asked for.
+        environment: of its workers, beside that of this process.
+    """
+
+    what: Loadable
+    words: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def carrier(self) -> Carrier:
+        """Workers that hold it so.
+
+        Raises:
+            UserError: no such cluster, or no room there.
+        """
+        spec = self.what
+        if not isinstance(spec, ModelSpec):
+            return Processes([(spec, self.environment)])
+        if spec.fleet.ray:
+            from submission.calls.ray import Actors
+
+            return Actors(spec, spec.fleet)
+        gpus = [] if "CUDA_VISIBLE_DEVICES" in self.environment else visible_gpus()
+        count = spec.fleet.count
+        share = divided(spec, count, thread_count(0))
+        return Processes([
+            (share, {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else self.environment)
+            for number in range(count)
+        ])  # fmt: skip
+
+
+def ways(what: Loadable) -> Iterator[Way]:
+    """The ways of holding a model, the humblest last: as it was asked for, smaller, without a GPU."""
+    yield Way(what)
+    if not isinstance(what, ModelSpec) or what.fleet.ray or what.backend not in _OF_SMALL:
+        return
+    name = _OF_SMALL[what.backend]
+    small = replace(what, fleet=ALONE, options=replace(what.options, **{name: _SMALL[name]}))
+    if small != what:
+        yield Way(small, f"with one worker and {name}={_SMALL[name]}")
+    if visible_gpus():
+        less = {"load_in_4bit": False, "device": "auto"} if what.backend == "transformers" else {}
+        on_cpu = replace(small, options=replace(small.options, **less))
+        yield Way(on_cpu, "on the CPU", {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def divided(spec: ModelSpec, count: int, cores: int) -> ModelSpec:
+    """The model as one of `count` workers loads it, beside the others, on a machine with so many cores."""
+    names = {item.name for item in fields(spec.options)}
+    part: dict[str, int] = {}
+    if count > 1 and "threads" in names and not spec.options.threads:
+        part["threads"] = max(1, cores // count)
+    if count > 1 and "memory" in names and not spec.options.memory:
+        part["memory"] = max(64, memory_budget() // count // 1_000_000)
+    return replace(spec, fleet=ALONE, options=replace(spec.options, **part))
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizing:
+    """A model's tokenizer and chat template alone, to see prompts as the model does."""
+
+    spec: ModelSpec
+
+    def load(self) -> Tokenizing._Encoder:
+        """See `Loadable`."""
+        return self._Encoder(self.spec)
+
+    class _Encoder:
+        def __init__(self, spec: ModelSpec) -> None:
+            self._encoder = spec.load_encoder()
+
+        def encode(self, items: Iterator[tuple[str, Chat | str, int]]) -> Iterator[tuple[str, Any]]:
+            """See `submission.calls.models.Model.encode`."""
+            encoder = self._encoder
+            for key, asked, new_tokens in items:
+                try:
+                    if isinstance(asked, str):
+                        ids = encoder.encode_continuation(asked)
+                        yield key, Encoded(len(ids), False, asked, encoder.context)
+                    else:
+                        prompt = encoder.encode_for(asked, new_tokens)
+                        text = encoder.text(prompt.ids)
+                        yield key, Encoded(len(prompt.ids), prompt.truncated, text, encoder.context)
+                except BackendError as error:
+                    yield key, Failure(first_line(error))

@@ -1,0 +1,172 @@
+"""What a worker does, whoever carries its messages: load a model, answer what it is asked until there is no more.
+
+`python -m submission.calls.worker FD` is a worker of this machine; see `submission.calls.processes`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
+
+from submission.errors import UserError, first_line
+
+_TOGETHER = 256  # answers of a message at most
+
+
+class Loadable(Protocol):
+    """What a worker loads: a model, an encoder. It travels to the worker as it is."""
+
+    def load(self) -> Any:
+        """The object whose methods are called, each with an iterator of items; they yield (key, answer)."""
+        ...
+
+
+class Inbox:
+    """What a worker has been asked. It takes messages at any time, so that nobody waits for a busy worker."""
+
+    def __init__(self) -> None:
+        self._blocks: SimpleQueue[tuple[int, str, list[Any]] | None] = SimpleQueue()
+        self._returned: tuple[int, str, list[Any]] | None = None
+        self._stopped: set[int] = set()
+
+    def take(self, message: tuple[Any, ...]) -> None:
+        """Take a message; see `submission.calls.supervisor.Message`."""
+        if message[0] == "stop":
+            self._stopped.add(message[1])
+        else:
+            self._blocks.put((message[1], message[2], message[3]))
+
+    def close(self) -> None:
+        """There will be no more."""
+        self._blocks.put(None)
+
+    def next(self) -> tuple[int, str, list[Any]] | None:
+        """The next block of a call that is wanted, after waiting for it; None when there will be no more."""
+        while True:
+            block, self._returned = self._returned or self._blocks.get(), None
+            if block is None or block[0] not in self._stopped:
+                return block
+
+    def stopped(self, call: int) -> bool:
+        """Whether a call was given up."""
+        return call in self._stopped
+
+    def stream(self, call: int, method: str, items: list[Any]) -> Iterator[Any]:
+        """Items of a call, as long as there are any: a backend that waited for more would answer none of these."""
+        yield from items
+        while True:
+            try:
+                block = self._blocks.get_nowait()
+            except Empty:
+                return
+            if block is None or block[:2] != (call, method):
+                self._returned = block
+                if block is None:
+                    self._blocks.put(None)  # for `next` to see
+                return
+            yield from block[2]
+
+
+class Outbox:
+    """Tells in a thread of its own: whatever answers are there together make one message."""
+
+    def __init__(self, send: Callable[[tuple[Any, ...]], None]) -> None:
+        self._send = send
+        self._events: SimpleQueue[tuple[Any, ...] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._tell, daemon=True)
+        self._thread.start()
+
+    def put(self, event: tuple[Any, ...]) -> None:
+        """Take an event: ("answer", call, key, answer), or a message."""
+        self._events.put(event)
+
+    def close(self) -> None:
+        """Tell what is left."""
+        self._events.put(None)
+        self._thread.join()
+
+    def _tell(self) -> None:
+        with suppress(OSError):  # nobody listens any more
+            event = self._events.get()
+            while event is not None:
+                if event[0] != "answer":
+                    self._send(event)
+                    event = self._events.get()
+                    continue
+                call, answers = event[1], [event[2:]]
+                event = None
+                with suppress(Empty):
+                    while len(answers) < _TOGETHER:
+                        event = self._events.get_nowait()
+                        if event is None or event[:2] != ("answer", call):
+                            break
+                        answers.append(event[2:])
+                        event = None
+                self._send(("answers", call, answers))
+                if event is None:
+                    event = self._events.get()
+
+
+def load(what: Loadable) -> tuple[Any, str]:
+    """A model, or why it cannot be loaded."""
+    try:
+        return what.load(), ""
+    except UserError as error:
+        return None, str(error)
+    except Exception as error:
+        return None, first_line(error)
+
+
+def work(backend: Any, inbox: Inbox, tell: Callable[[tuple[Any, ...]], None]) -> None:
+    """Answer until there will be no more."""
+    while (block := inbox.next()) is not None:
+        call, method, items = block
+        try:
+            for key, answer in getattr(backend, method)(inbox.stream(call, method, items)):
+                if inbox.stopped(call):
+                    break
+                tell(("answer", call, key, answer))
+        except Exception as error:
+            tell(("trouble", call, str(error) if isinstance(error, UserError) else first_line(error)))
+
+
+def main() -> None:
+    """Serve the process at the other end of a socket, and end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    line, parent = Connection(int(sys.argv[1])), int(sys.argv[2])
+    with suppress(AttributeError, OSError):  # Linux does it also when a native call holds the interpreter
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it ended before it could be noticed
+        os._exit(1)
+    with suppress(EOFError, OSError):
+        what, sys.path[:] = line.recv()
+        inbox = Inbox()
+        threading.Thread(target=_read, args=(line, inbox), daemon=True).start()
+        backend, wrong = load(what)
+        outbox = Outbox(line.send)
+        outbox.put(("refused", wrong) if wrong else ("ready", os.getpid()))
+        if not wrong:
+            work(backend, inbox, outbox.put)
+        outbox.close()
+    os._exit(0)  # freeing a large model takes seconds, and some libraries hang when they are unloaded
+
+
+def _read(line: Connection, inbox: Inbox) -> None:
+    with suppress(EOFError, OSError):
+        while True:
+            inbox.take(line.recv())
+    os._exit(1)  # the parent is gone, whatever is being computed
+
+
+if __name__ == "__main__":
+    main()

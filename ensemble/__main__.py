@@ -11,14 +11,14 @@ import typer
 from submission.commands import RayCpusOption, RayGpusOption, RayOption, WorkersOption, new_app, run_command
 from submission.config import split_list
 from submission.errors import UserError
-from submission.progress import say, tell
 from submission.predict.strategies import DEFAULT_PROMPT
+from submission.progress import say, tell
 
 app = new_app("Try to beat one answer: sample many, let selectors choose, measure whether and why it helps.")
 
 OutputOption = Annotated[Path, typer.Option("-o", "--output", help="File to write.")]
 FolderOption = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Forget what the journals hold.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Forget earlier calls of models.")]
 EncoderOption = Annotated[str, typer.Option(help="sentence-transformers folder; default: as eval chooses.")]
 NearOption = Annotated[
     float, typer.Option(min=0, max=1, help="Candidates at least so near are one; 1: only equal ones.")
@@ -145,7 +145,7 @@ def experiment(
 ) -> None:
     """Compare all selectors on the same candidates, and find out why they help or don't.
 
-    Writes report.html, experiment.json and figures. Models' answers are journalled in the folder.
+    Writes report.html, experiment.json and figures. Models' answers are logged in the folder.
     """
     from ensemble.experiment import ALL, Config, lines_of, run_experiment
     from ensemble.models import read_models

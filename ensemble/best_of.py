@@ -14,29 +14,28 @@ Under `--deadline` it draws fewer samples when time gets short, then the greedy 
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 from ensemble.candidates import NEAR, Draw, Row, merge
 from ensemble.choose import answer_of, best, score_rows
-from ensemble.models import Model, parse_models, roles_needed, tools, with_gate
-from ensemble.sample import jobs, read
+from ensemble.models import Model, likelihoods, parse_models, roles_needed, tools, with_gate
+from ensemble.sample import read, requests
 from ensemble.selectors import Selector, make_selectors
 from ensemble.sources import Source, parse_sources
 from eval.encoders import Encoder, find_encoder
-from submission.backends import ModelSpec
-from submission.config import from_mapping
 from submission.calls.likelihoods import Likelihoods
-from submission.progress import tell
+from submission.calls.models import Spec
+from submission.config import from_mapping
 from submission.predict.strategies import Setup
-from submission.prompts.templates import Template
-from submission.types import Backend, Budget, Pair, Prediction, Request, Triplet
+from submission.progress import tell
+from submission.types import Budget, Failure, Pair, Prediction
+from submission.types import Model as Handle
 
+_WHAT = "recover ensemble.best_of:best_of"
 _TOGETHER = 16  # rows between two looks at the clock
 _FIRST = 4  # rows that tell how long a row takes, where there is a deadline
 _RESERVE = 0.9  # of the time that is left is planned with
@@ -58,83 +57,60 @@ class Options:
     rotations: int = 0
 
 
-@dataclass(slots=True)
-class _Asked:
-    source: Source
-    template: Template
-    shots: list[Triplet]
-    backend: Backend
-
-
 class best_of:
-    """See the module; made by the driver of `predict`."""
-
-    uses_model = False  # the models are those of its own configuration
+    """See the module; made by the driver of `predict`. Its roles are its sources by name, target, judge and encoder."""
 
     def __init__(self, setup: Setup) -> None:
         self._options, self._sources, self._models = _parse(setup.config)
-        self._specs = [(source, source.spec(), source.layout()) for source in self._sources]
-        self._asked_specs = {role: self._models[role].spec() for role in _roles(self._options, self._models)}
-        self._asked: list[_Asked] | None = None
-        self._selector: Selector | None = None
-        self._encoder: Encoder | None = None
+        plain = _without_a_model(setup.config)
+        self._layouts = {
+            source.name: (setup.template, [])
+            if source.name in plain and not (source.template or source.shots)
+            else source.layout()
+            for source in self._sources
+        }
+        self._encoder = find_encoder(self._options.encoder)
+        self._judges = _roles(self._options, self._models)
+        self.roles: dict[str, Spec | None] = {  # None: the model of `predict`
+            **{f"source {one.name}": None if one.name in plain else one.spec() for one in self._sources},
+            **{role: self._models[role].spec() for role in self._judges},
+            "encoder": self._encoder.spec,
+        }
 
-    @classmethod
-    def fingerprint(cls, config: Mapping[str, Any]) -> dict[str, str]:
-        """What decides the answers beside the configuration: the content of the models."""
-        options, sources, models = _parse(config)
-        marks = [source.spec().fingerprint() for source in sources]
-        marks += [models[role].spec().fingerprint() for role in _roles(options, models)]
-        templates = [source.layout()[0].fingerprint() for source in sources]
-        digest = hashlib.sha256(repr((marks, templates)).encode()).hexdigest()
-        return {"ensemble": digest, "encoder": find_encoder(options.encoder).fingerprint}
-
-    def __call__(self, pairs: Iterable[Pair], budget: Budget) -> Iterator[Prediction]:
+    def __call__(self, pairs: Iterable[Pair], models: Mapping[str, Handle], budget: Budget) -> Iterator[Prediction]:
         """See `submission.types.Recover`."""
         todo = list(pairs)  # their number is needed to share out the time
-        self._load()
+        kit = _Kit(self._options, self._encoder.asked_through(models["encoder"]), likelihoods(models, self._judges))
         pace = _Pace(budget, max(source.n for source in self._sources))
         start = 0
         while start < len(todo):
             share = pace.share(len(todo) - start)
-            some = todo[start : start + (_TOGETHER if pace.known else _FIRST)]
+            some = todo[start : start + (pace.together(len(todo)) if pace.known else _FIRST)]
             began = time.monotonic()
-            rows = self._draw(some, share)
-            yield from self._select(rows, share)
+            rows = self._draw(some, share, models, kit)
+            yield from self._select(rows, share, kit)
             pace.took(time.monotonic() - began, len(some), share)
             start += len(some)
 
-    def _load(self) -> None:
-        if self._asked is not None:
-            return
-        load = cache(ModelSpec.load)  # sources and roles may share a model
-        self._asked = [_Asked(source, *layout, load(spec)) for source, spec, layout in self._specs]
-        self._encoder = find_encoder(self._options.encoder)
-        opened = {role: Likelihoods(lambda spec=spec: load(spec)) for role, spec in self._asked_specs.items()}  # type: ignore[misc]
-        kit = tools(self._encoder, opened, rotations=self._options.rotations)
-        self._selector = make_selectors([self._options.selector], kit)[self._options.selector]
-
-    def _draw(self, pairs: list[Pair], share: float) -> list[Row]:
+    def _draw(self, pairs: list[Pair], share: float, models: Mapping[str, Handle], kit: _Kit) -> list[Row]:
         """Candidates of some pairs; `share` of the samples are drawn, and none at 0."""
-        assert self._asked is not None
         drawn: dict[str, list[tuple[str, Draw]]] = {pair.id: [] for pair in pairs}
-        for number, asked in enumerate(self._asked):
+        for number, full in enumerate(self._sources):
             if share == 0 and number > 0:
                 break  # one greedy answer is all there is time for
-            source = _reduced(asked.source, share)
-            requests = (Request(job.id, job.chat, job.sampling)
-                        for job in jobs(pairs, source, asked.template, asked.shots))  # fmt: skip
-            for key, completions in asked.backend.generate(requests):
-                row_id, answers = read(key, completions, source, asked.template)
-                drawn[row_id] += answers
+            source, (template, shots) = _reduced(full, share), self._layouts[full.name]
+            asked = requests(pairs, source, template, shots)
+            for key, found in models[f"source {source.name}"].generate(asked):
+                if not isinstance(found, Failure):
+                    row_id, answers = read(key, found, source, template)
+                    drawn[row_id] += answers
         names = [source.name for source in self._sources]
         for answers in drawn.values():  # requests are finished in any order
             answers.sort(key=lambda one: (names.index(one[1].source), one[1].number))
-        return [Row(pair, tuple(merge(drawn[pair.id], self._encoder, self._options.near))) for pair in pairs]
+        return [Row(pair, tuple(merge(drawn[pair.id], kit.encoder, self._options.near))) for pair in pairs]
 
-    def _select(self, rows: list[Row], share: float) -> Iterator[Prediction]:
-        assert self._selector is not None
-        chosen = {"it": self._selector} if share > 0 else {}
+    def _select(self, rows: list[Row], share: float, kit: _Kit) -> Iterator[Prediction]:
+        chosen = {"it": kit.selector} if share > 0 else {}
         scores = score_rows(rows, chosen) if chosen else {}
         for number, row in enumerate(rows):
             if not row.candidates:
@@ -145,6 +121,15 @@ class best_of:
             draws = sum(len(candidate.draws) for candidate in row.candidates)
             raw = f"{len(row.candidates)} candidates of {draws} draws; chosen: {best(said) + 1}"
             yield Prediction(row.pair.id, text, reason=_short(share), raw=raw)
+
+
+class _Kit:
+    """What rows are selected with, once the models are there."""
+
+    def __init__(self, options: Options, encoder: Encoder, opened: Mapping[str, Likelihoods]) -> None:
+        self.encoder = encoder
+        made = make_selectors([options.selector], tools(encoder, opened, rotations=options.rotations))
+        self.selector: Selector = made[options.selector]
 
 
 class _Pace:
@@ -160,6 +145,10 @@ class _Pace:
     def known(self) -> bool:
         """Whether the pace is known, or of no matter."""
         return self._seconds is not None or self._budget.remaining() == float("inf")
+
+    def together(self, rows: int) -> int:
+        """Rows between two looks at the clock: all where there is no deadline, so that each model comes once."""
+        return rows if self._budget.remaining() == float("inf") else _TOGETHER
 
     def share(self, rows: int) -> float:
         """The share of the samples that the next rows may draw, 0 for greedy answers alone."""
@@ -199,10 +188,17 @@ def _roles(options: Options, models: Mapping[str, Model]) -> list[str]:
     return sorted(with_gate(roles_needed([options.selector])) & set(models))
 
 
+def _without_a_model(config: Mapping[str, Any]) -> set[str]:
+    """Names of the sources that leave the model to `predict`."""
+    entries = config.get("source", [{}])
+    names = [source.name for source in parse_sources(entries, _WHAT)]
+    return {name for name, entry in zip(names, entries, strict=True)
+            if not {"backend", "model", "adapter", "settings", "workers"} & set(entry)}  # fmt: skip
+
+
 def _parse(config: Mapping[str, Any]) -> tuple[Options, list[Source], dict[str, Model]]:
-    what = "recover ensemble.best_of:best_of"
     rest = {key: value for key, value in config.items() if key not in ("source", "target", "judge", "gate")}
-    options = from_mapping(Options, rest, what)
-    sources = parse_sources(config.get("source", [{}]), what)
+    options = from_mapping(Options, rest, _WHAT)
+    sources = parse_sources(config.get("source", [{}]), _WHAT)
     models = parse_models({role: config[role] for role in ("target", "judge", "gate") if role in config})
     return options, sources, models

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from eval.encoders import Encoder
 from eval.grouping import near_duplicate_groups, plain_text
-from submission.prompts.answers import is_blank
-from submission.errors import UserError
 from submission.data.files import atomic_path
 from submission.data.tables import PAIR_COLUMNS, read_table
+from submission.errors import UserError
+from submission.prompts.answers import is_blank
 from submission.types import Pair
 
 COLUMNS = (*PAIR_COLUMNS, "candidate", "draws")

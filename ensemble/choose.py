@@ -10,8 +10,8 @@ from ensemble.candidates import Candidate, Draw, Row
 from ensemble.selectors import Selector
 from ensemble.selectors.asking import ask_ahead
 from submission.errors import UserError
-from submission.progress import Progress, show_progress
 from submission.predict.strategies import DEFAULT_PROMPT
+from submission.progress import Progress, show_progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ from eval.encoders import Encoder
 from eval.intervals import Interval
 from eval.scoring import Truth, check_same_ids, interval_figures, read_truth, score_texts
 from eval.sections import kinds_of_prompt
-from submission.errors import UserError
 from submission.data.files import write_json
 from submission.data.outputs import check_apart, check_free, check_output, made_files
+from submission.errors import UserError
 from submission.predict.strategies import DEFAULT_PROMPT
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def run_experiment(config: Config, encoder: Encoder, say: Callable[[str], None])
     parts = [part for name in names for part in weights.get(name, {name: 1.0})]
     config.output.mkdir(parents=True, exist_ok=True)
     truths = true_scores(rows, truth.prompts, encoder)
-    with open_models(config.models, roles_needed(parts), config.output / "asked", fresh=config.fresh) as models:
+    with open_models(config.models, roles_needed(parts), config.output / _FIGURES, fresh=config.fresh) as models:
         kit = tools(encoder, models, rotations=config.rotations, weights=weights)
         selectors = make_selectors(names, kit)
         scores = score_rows(rows, selectors, say)

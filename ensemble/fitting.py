@@ -15,9 +15,9 @@ from ensemble.choose import Scores
 from ensemble.selectors.combine import standardised
 from eval.grouping import plain_text
 from eval.scoring import Truth
-from submission.errors import UserError
 from submission.data.files import read_json, write_json
 from submission.data.outputs import made_files
+from submission.errors import UserError
 
 _RIDGE = 1e-3
 

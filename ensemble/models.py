@@ -1,9 +1,9 @@
-"""The models that selectors ask: the target, a judge, a trained gate; each loaded once, with a journal."""
+"""The models that selectors ask: the target, a judge, a trained gate; each loaded once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ from typing import Any
 from ensemble.selectors import SELECTORS, Tools
 from eval.encoders import Encoder
 from submission.backends import ModelSpec, model_spec
+from submission.backends.hardware import ALONE, Fleet
+from submission.backends.models import EMBEDDED
+from submission.calls.likelihoods import Likelihoods
+from submission.calls.session import session
 from submission.config import from_mapping, read_toml
 from submission.errors import UserError
-from submission.backends.hardware import ALONE, Fleet
-from submission.calls.likelihoods import Likelihoods, journalled
-from submission.backends.models import EMBEDDED
+from submission.types import Model as Handle
 
 ROLES = ("target", "judge", "gate")
 
@@ -79,21 +81,20 @@ def with_gate(roles: set[str]) -> set[str]:
 def open_models(
     models: Mapping[str, Model], roles: set[str], output: Path, *, fleet: Fleet = ALONE, fresh: bool = False
 ) -> Iterator[dict[str, Likelihoods]]:
-    """Likelihoods by role, with journals beside `output`; roles that name one model share it.
+    """Likelihoods by role, with one log beside `output`; roles that name one model share it.
 
     Raises:
         UserError: a model is missing or wrong; said before any is loaded.
     """
     specs = {role: model.spec().held_by(fleet) for role, model in models.items() if role in with_gate(roles)}
-    opened: dict[str, Likelihoods] = {}
-    with ExitStack() as stack:
-        shared: dict[ModelSpec, Likelihoods] = {}
-        for role, spec in specs.items():
-            if spec not in shared:
-                place = output.with_name(f"{output.name}.{role}")
-                shared[spec] = stack.enter_context(journalled(spec, place, fresh=fresh))
-            opened[role] = shared[spec]
-        yield opened
+    with session(output, specs, fresh=fresh) as opened:
+        yield likelihoods(opened, specs)
+
+
+def likelihoods(models: Mapping[str, Handle], roles: Iterable[str]) -> dict[str, Likelihoods]:
+    """Likelihoods by role; roles that share a model share them too."""
+    by_model: dict[int, Likelihoods] = {}
+    return {role: by_model.setdefault(id(models[role]), Likelihoods(models[role])) for role in roles}
 
 
 def tools(encoder: Encoder, opened: Mapping[str, Likelihoods], **more: Any) -> Tools:

@@ -1,4 +1,4 @@
-"""Many candidates for each pair, from any number of sources, with journal and resume.
+"""Many candidates for each pair, from any number of sources, with a log of all calls.
 
 python -m ensemble sample pairs.csv -o candidates.parquet --sources sources.toml
 """
@@ -11,13 +11,13 @@ from pathlib import Path
 from ensemble.candidates import Draw, Row, merge, write_candidates
 from ensemble.sources import Source
 from eval.encoders import Encoder
-from submission.prompts.answers import is_blank, storable
-from submission.calls.generation import Job, answer
 from submission.backends.hardware import ALONE, Fleet
+from submission.calls.session import answer, session
 from submission.data.outputs import check_output, made_files
 from submission.data.tables import says_something
+from submission.prompts.answers import is_blank, storable
 from submission.prompts.templates import Template
-from submission.types import Completion, Pair, Triplet
+from submission.types import Completion, Pair, Request, Triplet
 
 Drawn = dict[str, list[tuple[str, Draw]]]
 """Answers with their draws, by id of the pair."""
@@ -34,17 +34,17 @@ def sample(
     fleet: Fleet = ALONE,
     fresh: bool = False,
 ) -> list[Row]:
-    """Draw from all sources and write the candidates; what a journal knows is not drawn again.
+    """Draw from all sources and write the candidates; what the log knows is not drawn again.
 
     Args:
         pairs: to be answered.
         sources: one after the other, so that one model is in memory at a time.
-        output: Parquet file; a journal for each source lies beside it.
+        output: Parquet file; the log lies beside it.
         encoder: puts near-duplicates together; None leaves it at case and punctuation.
         near: see `ensemble.candidates.NEAR`.
         say: takes lines for people.
         fleet: copies of each source's model.
-        fresh: forget what the journals hold.
+        fresh: forget what the log holds.
 
     Raises:
         UserError: something is missing or wrong; said before anything is drawn.
@@ -54,15 +54,15 @@ def sample(
     drawn: Drawn = {pair.id: [] for pair in pairs}
     # A rewrite of blanks tells nothing of its prompt: such a pair has no candidate.
     asked = [pair for pair in pairs if says_something(pair.rewritten_text)]
-    for source, spec, (template, shots) in prepared:
-        say(f"{source.name}: {source.n} samples{' and a greedy answer' if source.greedy else ''}, {template.name}")
-        journal = output.with_name(f"{output.name}.{source.name}")
-        answers = answer(journal, list(jobs(asked, source, template, shots)), spec, say, fresh=fresh)
-        for key, completions in answers.completions.items():
-            row_id, answers_read = read(key, completions, source, template)
-            drawn[row_id] += answers_read
-        if answers.failed:
-            say(f"{source.name}: {len(answers.failed)} requests failed: {next(iter(answers.failed.values()))}")
+    with session(output, {source.name: spec for source, spec, _ in prepared}, fresh=fresh) as models:
+        for source, _, (template, shots) in prepared:
+            say(f"{source.name}: {source.n} samples{' and a greedy answer' if source.greedy else ''}, {template.name}")
+            answers = answer(models[source.name], list(requests(asked, source, template, shots)))
+            for key, completions in answers.completions.items():
+                row_id, answers_read = read(key, completions, source, template)
+                drawn[row_id] += answers_read
+            if answers.failed:
+                say(f"{source.name}: {len(answers.failed)} requests failed: {next(iter(answers.failed.values()))}")
     rows = [Row(pair, tuple(merge(drawn[pair.id], encoder, near))) for pair in pairs]
     with made_files(output, [output], {"sources": [source.name for source in sources], "rows": len(rows)}):
         write_candidates(output, rows)
@@ -75,18 +75,18 @@ def sample(
     return rows
 
 
-def jobs(pairs: Iterable[Pair], source: Source, template: Template, shots: Sequence[Triplet]) -> Iterator[Job]:
+def requests(pairs: Iterable[Pair], source: Source, template: Template, shots: Sequence[Triplet]) -> Iterator[Request]:
     """A greedy request and one for all samples of each pair, side by side: the second takes over the first's prompt."""
     for pair in pairs:
         chat = template.render(pair, shots)
         for first, sampling in source.samplings().items():
-            yield Job(f"{pair.id}/{first}", chat, sampling)
+            yield Request(f"{pair.id}/{first}", chat, sampling)
 
 
 def read(
     key: str, completions: Sequence[Completion], source: Source, template: Template
 ) -> tuple[str, list[tuple[str, Draw]]]:
-    """The id of the pair that a job of `jobs` was about, and its parsed answers with their draws.
+    """The id of the pair that a request of `requests` was about, and its parsed answers with their draws.
 
     Those that are blank or read as null are left out.
     """

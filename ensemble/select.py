@@ -35,7 +35,7 @@ def select(
     fleet: Fleet = ALONE,
     fresh: bool = False,
 ) -> dict[str, int]:
-    """Choose and write; answers of models are journalled beside `output`.
+    """Choose and write; answers of models are logged beside `output`.
 
     Returns:
         rows, rows without a candidate (they get the constant or the default prompt), rows that the selector said

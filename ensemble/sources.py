@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from submission.backends import ModelSpec, model_spec
-from submission.config import from_mapping, read_toml, split_settings
-from submission.errors import UserError
 from submission.backends.hardware import Fleet
 from submission.backends.models import TUNED
-from submission.predict.plan import choose_template
+from submission.config import from_mapping, read_toml, split_settings
 from submission.data.tables import read_triplets
+from submission.errors import UserError
+from submission.predict.plan import choose_template
 from submission.prompts.templates import Template
 from submission.types import Sampling, Triplet
 

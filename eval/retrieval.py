@@ -21,18 +21,19 @@ from typing import TYPE_CHECKING, Any
 
 from eval.encoders import Encoder, find_encoder
 from eval.grouping import unit_vectors
+from submission.calls.models import Spec
 from submission.config import from_mapping
-from submission.errors import UserError
-from submission.data.hashing import content_hash
-from submission.predict.strategies import Ask, Setup
 from submission.data.tables import read_triplets
+from submission.errors import UserError
+from submission.predict.strategies import GENERATOR, Ask, Setup
 from submission.prompts.templates import get_template
-from submission.types import Budget, Pair, Prediction, Triplet
+from submission.types import Budget, Model, Pair, Prediction, Triplet
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+ENCODER = "encoder"
 _TOGETHER = 64  # pairs that are embedded together
 # The original text tells what a pair is about, not how it was changed. Mean MiniLM score of the nearest other's prompt
 # on 400 real triplets, +-0.003: by original 0.033, rewritten 0.048, difference 0.048, the last two 0.048, all 0.043.
@@ -112,18 +113,13 @@ class _FromExamples:
         self._triplets = read_triplets(Path(self.options.train).expanduser())
         self._encoder = find_encoder(self.options.encoder)
         self._index: PairIndex | None = None
+        self.roles: dict[str, Spec | None] = {ENCODER: self._encoder.spec}
 
-    @classmethod
-    def fingerprint(cls, config: Mapping[str, Any]) -> dict[str, str]:
-        """What decides the answers beside the configuration: the examples and the encoder."""
-        options = _options(config, cls.what)
-        train = Path(options.train).expanduser()
-        examples = content_hash(train) if train.is_file() else "none"
-        return {"examples": examples, "encoder": find_encoder(options.encoder).fingerprint}
-
-    def with_similarities(self, pairs: Iterable[Pair]) -> Iterator[tuple[Pair, NDArray[np.float32], PairIndex]]:
+    def with_similarities(
+        self, pairs: Iterable[Pair], models: Mapping[str, Model]
+    ) -> Iterator[tuple[Pair, NDArray[np.float32], PairIndex]]:
         """Each pair with its similarity to every triplet."""
-        self._index = self._index or PairIndex(self._triplets, self._encoder)
+        self._index = self._index or PairIndex(self._triplets, self._encoder.asked_through(models[ENCODER]))
         source = iter(pairs)
         while some := list(islice(source, _TOGETHER)):
             for pair, row in zip(some, self._index.similarities(some), strict=True):
@@ -133,34 +129,33 @@ class _FromExamples:
 class Nearest(_FromExamples):
     """Answers with the prompt of the most similar training pair."""
 
-    uses_model = False
     what = "recover eval.retrieval:Nearest"
 
-    def __call__(self, pairs: Iterable[Pair], budget: Budget) -> Iterator[Prediction]:
+    def __call__(self, pairs: Iterable[Pair], models: Mapping[str, Model], budget: Budget) -> Iterator[Prediction]:
         """See `submission.types.Recover`."""
         del budget
-        for pair, similarities, index in self.with_similarities(pairs):
+        for pair, similarities, index in self.with_similarities(pairs, models):
             yield Prediction(pair.id, index.triplets[int(similarities.argmax())].rewrite_prompt)
 
 
 class NearestShots(_FromExamples):
     """Asks the model behind examples that are like the pair."""
 
-    uses_model = True
     what = "recover eval.retrieval:NearestShots"
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        self._ask = Ask(Setup(setup.load_backend, get_template("few_shot"), sampling=setup.sampling))
+        self._ask = Ask(Setup(setup.model, get_template("few_shot"), sampling=setup.sampling))
+        self.roles[GENERATOR] = None  # the model of `predict`
 
-    def __call__(self, pairs: Iterable[Pair], budget: Budget) -> Iterator[Prediction]:
+    def __call__(self, pairs: Iterable[Pair], models: Mapping[str, Model], budget: Budget) -> Iterator[Prediction]:
         """See `submission.types.Recover`."""
         options = self.options
         shown = (
             (pair, index.diverse(similarities, options.shots, options.diversity))
-            for pair, similarities, index in self.with_similarities(pairs)
+            for pair, similarities, index in self.with_similarities(pairs, models)
         )
-        yield from self._ask.behind(shown, budget)
+        yield from self._ask.behind(shown, models, budget)
 
 
 def _options(config: Mapping[str, Any], what: str) -> Options:

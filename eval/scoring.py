@@ -16,9 +16,9 @@ from eval.encoders import Encoder
 from eval.grouping import near_duplicate_groups
 from eval.intervals import Interval, bootstrap
 from eval.metric import sharpened_cosine
-from submission.prompts.answers import is_blank
-from submission.errors import UserError
 from submission.data.tables import PREDICTION_COLUMNS, Row, check_ids, read_table, says_something, some
+from submission.errors import UserError
+from submission.prompts.answers import is_blank
 
 if TYPE_CHECKING:
     import numpy as np

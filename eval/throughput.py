@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 from eval.peers import BareLoop, LlamaCppPython, Load, TransformersRows, llama_server
 from submission.backends import model_spec
 from submission.backends.common import thread_count
-from submission.backends.transformers.loading import stay_offline_and_quiet
 from submission.backends.llama.backend import LlamaCpp, weights
+from submission.backends.models import EMBEDDED
 from submission.backends.schedule import Text
-from submission.errors import UserError
+from submission.backends.transformers.loading import stay_offline_and_quiet
 from submission.data.files import atomic_path
 from submission.data.outputs import check_output, made_files
-from submission.backends.models import EMBEDDED
 from submission.data.tables import read_pairs, read_triplets
+from submission.errors import UserError
 from submission.prompts.templates import get_template, render_rewrite
 from submission.types import Chat, Request, Sampling, Triplet
 

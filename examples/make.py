@@ -18,7 +18,7 @@ from pathlib import Path
 from submission.backends import model_spec
 from submission.data.tables import PAIR_COLUMNS, PREDICTION_COLUMNS, TRIPLET_COLUMNS, read_table, write_table
 from submission.prompts.templates import render_rewrite
-from submission.types import Request, Sampling
+from submission.types import Failure, Request, Sampling
 
 HERE = Path(__file__).parent
 MAX_NEW_TOKENS = 160
@@ -52,8 +52,11 @@ def write_examples() -> None:
         for row in rows:
             yield Request(row["id"], render_rewrite(row["prompt"], row["text"]), sampling)
 
-    backend = model_spec("llama_cpp").load()
-    rewrites = {key: completions[0].text.strip() for key, completions in backend.generate(requests())}
+    rewrites = {}
+    for key, found in model_spec("llama_cpp").load().generate(requests()):
+        if isinstance(found, Failure):
+            raise SystemExit(f"{key}: {found.reason}")
+        rewrites[key] = found[0].text.strip()
     parts = {split: [row for row in rows if row["split"] == split] for split in ("test", "train")}
     triplets = {
         split: [(row["id"], row["text"], rewrites[row["id"]], row["prompt"]) for row in part]

@@ -93,6 +93,7 @@ def predict(
     Every call of a model goes to a log beside OUTPUT; the same command again computes nothing twice. Exit codes: 0,
     2 wrong input or option, 3 too many rows failed (the file is written), 130 and 143 stopped by a signal.
     """
+    from submission import STARTED
     from submission.backends.hardware import Fleet
     from submission.config import parse_duration
     from submission.predict.deadline import Interrupted
@@ -118,7 +119,7 @@ def predict(
         _print_json(estimate(config, say), as_json=as_json)
         return
     try:
-        summary = run(config)
+        summary = run(config, STARTED)
     except Interrupted as stop:
         raise typer.Exit(stop.exit_code) from None
     print_summary(summary, as_json=as_json)

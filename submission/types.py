@@ -211,8 +211,8 @@ class Model(Protocol):
         """As of `Backend`."""
         ...
 
-    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Embeddings of texts, shape (texts, dim), by an encoder.
+    def embed(self, texts: Sequence[str], *, keep: bool = True) -> NDArray[np.float32]:
+        """Embeddings of texts, shape (texts, dim), by an encoder; `keep` writes new ones to the log.
 
         Raises:
             BackendError: a text has none.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from submission.backends.models import resolve_folder
 from submission.backends.transformers.loading import load_model, load_tokenizer, stay_offline_and_quiet
-from submission.errors import UserError, first_line
 from submission.data.files import atomic_folder, cache_folder
 from submission.data.hashing import content_hash
 from submission.data.outputs import check_apart, check_folder, made_folder, write_manifest
-from submission.backends.models import resolve_folder
+from submission.errors import UserError, first_line
 from submission.progress import tell
 
 

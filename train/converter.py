@@ -14,10 +14,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from submission.errors import MissingExtra, UserError
 from submission.data.files import atomic_folder, cache_folder
 from submission.data.hashing import content_hash
 from submission.data.outputs import installed_version
+from submission.errors import MissingExtra, UserError
 from submission.progress import tell
 
 _MODEL, _LORA = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from submission.backends import require
 from submission.backends.common import thread_count
-from submission.backends.transformers.loading import load_model, load_tokenizer, stay_offline_and_quiet
 from submission.backends.llama.library import encode_weights, library
-from submission.errors import UserError
+from submission.backends.models import check_peft_adapter, noted_template, resolve_folder
+from submission.backends.transformers.loading import load_model, load_tokenizer, stay_offline_and_quiet
 from submission.data.files import atomic_path
 from submission.data.hashing import content_hash
 from submission.data.outputs import check_output, claim, read_manifest, write_manifest
-from submission.backends.models import check_peft_adapter, noted_template, resolve_folder
+from submission.errors import UserError
 from train.bases import base_folder
 from train.converter import Converter, find_converter
 from train.merge import named_base

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from submission.backends import require
+from submission.backends.models import NOTE, check_peft_adapter, noted_template
 from submission.backends.transformers.loading import (
     load_config,
     load_model,
@@ -20,11 +21,10 @@ from submission.backends.transformers.loading import (
     stay_offline_and_quiet,
     with_adapter,
 )
-from submission.errors import UserError, first_line
 from submission.data.files import read_json
 from submission.data.hashing import content_hash
 from submission.data.outputs import check_apart, check_folder, made_folder, write_manifest
-from submission.backends.models import NOTE, check_peft_adapter, noted_template
+from submission.errors import UserError, first_line
 from train.bases import base_folder
 
 _PROBES = (

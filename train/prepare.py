@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from eval.encoders import Encoder
-from submission.errors import UserError
+from submission.calls.likelihoods import Likelihoods
+from submission.calls.session import session
 from submission.data.files import atomic_path
 from submission.data.hashing import content_hash
-from submission.calls.likelihoods import journalled
 from submission.data.outputs import check_apart, check_free, claim, read_manifest, write_manifest
-from submission.progress import show_progress
 from submission.data.tables import some, write_table
+from submission.errors import UserError
+from submission.progress import show_progress
 from train import card, screens
 from train.cleaning import Cleaner, Row
 from train.recipe import Recipe, Source
@@ -171,10 +172,10 @@ def _screen(
         total = len(left) * (bool(asked.naturalness) + 2 * bool(asked.matters))
         say(f"{len(left)} rows left; computing up to {total} likelihoods")
         with (
-            journalled(recipe.model.spec(), output / "likelihoods", fresh=fresh) as known,
-            show_progress(total, 0) as progress,
+            session(output / "likelihoods", {"target": recipe.model.spec()}, fresh=fresh) as models,
+            show_progress(total, 0, doing="screening", unit="likelihoods") as progress,
         ):
-            reasons = screens.by_likelihood(left, asked, known, lambda: progress.advance(fell_back=False))
+            reasons = screens.by_likelihood(left, asked, Likelihoods(models["target"]), progress.advance)
         left = _drop(left, reasons, made)
     return left
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from submission.backends import ModelSpec, model_spec
+from submission.backends.models import EMBEDDED
 from submission.config import from_mapping, read_toml
 from submission.errors import UserError
-from submission.backends.models import EMBEDDED
 from train.cleaning import Cleaning
 from train.screens import Screens
 from train.splits import Splitting

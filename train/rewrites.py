@@ -9,17 +9,14 @@ The target model is the one whose prompts are to be recovered (Gemma-7b-it in th
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from submission.backends import ModelSpec
-from submission.errors import UserError
-from submission.calls.generation import Job
-from submission.prompts.encoding import ChatEncoder
 from submission.data.tables import has_columns, read_table
+from submission.errors import UserError
 from submission.prompts.templates import render_rewrite
-from submission.types import Sampling
+from submission.types import Encoded, Failure, Request, Sampling
 from train.prompts import Prompt
 
 COLUMNS = ("id", "original_text", "rewritten_text", "rewrite_prompt", "kind", "style")
@@ -106,18 +103,27 @@ def pair_up(prompts: Sequence[Prompt], texts: Sequence[str], *, size: int = 0, s
     return [Task(f"r{number:06}", text, prompt) for number, (prompt, text) in enumerate(pairs[:wanted], start=1)]
 
 
-def jobs(tasks: Sequence[Task], spec: ModelSpec, sampling: Sampling, length: Length) -> list[Job]:
-    """What the model is asked, each with a length that its text bounds."""
-    encoder = spec.load_encoder()
-    return [
-        Job(
-            task.id, render_rewrite(task.prompt.text, task.text),
-            replace(sampling, max_new_tokens=_bound(task.text, encoder, length)),
+def requests(
+    tasks: Sequence[Task], seen: Mapping[str, Encoded | Failure], sampling: Sampling, length: Length
+) -> list[Request]:
+    """What the model is asked, each with a length that its text bounds.
+
+    Args:
+        tasks: texts and prompts.
+        seen: each text as the model sees it, by the task's id; see `submission.calls.models.encode`.
+        sampling: how rewrites are drawn.
+        length: bounds.
+
+    Raises:
+        UserError: a text cannot be tokenised.
+    """
+    found = []
+    for task in tasks:
+        text = seen[task.id]
+        if isinstance(text, Failure):
+            raise UserError(f"the text of {task.id} cannot be tokenised: {text.reason}")
+        most = max(length.at_least, min(length.at_most, text.context // 2, round(length.factor * text.tokens)))
+        found.append(
+            Request(task.id, render_rewrite(task.prompt.text, task.text), replace(sampling, max_new_tokens=most))
         )
-        for task in tasks
-    ]  # fmt: skip
-
-
-def _bound(text: str, encoder: ChatEncoder, length: Length) -> int:
-    tokens = len(encoder.encode_continuation(text))
-    return max(length.at_least, min(length.at_most, encoder.context // 2, round(length.factor * tokens)))
+    return found

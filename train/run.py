@@ -16,12 +16,12 @@ from typing import Any
 from eval.baselines import Config, check_names, run_baselines
 from eval.encoders import Encoder, find_encoder
 from submission.backends import model_spec
+from submission.backends.models import resolve_folder
 from submission.config import from_mapping, read_toml
-from submission.errors import UserError
 from submission.data.files import write_json
 from submission.data.hashing import content_hash
-from submission.data.outputs import check_free, claim, made_by, manifest_path, read_manifest
-from submission.backends.models import resolve_folder
+from submission.data.outputs import check_free, claim, read_manifest
+from submission.errors import UserError
 from train.gguf import Gguf, export
 from train.merge import merge
 from train.prepare import prepare
@@ -180,12 +180,6 @@ def _score(run: Run, score: Score, merged: Path, encoder: Encoder, say: Say, *, 
     if score.backend == "llama_cpp":
         assert run.gguf is not None
         model = str(run.output / run.gguf.file(score.quantization or run.gguf.quantizations[0]))
-    tuned = run.output / "score" / "test" / "tuned" / "submission.csv"
-    if manifest_path(tuned).is_file():  # of a model that is there no more, it may be
-        told = read_manifest(tuned).get("fingerprint")
-        if not isinstance(told, dict) or told.get("model") != model_spec(score.backend, model).fingerprint()["model"]:
-            for file in made_by(tuned):
-                file.unlink(missing_ok=True)
     result = run_baselines(
         Config(
             train=run.sets / "train.parquet", test=run.sets / "test.parquet", output=run.output / "score",

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from submission.backends import require
+from submission.backends.models import NOTE
 from submission.backends.transformers.loading import load_tokenizer, stay_offline_and_quiet
-from submission.errors import UserError, first_line
 from submission.data.files import atomic_path, read_json, write_json
 from submission.data.hashing import content_hash
 from submission.data.outputs import check_apart, check_free, claim, made_by, made_folder, write_manifest
-from submission.backends.models import NOTE
-from submission.progress import show_progress
 from submission.data.tables import read_triplets
+from submission.errors import UserError, first_line
+from submission.progress import show_progress
 from submission.prompts.templates import get_template
 from submission.types import Triplet
 from train.bases import base_folder
@@ -284,7 +284,7 @@ def _one_by_one() -> Iterator[None]:
 class _Unseen:
     """The progress of all processes but the first."""
 
-    def advance(self, *, fell_back: bool) -> None:
+    def advance(self, *, fell_back: bool = False, computed: bool = True) -> None:
         """Show nothing."""
 
 

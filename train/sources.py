@@ -11,9 +11,9 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from submission.backends import require
-from submission.errors import UserError
 from submission.data.files import atomic_folder, cache_folder, files_in, is_folder, on_store, open_binary
 from submission.data.tables import header_of, read_table
+from submission.errors import UserError
 
 KAGGLE = "kaggle:"
 _TABLES = (".csv", ".parquet", ".jsonl", ".ndjson")

@@ -15,12 +15,13 @@ from typing import Any
 
 from eval.encoders import Encoder
 from submission.backends import ModelSpec
-from submission.errors import UserError
+from submission.calls.models import encode
+from submission.calls.session import answer, session
 from submission.data.files import on_store
-from submission.calls.generation import answer
 from submission.data.hashing import content_hash
 from submission.data.outputs import check_output, claim, read_manifest, write_manifest
 from submission.data.tables import read_table, says_something, write_table
+from submission.errors import UserError
 from submission.types import Sampling
 from train import prompts, rewrites, texts
 
@@ -108,9 +109,10 @@ def make_texts(config: Texts, output: Path, spec: ModelSpec | None, encoder: Enc
         sampling = Sampling(
             temperature=config.temperature, top_p=0.95, max_new_tokens=config.max_new_tokens, seed=config.seed
         )
-        jobs = texts.writing_jobs(config.write, topics, sampling)
-        answers = answer(output, jobs, spec, say, fresh=fresh)
-        found = [texts.tidy(answers.texts[job.id]) for job in jobs if job.id in answers.texts]
+        asked = texts.requests(config.write, topics, sampling)
+        with session(output, {"writer": spec}, fresh=fresh) as models:
+            answers = answer(models["writer"], asked)
+        found = [texts.tidy(text) for text in answers.texts.values()]
         told = {"failed": answers.failed}
     else:
         found = list(texts.read_texts([Path(path) for path in config.sources]))
@@ -138,7 +140,9 @@ def make_rewrites(
     sampling = Sampling(
         temperature=config.temperature, top_p=config.top_p, min_p=config.min_p, seed=config.seed
     )  # fmt: skip
-    answers = answer(output, rewrites.jobs(tasks, spec, sampling, length), spec, say, fresh=fresh)
+    seen = dict(encode(spec, ((task.id, task.text, 0) for task in tasks)))
+    with session(output, {"target": spec}, fresh=fresh) as models:
+        answers = answer(models["target"], rewrites.requests(tasks, seen, sampling, length))
     left_out = set() if config.keep_cut else answers.cut
     done = [task for task in tasks if task.id in answers.texts and task.id not in left_out]
     stage.write(

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from submission.config import from_mapping, split_list
-from submission.errors import UserError
 from submission.data.files import atomic_path, write_json
 from submission.data.outputs import check_apart, check_free, claim, read_manifest
 from submission.data.tables import write_table
+from submission.errors import UserError
 from train.sft import sft
 from train.sft_config import Sft, read_sft
 

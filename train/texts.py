@@ -21,10 +21,9 @@ from pathlib import Path
 from eval.encoders import Encoder
 from eval.grouping import NEAR_TEXTS, first_of_each
 from submission.config import read_toml
-from submission.errors import UserError
-from submission.calls.generation import Job
 from submission.data.tables import says_something
-from submission.types import Chat, Message, Part, Sampling
+from submission.errors import UserError
+from submission.types import Chat, Message, Part, Request, Sampling
 from train.sources import read_records
 
 TOPICS = Path(__file__).with_name("topics.toml")
@@ -115,7 +114,7 @@ def is_loop(text: str) -> bool:
     return len(content) > 200 and len(zlib.compress(content)) < _COMPRESSED * len(content)
 
 
-def writing_jobs(count: int, topics: Path, sampling: Sampling) -> list[Job]:
+def requests(count: int, topics: Path, sampling: Sampling) -> list[Request]:
     """Chats that ask for texts: every topic before any comes again, each time with another genre.
 
     Args:
@@ -142,7 +141,7 @@ def writing_jobs(count: int, topics: Path, sampling: Sampling) -> list[Job]:
     # Round by round the genres move on by one, so topic and genre are not tied to each other.
     pairs = [(topic, genres[(shift + place) % len(genres)]) for shift, (place, topic) in
              product(range(len(genres)), enumerate(about))]  # fmt: skip
-    return [Job(f"t{number:06}", _ask(topic, genre), sampling) for number, (topic, genre) in
+    return [Request(f"t{number:06}", _ask(topic, genre), sampling) for number, (topic, genre) in
             enumerate(pairs[:count], start=1)]  # fmt: skip
 
 

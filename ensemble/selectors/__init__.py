@@ -15,8 +15,8 @@ from ensemble.selectors import consensus, judges, likelihood, simple
 from ensemble.selectors.asking import Asking, Selector
 from ensemble.selectors.combine import combined
 from eval.encoders import Encoder
-from submission.errors import UserError
 from submission.calls.likelihoods import Likelihoods
+from submission.errors import UserError
 
 __all__ = ["SELECTORS", "Asking", "Candidate", "Selector", "Tools", "make_selectors"]
 

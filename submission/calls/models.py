@@ -185,22 +185,28 @@ class Model:
         """
         return iter(_Answering(self, self._run, LOGLIKELIHOOD, items))
 
-    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def embed(self, texts: Sequence[str], *, keep: bool = True) -> NDArray[np.float32]:
         """Embeddings of texts, shape (texts, dim).
+
+        Args:
+            texts: of any length; the encoder cuts what is too long for it.
+            keep: write those that are computed to the log.
 
         Raises:
             BackendError: a text has none.
         """
         import numpy as np
 
-        numbers = {text: str(number) for number, text in enumerate(dict.fromkeys(texts))}
+        numbers = {text: str(number) for number, text in enumerate(dict.fromkeys([*texts] or [""]))}
         found: dict[str, Any] = {}
         items = ((number, text) for text, number in numbers.items())
-        for key, vector in _Answering(self, self._run, EMBED, items):
+        for key, vector in _Answering(self, self._run, EMBED, items, keep=keep):
             if isinstance(vector, Failure):
                 raise BackendError(f"a text has no embedding: {vector.reason}")
             found[key] = vector
-        return np.stack([found[numbers[text]] for text in texts]) if texts else np.zeros((0, 0), np.float32)
+        if not texts:  # of the right width nevertheless
+            return np.zeros((0, len(found["0"])), np.float32)
+        return np.stack([found[numbers[text]] for text in texts])
 
     def peak_memory(self) -> float:
         """See `Models.peak_memory`."""
@@ -251,8 +257,8 @@ class Model:
 class _Answering:
     """One call of a handle: what the log knows is yielded at once, the rest as workers answer it."""
 
-    def __init__(self, model: Model, run: Models, kind: Kind, items: Iterable[Any]) -> None:
-        self._model, self._run, self._kind = model, run, kind
+    def __init__(self, model: Model, run: Models, kind: Kind, items: Iterable[Any], *, keep: bool = True) -> None:
+        self._model, self._run, self._kind, self._keep = model, run, kind, keep
         self._source = iter(items)
         self._more = True
         self._trouble: Exception | None = None
@@ -338,7 +344,8 @@ class _Answering:
                 continue
             self._run.computed += 1
             digest = self._kind.digest(self._model.identity, item)
-            self._run.log.add(digest, self._kind.content(answer, seconds))
+            if self._keep:
+                self._run.log.add(digest, self._kind.content(answer, seconds))
             self._first.pop(digest, None)
             yield from ((key, self._kind.timed(answer, seconds)) for key in self._keys.pop(self._kind.key(item)))
 

@@ -35,6 +35,8 @@ class Kind:
         content: an answer and the seconds that it took, as a line of the log has them.
         parse: the answer of such a line; raises anything if it is none.
         timed: an answer with the seconds that it took.
+        block: items that are dealt together: neighbours often share a beginning.
+        ahead: items that a worker may have: what a backend looks at together, so that none runs dry.
     """
 
     method: Method
@@ -44,6 +46,8 @@ class Kind:
     content: Callable[[Any, float], Any]
     parse: Callable[[Any], Any]
     timed: Callable[[Any, float], Any]
+    block: int = 8
+    ahead: int = 256
 
     def digest(self, model: str, item: Any) -> str:
         """The digest of a call, 32 hexadecimal digits.
@@ -174,7 +178,7 @@ LOGLIKELIHOOD = Kind(
 )  # fmt: skip
 EMBED = Kind(
     "embed", lambda item: str(item[0]), lambda item: json.dumps(item[1]), lambda item: len(item[1]),
-    _vector, _parse_vector, _untimed,
+    _vector, _parse_vector, _untimed, block=128, ahead=1024,
 )  # fmt: skip
 ENCODE = Kind(
     "encode", lambda item: str(item[0]), _unlogged,

@@ -24,8 +24,6 @@ from submission.types import Failure
 
 LOG = logging.getLogger(__name__)
 
-AHEAD = 256  # items that a worker may have: what a backend looks at together, so that none runs dry
-_BLOCK = 8  # items that are dealt together: neighbours often share a beginning
 _PARTS = 4  # that a suspected group is divided in
 _DEATHS_ALONE, _ERRORS_ALONE = 3, 2  # after which an item on its own is given up
 _DEATHS_IN_A_ROW, _ERRORS_IN_A_ROW = 12, 64  # without one answer, beyond which the model is given up
@@ -186,9 +184,9 @@ class Pool:
 
     # -- dealing ----------------------------------------------------------------------------------------------
 
-    def has_room(self) -> bool:
+    def has_room(self, kind: Kind) -> bool:
         """Whether a worker could take more."""
-        return any(len(worker.asked) < AHEAD and not worker.alone for worker in self.workers)
+        return any(len(worker.asked) < kind.ahead and not worker.alone for worker in self.workers)
 
     def deal(self, call: Call) -> None:
         """Send what waits in a call to workers: suspected groups to idle ones, the rest to those with the least."""
@@ -197,10 +195,10 @@ class Pool:
                 worker.alone = True
                 self._give(worker, call, call.suspects.pop())
         while call.waiting and not call.suspects:
-            free = [one for one in self.workers if one.ready and not one.alone and len(one.asked) < AHEAD]
+            free = [one for one in self.workers if one.ready and not one.alone and len(one.asked) < call.kind.ahead]
             if not free:
                 return
-            block = [call.waiting.popleft() for _ in range(min(_BLOCK, len(call.waiting)))]
+            block = [call.waiting.popleft() for _ in range(min(call.kind.block, len(call.waiting)))]
             self._give(min(free, key=lambda one: one.load), call, block)
 
     def _give(self, worker: Worker, call: Call, items: list[Item]) -> None:
@@ -364,7 +362,7 @@ class Call:
     @property
     def has_room(self) -> bool:
         """Whether workers could take more than what waits."""
-        return len(self.waiting) < _BLOCK
+        return len(self.waiting) < self.kind.block
 
     def add(self, content: Any) -> None:
         """Ask something; its key must be another than those of what has no result yet."""
@@ -388,7 +386,7 @@ class Call:
         self._pool.deal(self)
         while self._open and not self._results:
             self._pool.listen()
-            if not self.waiting and not self.suspects and self._pool.has_room():
+            if not self.waiting and not self.suspects and self._pool.has_room(self.kind):
                 return
 
     def finish(self, item: Item, answer: Any, seconds: float) -> None:

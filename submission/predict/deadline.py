@@ -17,13 +17,10 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from submission.calls.session import SIGNALS
+
 _TICK = 0.25
 _STOP_SECONDS = 5.0  # how long a signalled process may take to come back from a native call
-
-SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
-if hasattr(signal, "SIGHUP"):  # the terminal has gone
-    SIGNALS[signal.SIGHUP] = 129
-"""The signals that stop a run cleanly, and the exit codes that follow."""
 
 
 class Interrupted(BaseException):

@@ -100,7 +100,7 @@ def plan(config: RunConfig, *, writes: bool = True) -> Plan:
     recover_config = read_toml(config.recover_config, "--recover-config") if config.recover_config else {}
     pairs = Pairs(config.input, config.encoding, config.limit)
     shots = read_triplets(config.shots, config.encoding)[: config.n_shots] if config.shots else []
-    setup = Setup(cache(lambda: _model(config)), template, shots, config.sampling, recover_config)
+    setup = Setup(cache(lambda: _model(config)), template, shots, config.sampling, recover_config, config.fleet)
     strategy = recover.make(setup)
     roles = roles_of(strategy, setup)
     if writes:

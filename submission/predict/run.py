@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import NoReturn
 
-from submission import STARTED
 from submission.calls.log import Log, log_path
 from submission.calls.models import Limits, Models, open_models
 from submission.calls.supervisor import DeadlineReached
@@ -37,15 +36,19 @@ from submission.types import Budget, Pair, Prediction
 LOG = logging.getLogger(__name__)
 
 
-def predict(config: RunConfig) -> Summary:
+def predict(config: RunConfig, started: float | None = None) -> Summary:
     """Run to the end, the deadline or a signal.
+
+    Args:
+        config: what to do.
+        started: when the time began to count, in seconds of `time.monotonic()`; None for now.
 
     Raises:
         UserError: something is missing or wrong; nothing was overwritten.
         Interrupted: a signal stopped the run; the log holds what was computed.
     """
     try:
-        return _Run(config).run()
+        return _Run(config, time.monotonic() if started is None else started).run()
     except KeyboardInterrupt:  # a moment before the run's own handlers were there
         raise Interrupted(signal.SIGINT) from None
 
@@ -88,8 +91,9 @@ class Answers(Mapping[str, Prediction]):
 class _Run:
     """The state of one run that the main thread and the watchdog share."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, started: float) -> None:
         self._config = config
+        self._started = started
         self._plan: Plan | None = None
         self._answers = Answers()
         self._manifest: Manifest | None = None
@@ -101,7 +105,7 @@ class _Run:
 
     def run(self) -> Summary:
         deadline = self._config.deadline
-        times = Timetable.until(deadline, STARTED, 0) if deadline else None
+        times = Timetable.until(deadline, self._started, 0) if deadline else None
         watchdog = Watchdog(
             takeover_at=times.last_call if times else None, take_over=self._take_over, stop_now=self._stop_now
         )
@@ -112,7 +116,7 @@ class _Run:
                     LOG.info("%s has %d examples of the %d asked for", self._config.shots, len(made.shots),
                              self._config.n_shots)  # fmt: skip
                 if deadline:
-                    times = Timetable.until(deadline, STARTED, len(made.pairs))
+                    times = Timetable.until(deadline, self._started, len(made.pairs))
                     watchdog.takeover_at = times.takeover
                 late = self._compute(made, times.stop if times else None)
                 # Beyond this point the watchdog finds the lock taken.
@@ -188,7 +192,7 @@ class _Run:
             fallback=self._config.fallback,
             max_failures=self._config.max_failures,
             computed=self._computed,
-            seconds=time.monotonic() - STARTED,
+            seconds=time.monotonic() - self._started,
             computing_seconds=self._computing_seconds,
             late=late,
             humbler=self._models.humbler if self._models else (),

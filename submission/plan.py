@@ -15,7 +15,7 @@ from submission.errors import UserError
 from submission.files import check_writable, leftovers
 from submission.hardware import ALONE, Fleet
 from submission.journal import journal_path
-from submission.manifest import check_apart, check_free
+from submission.manifest import check_apart, check_free, manifest_path
 from submission.models import PACKAGED, TUNED, adapter_of, noted_template
 from submission.pairs import Pairs
 from submission.recover import DEFAULT_PROMPT, RecoverSource, Setup, find_recover
@@ -84,7 +84,8 @@ def plan(config: RunConfig) -> Plan:
         UserError: something is missing or wrong.
     """
     check_writable(config.output)
-    files = [config.output, journal_path(config.output), *leftovers(config.output)]
+    files = [config.output, journal_path(config.output)]
+    files += [file for one in (config.output, manifest_path(config.output)) for file in leftovers(one)]
     check_apart(config.output, files, (one for one in _inputs(config) if not one[1].is_dir()))
     if is_blank(config.fallback) or storable(config.fallback) != config.fallback:
         raise UserError(f"--fallback {config.fallback!r} is blank, reads as null or is not UTF-8: give a prompt")

@@ -26,7 +26,7 @@ from typing import Any, cast
 
 from submission.answers import is_blank
 from submission.config import from_mapping
-from submission.errors import PromptRecoveryError, UserError, first_line
+from submission.errors import PromptRecoveryError, UserError, first_line, is_stop
 from submission.hashing import content_hash
 from submission.templates import Template
 from submission.types import Backend, Budget, Pair, Prediction, Recover, Request, Sampling, Triplet
@@ -153,13 +153,15 @@ def find_recover(name: str) -> RecoverSource:
     with _user_code(name, "the module cannot be imported"):
         module = importlib.import_module(module_name)
     found: Any = module
-    for part in object_name.split("."):
-        if not hasattr(found, part):
-            raise UserError(f"recover {name}: module {module_name} has no {object_name!r}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise UserError(f"recover {name} is neither a function nor a class")
-    more = cast(Fingerprint, getattr(found, "fingerprint", _nothing_more))
+    with _user_code(name, "it cannot be looked at"):  # attributes may be computed
+        for part in object_name.split("."):
+            if not hasattr(found, part):
+                raise UserError(f"recover {name}: module {module_name} has no {object_name!r}")
+            found = getattr(found, part)
+        if not callable(found):
+            raise UserError(f"recover {name} is neither a function nor a class")
+        more = cast(Fingerprint, getattr(found, "fingerprint", _nothing_more))
+        uses_model = bool(getattr(found, "uses_model", True))
 
     def make(setup: Setup) -> Recover:
         with _user_code(name, "it cannot be made"):
@@ -169,7 +171,7 @@ def find_recover(name: str) -> RecoverSource:
         with _user_code(name, "its fingerprint failed"):
             return {"source": _source_hash(module), **{str(key): str(value) for key, value in more(config).items()}}
 
-    return RecoverSource(name, make, bool(getattr(found, "uses_model", True)), fingerprint)
+    return RecoverSource(name, make, uses_model, fingerprint)
 
 
 @contextmanager
@@ -179,7 +181,9 @@ def _user_code(name: str, what: str) -> Iterator[None]:
         yield
     except PromptRecoveryError:
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if is_stop(error):
+            raise
         frames = traceback.extract_tb(error.__traceback__)
         last = next((frame for frame in reversed(frames) if not frame.filename.startswith("<")), None)
         where = f" ({Path(last.filename).name}, line {last.lineno})" if last else ""

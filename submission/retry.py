@@ -8,7 +8,7 @@ from itertools import chain, islice
 from typing import Any
 
 from submission.answers import is_blank, storable
-from submission.errors import PromptRecoveryError, UserError, first_line
+from submission.errors import PromptRecoveryError, UserError, first_line, is_stop
 from submission.types import Budget, Pair, Prediction, Recover
 
 _REASON_CHARS = 200
@@ -56,7 +56,9 @@ def answer_all(recover: Recover, pairs: Iterable[Pair], budget: Budget) -> Itera
             raise
         except SystemExit as error:
             raise PromptRecoveryError(f"the way of predicting called sys.exit({error.code!r}): it must not") from error
-        except Exception as error:
+        except BaseException as error:  # libraries have others than Exception, such as asyncio's CancelledError
+            if is_stop(error):
+                raise
             # Only its words are kept: its frames may hold a GPU's memory, which the next try needs.
             trouble = first_line(error)[:_REASON_CHARS]
         pairs.check()

@@ -57,6 +57,7 @@ class _Run:
     def __init__(self, run_plan: Plan, started: float, say: Callable[[str], None]) -> None:
         self._plan = run_plan
         self._config = run_plan.config
+        self._process, self._folder = os.getpid(), os.getcwd()
         self._started = started
         self._say = say
         self._times = (
@@ -148,6 +149,10 @@ class _Run:
             self._computing_since = None
 
     def _finish(self, *, late: bool) -> Summary:
+        if os.getpid() != self._process:  # code of a way of predicting forked and let the copy run on
+            os._exit(1)
+        with suppress(OSError):
+            os.chdir(self._folder)  # wherever it has gone
         self._stop_clock()
         self._guard.stand_by()
         summary = finish(

@@ -45,6 +45,12 @@ class BackendError(PromptRecoveryError):
     """A backend failed on a request; rows are retried in smaller batches, then take the fallback."""
 
 
+def is_stop(error: BaseException) -> bool:
+    """Whether an exception asks this program to stop, rather than being some code's own way of failing."""
+    ours = type(error).__module__.partition(".")[0] == "submission" and not isinstance(error, Exception)
+    return ours or isinstance(error, (KeyboardInterrupt, GeneratorExit))
+
+
 def first_line(error: BaseException) -> str:
     """An error of somebody else's in one line: its kind and the beginning of what it says."""
     lines = str(error).strip().splitlines()

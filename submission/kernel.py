@@ -509,6 +509,8 @@ def write(output: Path, rows: list[tuple[str, str]]) -> None:
             plain.writerow(("id", "rewrite_prompt"))
             for row in rows:
                 (quoted if any("\r" in cell for cell in row) else plain).writerow(row)
+        if output.is_dir() and not output.is_symlink():
+            output.rename(output.with_name(output.name + ".was"))  # whoever made a folder of it
         part.replace(output)
     finally:
         part.unlink(missing_ok=True)

@@ -308,9 +308,9 @@ def test_an_adapter_of_another_base_is_refused(tiny: Path, tmp_path: Path) -> No
 
     from submission.backends.transformers.loading import load_model
 
-    def adapter(name: str, **shape: int) -> Path:
+    def adapter(name: str, *targets: str, **shape: int) -> Path:
         config = LlamaConfig.from_pretrained(tiny, **shape)
-        lora = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        lora = LoraConfig(r=2, target_modules=["q_proj", *(targets or ("up_proj",))], init_lora_weights=False)
         get_peft_model(AutoModelForCausalLM.from_config(config), lora).save_pretrained(tmp_path / name)
         return tmp_path / name
 
@@ -318,6 +318,7 @@ def test_an_adapter_of_another_base_is_refused(tiny: Path, tmp_path: Path) -> No
         return load_model(tiny, path, device="cpu", dtype="float32", load_in_4bit=False)
 
     load(adapter("good"))
+    load(adapter("vocabulary", "embed_tokens"))  # PEFT saves the base's own layer beside it
     with pytest.raises(UserError, match=r"has no place for 4 of its tensors.*layers\.2"):
         load(adapter("deeper", num_hidden_layers=3))
     with pytest.raises(UserError, match="size mismatch"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,7 +23,7 @@ from submission.backends.models import NOTE
 from submission.backends.transformers.loading import load_tokenizer, stay_offline_and_quiet
 from submission.data.files import atomic_path, read_json, write_json
 from submission.data.hashing import content_hash
-from submission.data.outputs import check_apart, check_free, claim, made_by, made_folder, write_manifest
+from submission.data.outputs import check_apart, check_free, claim, made_by, made_folder, read_manifest, write_manifest
 from submission.data.tables import read_triplets
 from submission.errors import UserError, first_line
 from submission.progress import show_progress
@@ -75,7 +76,7 @@ def sft(config: Sft, output: Path, say: Say, *, fresh: bool = False) -> Path:
         get_template(config.template)
         if main and not fresh:
             check_same_run(output, marks)
-        if (adapter / "adapter_model.safetensors").is_file() and not fresh:
+        if _is_finished(adapter) and not fresh:
             say(f"{adapter} is trained by the same recipe: nothing to do (--fresh trains anew)")
             return adapter
         if main:
@@ -113,6 +114,15 @@ def sft(config: Sft, output: Path, say: Say, *, fresh: bool = False) -> Path:
     return adapter
 
 
+def _is_finished(adapter: Path) -> bool:
+    """Whether an adapter is there and all is said of it; a kill may have come in between."""
+    try:
+        told = read_manifest(adapter)
+    except UserError:
+        return False
+    return (adapter / "adapter_model.safetensors").is_file() and "history" in told
+
+
 def _check_output(output: Path, config: Sft, base: Path) -> None:
     """Refuse to write over what is read, or over what no earlier run made.
 
@@ -138,7 +148,7 @@ def _begin(output: Path, marks: dict[str, Any], *, fresh: bool) -> None:
     if fresh:
         for file in made_by(output / ADAPTER):
             file.unlink(missing_ok=True)
-        for checkpoint in (output / CHECKPOINTS).glob("checkpoint-*"):
+        for _, checkpoint in _checkpoints(output / CHECKPOINTS):
             shutil.rmtree(checkpoint)
     write_json(output / _MARKS, marks)
 
@@ -294,8 +304,14 @@ def _say_nothing(_: str) -> None:
 
 def _last_checkpoint(folder: Path) -> Path | None:
     """The last whole checkpoint: the trainer writes its state last."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    whole = [(step, path) for step, path in _checkpoints(folder) if (path / "trainer_state.json").is_file()]
+    return max(whole, default=(0, None))[1]
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Checkpoints with their steps: folders that are called as the trainer calls them."""
+    named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*"))
+    return [(int(match[1]), path) for match, path in named if match and path.is_dir() and not path.is_symlink()]
 
 
 def _save_adapter(trainer: Any, adapter: Path, config: Sft) -> None:

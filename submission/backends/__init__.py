@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -25,6 +26,8 @@ _BACKENDS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "transformers": ("submission.backends.transformers.backend", (("torch", "hf"), ("transformers", "hf"))),
     "scripted": ("submission.backends.scripted", ()),
 }
+
+_MOST_WORKERS, _MOST_ACTORS = 16, 10_000  # on a small machine; on a cluster. More is a slip of the hand.
 
 
 class _Module(Protocol):
@@ -109,6 +112,9 @@ def model_spec(
     module = _module(backend)
     if model == TUNED and adapter is not None:
         model = EMBEDDED
+    most = _MOST_ACTORS if fleet.ray else max(_MOST_WORKERS, os.cpu_count() or 1)
+    if fleet.workers > most:
+        raise UserError(f"workers={fleet.workers} is too many: at most {most} {'actors' if fleet.ray else 'here'}")
     options = from_settings(module.Options, settings or [], f"backend {backend}")
     spec = ModelSpec(backend, model, adapter, options, fleet)
     if fleet.ray:

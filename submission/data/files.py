@@ -39,7 +39,13 @@ def shown(path: Path) -> str:
 
 
 def beside(output: Path, ending: str) -> Path:
-    """Where what belongs to an output lies: beside it, or in the working directory for one on an object store."""
+    """Where what belongs to an output lies: beside it, or in the working directory for one on an object store.
+
+    Raises:
+        UserError: the output has no name of its own, such as "/" and the current folder.
+    """
+    if not output.name:
+        raise UserError(f"output {shown(output) or '(blank)'} is no name: give the file or folder to be made one")
     return (Path(output.name) if on_store(output) else output).with_name(output.name + ending)
 
 
@@ -168,10 +174,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """An empty folder beside `path` that takes its place when the block ends well; what was there before goes.
 
-    Whoever calls it has made sure that nothing of the user's is in there; see `submission.data.outputs.made_folder`.
+    Args:
+        path: the folder.
+        check: raises if something of the user's is in there; it is asked just before anything goes.
     """
     path = _target(path)
     part, old = (Path(tempfile.mkdtemp(prefix=f".{path.name}.{_TEMPORARY}", suffix=".tmp", dir=path.parent))
@@ -184,8 +192,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                     os.fsync(content.fileno())
         part.chmod(0o777 & ~_umask())
         if path.exists():
+            check()
             os.replace(path, old)  # moved aside, so that a kill leaves either folder whole
-        os.replace(part, path)
+        try:
+            os.replace(part, path)
+        except OSError:
+            if not path.exists():
+                os.replace(old, path)
+            raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -268,7 +282,8 @@ def leftovers(path: Path) -> list[Path]:
     if on_store(path):
         return []
     path = _target(path)
-    return sorted(path.parent.glob(f".{glob.escape(path.name)}.{_TEMPORARY}????????.tmp"))
+    found = path.parent.glob(f".{glob.escape(path.name)}.{_TEMPORARY}????????.tmp")
+    return sorted(file for file in found if file.is_file())
 
 
 def remove_leftovers(path: Path, idle: float = 0) -> None:
@@ -298,6 +313,7 @@ def check_writable(path: Path) -> None:
         return
     if colon and re.match(r"\w+:/", path.as_posix()) and not path.parent.is_dir():
         raise UserError(f"output {path} is on no known object store: {scheme}:// is neither s3:// nor gs://")
+    beside(path, "")  # has it a name?
     target = _target(path)
     if target.is_dir():
         raise UserError(f"output {path} is a folder: name a file, such as {path / 'submission.csv'}")

@@ -88,7 +88,7 @@ def made_by(output: Path) -> frozenset[Path]:
     folder = _absolute(manifest_path(output)).parent
     listed = [Path(name) for name in names if isinstance(name, str)] if isinstance(names, list) else []
     found = [name if on_store(name) else _absolute(folder / name) for name in listed]
-    return frozenset(file for file in found if folder in file.parents or file == output)
+    return frozenset(file for file in found if file == output or (folder in file.parents and _lies_in(file, folder)))
 
 
 def check_apart(output: Path, files: Iterable[Path], inputs: Iterable[tuple[str, Path]]) -> None:
@@ -114,14 +114,14 @@ def check_free(output: Path, files: Iterable[Path]) -> None:
     Args:
         output: whose manifest lists what an earlier run made.
         files: that will be written, or folders that will be replaced. A file without content is free, and so is what a
-            link leads to: whoever put the link there wants it written.
+            link leads to that has the name of the output: whoever put the link there wants it written.
 
     Raises:
         UserError: one of them is there and was not made by us.
     """
     manifest = manifest_path(output)
     made = made_by(output)
-    foreign = [file for one in files for file in _content_of(one) if _absolute(file) not in made]
+    foreign = [file for one in files for file in _content_of(one) if not _is_ours(file, output, made)]
     if _content_of(manifest) and not _is_manifest(output):
         foreign.append(manifest)
     if foreign:
@@ -150,11 +150,23 @@ def check_folder(path: Path) -> None:
     Raises:
         UserError: it is a file, its parent does not exist, or something of the user's is in there.
     """
+    check_folder_name(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"output {path} is a file: name a folder")
     if not path.parent.is_dir():
         raise UserError(f"output folder {path.parent} does not exist: create it with mkdir -p {path.parent}")
     check_free(path, [path])
+
+
+def check_folder_name(path: Path) -> None:
+    """Refuse a folder that cannot be replaced by another, since this process works in it.
+
+    Raises:
+        UserError: it is the current folder, or holds it.
+    """
+    here = Path.cwd()
+    if Path(os.path.abspath(path)) in (here, *here.parents):
+        raise UserError(f"output {path} is the folder that you are in, or holds it: name a folder to be made")
 
 
 def claim(output: Path, files: Iterable[Path]) -> list[Path]:
@@ -165,7 +177,8 @@ def claim(output: Path, files: Iterable[Path]) -> list[Path]:
     Returns:
         the files of an earlier run that are not among these.
     """
-    before, now = made_by(output), set(map(_absolute, files))
+    before = {file for file in made_by(output) if exists(file)}  # what is gone may come back as somebody else's
+    now = set(map(_absolute, files))
     write_json(manifest_path(output), {**stamp(), "state": "writing", "made": made_names(output, before | now)})
     return sorted(before - now)
 
@@ -192,9 +205,17 @@ def made_folder(path: Path) -> Iterator[Path]:
         UserError: see `check_folder`.
     """
     check_folder(path)
-    with atomic_folder(path) as part:
+    with atomic_folder(path, lambda: check_folder(path)) as part:
         yield part
+        check_folder(path)  # before what is there counts as ours
         claim(path, [path / file.relative_to(part) for file in files_in(part)])
+
+
+def _lies_in(file: Path, folder: Path) -> bool:
+    """Whether a file, no folder, lies below a folder when all links are followed."""
+    if on_store(file):
+        return True
+    return Path(os.path.realpath(folder)) in Path(os.path.realpath(file)).parents and not file.is_dir()
 
 
 def stamp() -> dict[str, str]:
@@ -209,13 +230,20 @@ def _is_manifest(output: Path) -> bool:
         return False
 
 
+def _is_ours(file: Path, output: Path, made: frozenset[Path]) -> bool:
+    """Whether a file with content may be replaced: we made it, or it is a link in the very place of the output."""
+    if not on_store(file) and file.is_symlink():
+        return _absolute(file) == _absolute(output)
+    return _absolute(file) in made
+
+
 def _content_of(path: Path) -> list[Path]:
     """What would be lost if a file, or a folder, were replaced."""
     if on_store(path):
         return [path] if exists(path) else []
     if path.is_dir():
         return [file for file in sorted(path.rglob("*")) if file.is_symlink() or not file.is_dir()]
-    blank = not path.exists() or path.is_symlink() or (path.is_file() and path.stat().st_size == 0)
+    blank = not path.exists() or (path.is_file() and path.stat().st_size == 0)
     return [] if blank else [path]
 
 
@@ -224,7 +252,8 @@ def _check_apart(file: Path, what: str, given: Path) -> None:
         inside, same = given in file.parents, file == given
     else:
         inside = Path(os.path.realpath(given)) in Path(os.path.realpath(file)).parents and given.is_dir()
-        same = file.exists() and given.exists() and file.samefile(given)
+        read = [given, *given.glob("*.parquet")] if given.is_dir() else [given]
+        same = file.exists() and any(one.exists() and file.samefile(one) for one in read)
     if same or inside:
         where = f"in the {what} {shown(given)}" if inside else f"the {what}"
         raise UserError(f"output {shown(file)} is {where}: choose another name")

@@ -8,7 +8,7 @@ from itertools import chain, islice
 from typing import Any
 
 from submission.calls.supervisor import LostError
-from submission.errors import PromptRecoveryError, UserError, first_line
+from submission.errors import PromptRecoveryError, UserError, first_line, is_stop
 from submission.prompts.answers import is_blank, storable
 from submission.types import Budget, Model, Pair, Prediction, Recover
 
@@ -71,7 +71,9 @@ def answer_all(
             raise
         except SystemExit as error:
             raise PromptRecoveryError(f"the strategy called sys.exit({error.code!r}): it must not") from error
-        except Exception as error:
+        except BaseException as error:  # libraries have others than Exception, such as asyncio's CancelledError
+            if is_stop(error):
+                raise
             # Only its words are kept: its frames may hold a GPU's memory, which the next try needs.
             trouble = first_line(error)[:_REASON_CHARS]
         pairs.check()

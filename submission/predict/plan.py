@@ -17,7 +17,7 @@ from submission.calls.models import Spec
 from submission.calls.supervisor import STALL_SECONDS
 from submission.config import read_toml
 from submission.data.files import check_writable, leftovers
-from submission.data.outputs import check_apart, check_free
+from submission.data.outputs import check_apart, check_free, manifest_path
 from submission.data.pairs import Pairs
 from submission.data.tables import read_triplets
 from submission.errors import UserError
@@ -85,7 +85,7 @@ def plan(config: RunConfig, *, writes: bool = True) -> Plan:
     files = [config.output, log_path(config.output)]
     if writes:
         check_writable(config.output)
-        files += leftovers(config.output)
+        files += [file for one in (config.output, manifest_path(config.output)) for file in leftovers(one)]
         check_apart(config.output, files, (one for one in _inputs(config) if not one[1].is_dir()))
     if is_blank(config.fallback) or storable(config.fallback) != config.fallback:
         raise UserError(f"--fallback {config.fallback!r} is blank, reads as null or is not UTF-8: give a prompt")

@@ -94,6 +94,7 @@ class _Run:
     def __init__(self, config: RunConfig, started: float) -> None:
         self._config = config
         self._started = started
+        self._process, self._folder = os.getpid(), os.getcwd()
         self._plan: Plan | None = None
         self._answers = Answers()
         self._manifest: Manifest | None = None
@@ -183,6 +184,10 @@ class _Run:
             self._computing_since = None
 
     def _finish(self, made: Plan, *, late: bool) -> Summary:
+        if os.getpid() != self._process:  # code of a strategy forked and let the copy run on
+            os._exit(1)
+        with suppress(OSError):
+            os.chdir(self._folder)  # wherever it has gone
         self._stop_clock()
         self._begin()
         summary = finish(

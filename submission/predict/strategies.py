@@ -25,7 +25,7 @@ from submission.backends import ModelSpec
 from submission.backends.hardware import ALONE, Fleet
 from submission.calls.models import Spec
 from submission.config import from_mapping
-from submission.errors import PromptRecoveryError, UserError, first_line
+from submission.errors import PromptRecoveryError, UserError, first_line, is_stop
 from submission.prompts.answers import is_blank
 from submission.prompts.templates import Template
 from submission.types import Budget, Failure, Model, Pair, Prediction, Recover, Request, Sampling, Triplet
@@ -135,7 +135,8 @@ def roles_of(recover: Recover, setup: Setup) -> dict[str, Spec]:
     Raises:
         UserError: its `roles` are neither names nor a mapping from names to models, or a model is wrong.
     """
-    roles = getattr(recover, "roles", (GENERATOR,))
+    with _user_code(type(recover).__name__, "its roles cannot be told"):
+        roles = getattr(recover, "roles", (GENERATOR,))
     if isinstance(roles, Mapping):
         found = {str(role): setup.model() if spec is None else spec for role, spec in roles.items()}
     elif isinstance(roles, tuple | list | set | frozenset) and all(isinstance(role, str) for role in roles):
@@ -165,12 +166,13 @@ def find_recover(name: str) -> RecoverSource:
     with _user_code(name, "the module cannot be imported"):
         module = importlib.import_module(module_name)
     found: Any = module
-    for part in object_name.split("."):
-        if not hasattr(found, part):
-            raise UserError(f"recover {name}: module {module_name} has no {object_name!r}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise UserError(f"recover {name} is neither a function nor a class")
+    with _user_code(name, "it cannot be looked at"):  # attributes may be computed
+        for part in object_name.split("."):
+            if not hasattr(found, part):
+                raise UserError(f"recover {name}: module {module_name} has no {object_name!r}")
+            found = getattr(found, part)
+        if not callable(found):
+            raise UserError(f"recover {name} is neither a function nor a class")
 
     def make(setup: Setup) -> Recover:
         with _user_code(name, "it cannot be made"):
@@ -186,7 +188,9 @@ def _user_code(name: str, what: str) -> Iterator[None]:
         yield
     except PromptRecoveryError:
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if is_stop(error):
+            raise
         frames = traceback.extract_tb(error.__traceback__)
         last = next((frame for frame in reversed(frames) if not frame.filename.startswith("<")), None)
         where = f" ({Path(last.filename).name}, line {last.lineno})" if last else ""

@@ -21,7 +21,7 @@ from submission import kernel
 from submission.backends.models import PACKAGED, TUNED, check_gguf_adapter, check_peft_adapter, is_gguf, resolve_folder
 from submission.config import read_toml
 from submission.data.files import atomic_folder, files_in, read_json, write_json
-from submission.data.outputs import check_apart, made_folder, manifest_path
+from submission.data.outputs import check_apart, check_folder_name, made_folder, manifest_path
 from submission.data.tables import some
 from submission.errors import UserError
 from submission.publish.image import Image, kaggle_image
@@ -73,7 +73,7 @@ def bundle(config: BundleConfig, say: Callable[[str], None]) -> dict[str, Any]:
     check_replaceable(config.output)
     image = kaggle_image()
     config.output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(config.output) as part:
+    with atomic_folder(config.output, lambda: check_replaceable(config.output)) as part:
         _put_files(config, part)
         settings = _settings(part)
         for wheel in config.wheels:
@@ -179,6 +179,7 @@ def check_replaceable(output: Path) -> None:
     Raises:
         UserError: names what is in the way.
     """
+    check_folder_name(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file: name a folder")
     try:

@@ -149,7 +149,9 @@ def with_adapter(model: Any, adapter: Path) -> Any:
     except Exception as error:
         words = " ".join(str(error).split())[:300]  # torch names the tensor on its second line
         raise UserError(f"adapter {adapter} does not fit this model: {type(error).__name__}: {words}") from error
-    homeless = sorted(name for name in given - places if name.removeprefix("base_model.model.") not in own)
+    # PEFT saves whole layers of the base beside an adapter of its vocabulary, under either of two names.
+    of_base = {f"base_model.model.{name}" for name in own}
+    homeless = sorted(name for name in given - places if name.replace(".base_layer.", ".") not in of_base)
     for what, names in (("has no place for", homeless), ("misses", sorted(places - given))):
         if names:
             raise UserError(

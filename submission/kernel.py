@@ -18,6 +18,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ STARTED = time.monotonic()
 ROOT = Path(os.environ.get("PROMPT_RECOVERY_KAGGLE", "/kaggle"))  # elsewhere in a rehearsal
 COMPETITION = "llm-prompt-recovery"
 SETTINGS, CONTENTS = "kernel.toml", "bundle.json"  # in the dataset
+_LAST_SHARE = 0.05  # of the deadline, that a second try has at least
 FALLBACK = "Please rewrite this text in a different tone and style while keeping its original meaning."
 MODEL_MISSING = "Attach the model (model_sources in kernel-metadata.json), or bundle one."
 NULLS = ("#n/a", "#n/a n/a", "#na", "-1.#ind", "-1.#qnan", "-nan", "1.#ind", "1.#qnan", "<na>", "n/a", "na", "nan",
@@ -62,7 +64,7 @@ class Settings:
         template, shots, n_shots, max_new_tokens, fallback: as `predict` takes them.
         settings: options of the backend; batch and load_in_4bit are chosen by the hardware unless they are here.
         workers: processes with a copy of the model each; 0 for one a GPU.
-        max_failures: share of failed rows above which they are tried again, smaller, then without a GPU.
+        max_failures: share of failed rows above which models are held in a humbler way: smaller, then without a GPU.
         deadline: seconds from the kernel's start to a whole file; Kaggle's limit is 9 hours.
     """
 
@@ -109,26 +111,21 @@ def main() -> int:
         return 1
     report.rows, report.found["table"] = len(ids), str(table)
     settings = Settings()
-    answers: dict[str, str] = {}
     try:
         bundle = find_bundle()
         settings = read_settings(bundle / SETTINGS)
         report.found["bundle"] = str(bundle)
         with tempfile.TemporaryDirectory(prefix="prompt-recovery-", ignore_cleanup_errors=True) as scratch:
-            predict(settings, bundle, table, ids, output, Path(scratch), report, answers)
+            predict(settings, bundle, table, ids, output, Path(scratch), report)
     except BaseException as error:  # also MemoryError, SystemExit, and what nobody thought of
         report.reason = words(error)
     try:
-        if len(report.attempts) > 1 or problems(output, ids):
-            report.fallbacks = make_up(output, ids, answers, settings.fallback)
-            if report.state != "predicted" or report.fallbacks == len(ids):
-                report.state = "fallback" if report.fallbacks == len(ids) else "partly predicted"
+        if problems(output, ids):
+            make_up(output, ids, settings.fallback)
+            report.state, report.fallbacks = "fallback", len(ids)
     except OSError as error:
-        if problems(output, ids):  # not even the file of the first attempt is there
-            print(
-                f"NO SUBMISSION: {output} cannot be written: {words(error)}; before that: {report.reason or 'nothing'}"
-            )
-            return 1
+        print(f"NO SUBMISSION: {output} cannot be written: {words(error)}; before that: {report.reason or 'nothing'}")
+        return 1
     wrong = problems(output, ids)
     close(report, output.with_name("run.json"))
     if wrong:
@@ -141,111 +138,54 @@ def main() -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """One way of running the prediction: where it writes, with which options and environment, and its name."""
-
-    name: str
-    output: Path
-    options: list[str]
-    environment: dict[str, str]
-
-
 def predict(
-    settings: Settings, bundle: Path, table: Path, ids: list[str], output: Path, scratch: Path, report: Report,
-    answers: dict[str, str],
-) -> None:  # fmt: skip
-    """Install and predict. If the process fails, or too many rows do, the rows without an answer are tried again.
+    settings: Settings, bundle: Path, table: Path, ids: list[str], output: Path, scratch: Path, report: Report
+) -> None:
+    """Install and predict. A process that was killed is started once more: it finds what it had computed.
 
-    Args:
-        answers: takes the answers of all attempts; of more than one, the caller makes up the file.
+    Trouble with a model, a GPU or memory is the business of `predict`; see `submission.calls`.
     """
     check_bundle(bundle, report)
     environment = install(bundle, scratch)
     gpus = gpu_memory()
     report.found["gpus"] = f"{len(gpus)} ({', '.join(f'{memory} MB' for memory in gpus)})" if gpus else "none"
     command = arguments(settings, bundle, gpus, len(ids), scratch, report)
-    for number, attempt in enumerate(attempts(command, environment, gpus, output, scratch)):
+    place = scratch / output.name  # with its log: the disk of the output may be small
+    for _ in range(2):
         left = settings.deadline - (time.monotonic() - STARTED)
-        if left <= 0:
-            if not number:
-                raise Failure("the deadline was over before predicting began")
-            break
-        todo = table
-        if number:
-            todo = scratch / f"rest-{number}.csv"
-            rows = write_rest(table, todo, answers)
-            print(f"trying {rows} rows again: {attempt.name}", flush=True)
+        if left <= 0 and not report.attempts:
+            raise Failure("the deadline was over before predicting began")
+        left = max(left, _LAST_SHARE * settings.deadline, 5.0)  # what it takes to write what is known
         code, tail = run(
-            [sys.executable, "-m", "submission", "predict", str(todo), "-o", str(attempt.output),
-             *attempt.options, "--deadline", f"{left:.0f}s"], attempt.environment, left)  # fmt: skip
-        failed, asked = collect(journal_of(attempt.output), answers)
-        report.attempts.append({"attempt": attempt.name, "output": str(attempt.output), "exit_code": code,
-                                "failed": len(failed), "seconds": round(time.monotonic() - STARTED)})  # fmt: skip
-        whole = not problems(attempt.output, ids if not number else read_ids(todo))
-        if whole:
-            take_summary(attempt.output, report)
-        else:
-            report.state, report.reason = "started", f"predict ended with {code}: {tail}"
-            if code == 2 and not asked:  # wrong input or option: it would fail again
-                break
-        if whole and len(failed) <= settings.max_failures * asked:
-            break
-        if whole:
-            report.reason = f"{len(failed)} of {asked} rows failed: {report.reason}"
+            [sys.executable, "-m", "submission", "predict", str(table), "-o", str(place), *command,
+             "--deadline", f"{left:.0f}s"], environment, left)  # fmt: skip
+        report.attempts.append({"exit_code": code, "seconds": round(time.monotonic() - STARTED)})
+        if not problems(place, ids):
+            take(place, output)
+            take_summary(place, report)
+            return
+        report.reason = f"predict ended with {code}: {tail}"
+        if code == 2:  # wrong input or option: it would fail again
+            return
 
 
-def attempts(
-    command: list[str], environment: dict[str, str], gpus: list[int], output: Path, scratch: Path
-) -> Iterator[Attempt]:
-    """The prediction as it was asked for; smaller, with its journal on another disk; and without a GPU."""
-    yield Attempt("as asked", output, command, environment)
-    smaller = "batch=4" if "transformers" in command else "streams=4" if "llama_cpp" in command else ""
-    careful = [*command, *(["--set", smaller] if smaller else []),
-               *(["--workers", "1"] if "--workers" in command else [])]  # fmt: skip
-    yield Attempt("one small worker, journal on another disk", scratch / "again.csv", careful, environment)
-    if gpus:
-        kept = without(careful, "--set", "load_in_4bit=true")
-        yield Attempt("on the CPU", scratch / "cpu.csv", kept, environment | {"CUDA_VISIBLE_DEVICES": ""})
-
-
-def without(command: list[str], option: str, value: str) -> list[str]:
-    """A command less one of its options."""
-    places = [place for place in range(len(command) - 1) if command[place : place + 2] == [option, value]]
-    return [part for place, part in enumerate(command) if place not in places and place - 1 not in places]
-
-
-def collect(journal: Path, answers: dict[str, str]) -> tuple[set[str], int]:
-    """Take the answers of a journal; returns the ids of rows that failed, and how many rows a model was asked about."""
-    good, failed = {}, set()
-    for record in read_journal(journal):
-        row_id, text = record.get("id"), record.get("text")
-        if not isinstance(row_id, str) or record.get("reason") == BLANK_INPUT:
-            continue
-        if record.get("status") == "ok" and isinstance(text, str) and says_something(clean(text)):
-            good[row_id] = clean(text)
-            failed.discard(row_id)
-        else:
-            failed.add(row_id)
-    answers.update(good)
-    return failed, len(good) + len(failed)
-
-
-def write_rest(table: Path, path: Path, answers: dict[str, str]) -> int:
-    """Write the rows of a table that have no answer; returns how many those are."""
-    with (
-        table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
-        path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as rest,
-    ):
-        reader = csv.DictReader(file)
-        writer = csv.DictWriter(rest, reader.fieldnames or (), quoting=csv.QUOTE_ALL, extrasaction="ignore")
-        writer.writeheader()
-        count = 0
-        for row in reader:
-            if (row["id"] or "") not in answers:
-                writer.writerow(row)
-                count += 1
-    return count
+def take(place: Path, output: Path) -> None:
+    """Copy a submission to where Kaggle looks for it; log and manifest go with it if there is room."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.is_dir() and not output.is_symlink():
+        output.rename(output.with_name(output.name + ".was"))  # whoever made a folder of it
+    part = output.with_name(output.name + ".part")
+    try:
+        shutil.copyfile(place, part)
+        part.replace(output)
+    finally:
+        part.unlink(missing_ok=True)
+    for ending in (".run.json", ".calls.jsonl"):
+        beside = output.with_name(output.name + ending)
+        try:
+            shutil.copyfile(place.with_name(place.name + ending), beside)
+        except OSError:
+            beside.unlink(missing_ok=True)
 
 
 def take_summary(place: Path, report: Report) -> None:
@@ -276,14 +216,14 @@ def arguments(settings: Settings, bundle: Path, gpus: list[int], rows: int, scra
             encoding="utf-8",
         )
         command += ["--recover-config", str(copy_of)]
-    if settings.recover == "constant" or settings.recover.startswith("ensemble."):
-        return command  # no model, or models of its own configuration
+    if settings.recover == "constant":
+        return command
     command += ["--max-new-tokens", str(settings.max_new_tokens)]
     try:
         model = find_model(settings, bundle, gpus)
     except Failure:
         if ":" in settings.recover and settings.model == "auto":
-            return command  # a module of one's own may need none
+            return command  # a strategy of one's own may need none, or name its own
         raise
     is_folder = model not in PACKAGED and Path(model).is_dir()
     backend = settings.backend if settings.backend != "auto" else "transformers" if is_folder else "llama_cpp"
@@ -485,16 +425,15 @@ def run(command: list[str], environment: dict[str, str], seconds: float) -> tupl
     return code, " | ".join(tail)
 
 
-def make_up(output: Path, ids: list[str], answers: dict[str, str], fallback: str) -> int:
-    """Write the answers that there are, and the fallback for the other rows; returns how many those are."""
+def make_up(output: Path, ids: list[str], fallback: str) -> None:
+    """Write the fallback for all rows: the last resort."""
     fallback = clean(fallback) if says_something(clean(fallback)) else FALLBACK
-    rows = [(row_id, answers.get(row_id, fallback)) for row_id in ids]
+    rows = [(row_id, fallback) for row_id in ids]
     try:
         write(output, rows)
     except OSError:
         make_room(output)
         write(output, rows)
-    return sum(row_id not in answers for row_id in ids)
 
 
 def write(output: Path, rows: list[tuple[str, str]]) -> None:
@@ -527,7 +466,7 @@ def says_something(text: str) -> bool:
 
 
 def make_room(output: Path) -> None:
-    """Remove what this run left beside the output; the journals have been read."""
+    """Remove what this run left beside the output."""
     for path in output.parent.glob(output.name + ".*"):
         path.unlink(missing_ok=True)
 
@@ -555,25 +494,6 @@ def read_ids(table: Path) -> list[str]:
         if reader.fieldnames is None or "id" not in reader.fieldnames:
             raise Failure(f"{table} has no column id")
         return [row["id"] or "" for row in reader]
-
-
-def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a journal; damaged lines are left out."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict):
-            yield record
-
-
-def journal_of(output: Path) -> Path:
-    return output.with_name(output.name + ".journal.jsonl")
 
 
 def close(report: Report, path: Path) -> None:

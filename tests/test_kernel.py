@@ -16,16 +16,16 @@ from pathlib import Path
 import pytest
 
 from submission import kernel
-from submission.prompts.answers import _READ_AS_NULL
-from submission.errors import UserError
 from submission.backends.models import PACKAGED
+from submission.data.validation import validate
+from submission.errors import UserError
 from submission.predict.outcome import BLANK_INPUT
+from submission.predict.strategies import DEFAULT_PROMPT
+from submission.prompts.answers import _READ_AS_NULL
 from submission.publish.bundle import BundleConfig, bundle, check_replaceable, model_instance, roots, write_contents
 from submission.publish.dry_run import LAYOUTS, Outcome, dry_run, lay_out, network_cut, run_kernel
 from submission.publish.image import kaggle_image
 from submission.publish.wheels import distribution, lacking, newest_needed, own_wheel
-from submission.predict.strategies import DEFAULT_PROMPT
-from submission.data.validation import validate
 from tests.conftest import ROOT, small_disk, write_csv
 
 CODE_FILE = ROOT / "submission" / "kernel.py"
@@ -48,28 +48,28 @@ def answer(pair):
     return Prediction(pair.id, f"Rewrite row {pair.id}.")
 
 
-def out_of_memory(pairs, budget):
+def out_of_memory(pairs, models, budget):
     for number, batch in enumerate(batches(pairs)):
         if number == 2:
             raise MemoryError("CUDA out of memory")
         yield from map(answer, batch)
 
 
-def killed(pairs, budget):
+def killed(pairs, models, budget):
     for number, batch in enumerate(batches(pairs)):
         if number == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         yield from map(answer, batch)
 
 
-def frozen(pairs, budget):
+def frozen(pairs, models, budget):
     for number, batch in enumerate(batches(pairs)):
         if number == 2:
             os.kill(os.getpid(), signal.SIGSTOP)
         yield from map(answer, batch)
 
 
-out_of_memory.uses_model = killed.uses_model = frozen.uses_model = False
+out_of_memory.roles = killed.roles = frozen.roles = ()
 """
 
 
@@ -167,31 +167,53 @@ def test_memory_that_runs_out_costs_smaller_batches(tmp_path: Path, wheel: Path)
     assert set(answers(tmp_path).values()).isdisjoint({DEFAULT_PROMPT})
 
 
-def test_a_process_that_is_killed_again_and_again_loses_nothing_that_was_finished(tmp_path: Path, wheel: Path) -> None:
-    made = make_bundle(tmp_path / "bundle", wheel, 'recover = "faults:killed"\n', {"faults.py": FAULTS})
-    outcome = run(tmp_path, made, IDS)
+KILLED_ONCE = """
+import os, signal
+from submission.predict.strategies import Ask
+
+
+class KilledOnce(Ask):
+    def __call__(self, pairs, models, budget):
+        for number, prediction in enumerate(super().__call__(pairs, models, budget)):
+            if number == 10 and not os.path.exists(MARK):
+                open(MARK, "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield prediction
+"""
+
+
+def test_a_process_that_is_killed_goes_on_where_it_was(tmp_path: Path, wheel: Path) -> None:
+    strategy = KILLED_ONCE.replace("MARK", repr(str(tmp_path / "mark")))
+    settings = SCRIPTED + 'recover = "killed:KilledOnce"\n'
+    outcome = run(tmp_path, make_bundle(tmp_path / "bundle", wheel, settings, {"killed.py": strategy}), IDS)
     check_valid(tmp_path, IDS)
-    assert outcome.report["fallbacks"] == 26 - 16  # eight rows of each try
-    assert outcome.report["state"] == "partly predicted"
+    assert [attempt["exit_code"] for attempt in outcome.report["attempts"]] == [-9, 0]
+    assert outcome.report["state"] == "predicted"
+    assert outcome.report["fallbacks"] == 0
+    told = json.loads((tmp_path / "run/kaggle/working/submission.csv.run.json").read_text())
+    assert told["result"]["computed"] < 20
+
+
+@pytest.mark.parametrize("fault", ["killed", "frozen"])
+def test_a_strategy_that_ends_its_process_each_time_gets_the_fallback(fault: str, tmp_path: Path, wheel: Path) -> None:
+    settings = f'recover = "faults:{fault}"\ndeadline = 400\n'
+    made = make_bundle(tmp_path / "bundle", wheel, settings, {"faults.py": FAULTS})
+    outcome = run(tmp_path, made, IDS, shorten=100)
+    check_valid(tmp_path, IDS)
+    assert outcome.report["state"] == "fallback"
     assert len(outcome.report["attempts"]) == 2
     assert "-9" in outcome.report["reason"]
 
 
-@pytest.mark.parametrize("fault", ["hangs", "frozen"])
-def test_a_stall_past_the_deadline_leaves_what_was_finished(tmp_path: Path, wheel: Path, fault: str) -> None:
-    settings = (
-        SCRIPTED + 'settings = ["hang_ids=9", "hang_holds_gil=true"]\n'
-        if fault == "hangs"
-        else 'recover = "faults:frozen"\n'
-    )
-    made = make_bundle(tmp_path / "bundle", wheel, settings + "deadline = 800\n", {"faults.py": FAULTS})
-    outcome = run(tmp_path, made, IDS, shorten=100)
+def test_a_hang_past_the_deadline_leaves_what_was_finished(tmp_path: Path, wheel: Path) -> None:
+    settings = SCRIPTED + 'settings = ["hang_ids=9", "hang_holds_gil=true"]\ndeadline = 800\n'
+    outcome = run(tmp_path, make_bundle(tmp_path / "bundle", wheel, settings), IDS, shorten=100)
     check_valid(tmp_path, IDS)
     assert 0 < outcome.report["fallbacks"] < 26
     assert "deadline" in outcome.report["reason"]
 
 
-def test_a_full_disk_moves_the_journal(tmp_path: Path, wheel: Path) -> None:
+def test_the_log_lies_on_another_disk_than_the_output(tmp_path: Path, wheel: Path) -> None:
     ids = [str(number) for number in range(400)]
     made = make_bundle(tmp_path / "bundle", wheel, SCRIPTED)
     table = make_table(tmp_path / "table.csv", ids)
@@ -200,8 +222,8 @@ def test_a_full_disk_moves_the_journal(tmp_path: Path, wheel: Path) -> None:
     with small_disk(root / "working", "48k"):
         outcome = run_kernel(root, "flat", table, CODE_FILE, [sys.executable], 1)
         assert outcome.problem == "", outcome.log
-        assert len(outcome.report["attempts"]) == 2
         check_valid(tmp_path, ids)
+        assert not (root / "working" / "submission.csv.calls.jsonl").exists()
     assert outcome.report["fallbacks"] == 0
 
 
@@ -459,58 +481,12 @@ def test_settings_of_the_plain_bundle_are_read_back(tmp_path: Path) -> None:
 
 # -- whatever happens ---------------------------------------------------------------------------------------
 
-ALL_FAIL = """
-import os
-from submission import Prediction
 
-
-def only_without_a_gpu(pairs, budget):
-    for number, pair in enumerate(pairs):
-        works = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-        yield Prediction(pair.id, f"Rewrite row {pair.id}.") if works else Prediction(pair.id, "", "failed", "NaN")
-
-
-only_without_a_gpu.uses_model = False
-"""
-
-
-def test_rows_that_fail_on_a_gpu_are_tried_smaller_and_then_on_the_cpu(tmp_path: Path, wheel: Path) -> None:
-    settings = 'recover = "faults:only_without_a_gpu"\n'
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    (tools / "nvidia-smi").write_text("#!/bin/sh\necho 15360\n")
-    (tools / "nvidia-smi").chmod(0o755)
-    for more, state, attempts in (("", "predicted", 3), ("max_failures = 1.0\n", "fallback", 1)):
-        folder = tmp_path / str(attempts)
-        folder.mkdir()
-        made = make_bundle(folder / "bundle", wheel, settings + more, {"faults.py": ALL_FAIL})
-        lay_out(folder / "run" / "kaggle", "flat", make_table(folder / "table.csv", IDS), made, ())
-        done = run_script(folder / "run" / "kaggle", path=f"{tools}:{os.environ['PATH']}")
-        assert done.returncode == 0, done.stdout
-        report = json.loads((folder / "run/kaggle/working/run.json").read_text())
-        assert (report["state"], len(report["attempts"])) == (state, attempts), done.stdout
-        check_valid(folder, IDS)
-        assert (set(answers(folder).values()) == {DEFAULT_PROMPT}) == (state == "fallback")
-
-
-@pytest.mark.parametrize("deep", [b"[" * 200_000, b'{"a":' * 100_000])
-def test_a_hostile_journal_ends_in_a_valid_file(tmp_path: Path, deep: bytes) -> None:
-    lines = [
-        b'{"journal": 1, "fingerprint": {}}',
-        deep,
-        b'{"id": "1", "status": "ok", "text": "Make\\rit \\ud800new.\\u0000"}',
-        b'{"id": "2", "status": "ok", "text": "nan"}',
-        b'{"id": "3", "status": "ok", "text": 7}',
-        *(b"\xff", b"7", b"{}"),
-    ]
-    (tmp_path / "j").write_bytes(b"\n".join(lines))
-    found: dict[str, str] = {}
-    failed, asked = kernel.collect(tmp_path / "j", found)
-    assert (found, failed, asked) == ({"1": "Make\rit new."}, {"2", "3"}, 3)
+def test_the_last_resort_is_valid_whatever_ids_and_fallback_are(tmp_path: Path) -> None:
     ids = ["1", "2\r3", 'a"b', "\udcff", ""]
-    assert kernel.make_up(tmp_path / "s.csv", ids, found, "Make\rit.\ud800") == 4
-    assert kernel.problems(tmp_path / "s.csv", ids) == ""
-    assert kernel.make_up(tmp_path / "s.csv", ids, found, "\ud800") == 4
+    for fallback in ("Make\rit.\ud800", "\ud800"):
+        kernel.make_up(tmp_path / "s.csv", ids, fallback)
+        assert kernel.problems(tmp_path / "s.csv", ids) == ""
     assert kernel.FALLBACK in (tmp_path / "s.csv").read_text(errors="replace")
 
 

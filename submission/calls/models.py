@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
-_MOST_FAILURES = 0.2  # share of failed items above which they are asked again in a humbler way
 _GLANCE = 256  # known answers between two looks at the clock
 
 
@@ -50,10 +49,17 @@ class Spec(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of all models of a run; see `submission.calls.supervisor.Pool`."""
+    """Of all models of a run.
+
+    Attributes:
+        end: when all workers are ended, in seconds of `time.monotonic()`; None for never.
+        stall: seconds without an answer after which a busy worker is replaced.
+        max_failures: share of failed items of a call above which they are asked again in a humbler way.
+    """
 
     end: float | None = None
     stall: float = STALL_SECONDS
+    max_failures: float = 0.2
 
 
 class NotComputed(BaseException):
@@ -351,7 +357,9 @@ class _Answering:
 
     def _ask_failed_again(self) -> bool:
         """If too many failed, ask those again in a humbler way."""
-        if len(self._failed) <= _MOST_FAILURES * self._asked or not self._model.step_down(self._failed[0][1].reason):
+        if len(self._failed) <= self._run.limits.max_failures * self._asked or not self._model.step_down(
+            self._failed[0][1].reason
+        ):
             return False
         if self._call is not None:
             self._call.close()

@@ -253,7 +253,7 @@ def _upload(local: Path, path: Path) -> None:
     except OSError as error:
         raise PromptRecoveryError(
             f"{shown(path)} cannot be written: {first_line(error)}\n"
-            f"What is finished is safe in the journal: run the same command again, or with -o {path.name}"
+            f"What was computed is safe in the log: run the same command again, or with -o {path.name}"
         ) from error
 
 

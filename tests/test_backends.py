@@ -20,7 +20,7 @@ from submission.errors import BackendError, UserError
 from submission.data.hashing import content_hash
 from submission.prompts.templates import TEMPLATES
 from submission.types import Backend, Chat, Message, Pair, Part, Request, Sampling
-from tests.conftest import ROOT, Cli, read_csv, scored, scored_first
+from tests.conftest import generated, ROOT, Cli, read_csv, scored, scored_first
 
 CAPITAL = Chat((Message("user", (Part("What is the capital of France?"),)),))
 
@@ -42,7 +42,7 @@ def requests(pairs: list[Pair], sampling: Sampling, template: str = "short") -> 
 def test_a_known_question_has_the_known_answer(llama: Backend, hf: Backend) -> None:
     chat = Chat(CAPITAL.messages, prefix="The capital of France is")
     for backend in (llama, hf):
-        ((key, (completion,)),) = backend.generate([Request("q", chat, Sampling(max_new_tokens=40))])
+        ((key, (completion,)),) = generated(backend, [Request("q", chat, Sampling(max_new_tokens=40))]).items()
         assert key == "q"
         assert completion.text.startswith(" Paris")  # a forced prefix goes on where it ends
         assert completion.finish_reason == "stop"
@@ -54,7 +54,7 @@ def test_a_known_question_has_the_known_answer(llama: Backend, hf: Backend) -> N
 def test_both_backends_find_the_same_answers_likely(llama: Backend, hf: Backend, example_pairs: list[Pair]) -> None:
     """llama.cpp also quantises activations, so greedy answers may part at a near-tie; probabilities may not."""
     asked = requests(example_pairs[:6], Sampling(max_new_tokens=12))
-    answers = {key: completions[0] for key, completions in hf.generate(asked)}
+    answers = {key: completions[0] for key, completions in generated(hf, asked).items()}
     assert set(answers) == {pair.id for pair in example_pairs[:6]}
     items = [(request.key, request.chat, answers[request.key].text) for request in asked]
     ours, theirs = scored(llama, items), scored(hf, items)
@@ -67,8 +67,8 @@ def test_the_answer_of_a_row_does_not_depend_on_its_neighbours(
     llama: Backend, hf: Backend, example_pairs: list[Pair]
 ) -> None:
     asked = requests(example_pairs[:5], Sampling(max_new_tokens=8))
-    together = {key: completions[0].text for key, completions in hf.generate(asked)}
-    assert together == {key: c[0].text for request in reversed(asked) for key, c in hf.generate([request])}
+    together = {key: completions[0].text for key, completions in generated(hf, asked).items()}
+    assert together == {key: c[0].text for request in reversed(asked) for key, c in generated(hf, [request]).items()}
     # llama.cpp's quantised kernels round by the shape of a batch, which the shared beginning changes.
     items = [(request.key, request.chat, together[request.key]) for request in asked]
     forwards, backwards = scored(llama, items), scored(llama, items[::-1])
@@ -81,7 +81,7 @@ def test_the_probability_of_an_answer_is_its_likelihood(llama: Backend, hf: Back
     # Batches and single tokens take different kernels of llama.cpp, which round differently.
     for backend, tolerance in ((llama, 0.1), (hf, 0.001)):
         for request in requests(example_pairs[:3], Sampling(max_new_tokens=6)):
-            ((_, (completion,)),) = backend.generate([request])
+            ((_, (completion,)),) = generated(backend, [request]).items()
             ((key, likelihood),) = scored(backend, [(request.key, request.chat, completion.text)]).items()
             assert key == request.key
             if completion.finish_reason == "length" and likelihood.tokens == completion.tokens:
@@ -101,11 +101,11 @@ def test_likelihoods_of_both_backends_agree_and_make_sense(llama: Backend, hf: B
 def test_samples_share_a_prompt_and_a_seed_brings_them_back(llama: Backend, hf: Backend) -> None:
     sampling = Sampling(n=4, temperature=1.0, top_p=0.95, max_new_tokens=8, seed=7)
     for backend in (llama, hf):
-        ((_, first),) = backend.generate([Request("q", CAPITAL, sampling)])
-        ((_, again),) = backend.generate([Request("q", CAPITAL, sampling)])
+        ((_, first),) = generated(backend, [Request("q", CAPITAL, sampling)]).items()
+        ((_, again),) = generated(backend, [Request("q", CAPITAL, sampling)]).items()
         assert [c.text for c in first] == [c.text for c in again]
         assert len({c.text for c in first}) > 1
-        ((_, other),) = backend.generate([Request("q2", CAPITAL, sampling)])
+        ((_, other),) = generated(backend, [Request("q2", CAPITAL, sampling)]).items()
         assert [c.text for c in first] != [c.text for c in other]
 
 
@@ -118,10 +118,12 @@ def test_the_stream_of_a_sample_depends_on_seed_key_and_number_only() -> None:
 def test_stop_strings_and_length_end_an_answer(llama: Backend, hf: Backend) -> None:
     chat = Chat(CAPITAL.messages, prefix="The capital of")
     for backend in (llama, hf):
-        ((_, (stopped,)),) = backend.generate([Request("q", chat, Sampling(max_new_tokens=40, stop=(" is",)))])
+        ((_, (stopped,)),) = generated(
+            backend, [Request("q", chat, Sampling(max_new_tokens=40, stop=(" is",)))]
+        ).items()
         assert stopped.text == " France"
         assert stopped.finish_reason == "stop"
-        ((_, (cut,)),) = backend.generate([Request("q", chat, Sampling(max_new_tokens=2))])
+        ((_, (cut,)),) = generated(backend, [Request("q", chat, Sampling(max_new_tokens=2))]).items()
         assert cut.finish_reason == "length"
         assert cut.tokens == 2
 
@@ -135,7 +137,7 @@ def test_a_prompt_without_room_is_an_error_of_its_row(llama: Backend) -> None:
 def test_a_long_row_is_cut_to_the_context(example_pairs: list[Pair]) -> None:
     backend = model_spec("llama_cpp", settings=["context=256", "batch=64"]).load()
     pair = Pair("long", example_pairs[0].original_text * 50, example_pairs[0].rewritten_text)
-    ((_, (completion,)),) = backend.generate(requests([pair], Sampling(max_new_tokens=4)))
+    ((_, (completion,)),) = generated(backend, requests([pair], Sampling(max_new_tokens=4))).items()
     assert completion.truncated
     assert 200 < completion.prompt_tokens <= 252
 
@@ -212,14 +214,14 @@ def test_an_adapter_and_its_scale_are_part_of_the_fingerprint(gguf_adapter: Path
 def test_four_bits_are_real_and_answer(hf_folder: Path) -> None:
     backend: Any = model_spec("transformers", str(hf_folder), settings=["load_in_4bit=true"]).load()
     assert {type(module).__name__ for module in backend._model.modules()} & {"Linear4bit"}
-    ((_, (completion,)),) = backend.generate([Request("q", CAPITAL, Sampling(max_new_tokens=6))])
+    ((_, (completion,)),) = generated(backend, [Request("q", CAPITAL, Sampling(max_new_tokens=6))]).items()
     assert completion.text.strip()
 
 
 def test_the_embedded_model_runs_in_transformers_too() -> None:
     backend = model_spec("transformers").load()
     chat = Chat(CAPITAL.messages, prefix="The capital of France is")
-    ((_, (completion,)),) = backend.generate([Request("q", chat, Sampling(max_new_tokens=4))])
+    ((_, (completion,)),) = generated(backend, [Request("q", chat, Sampling(max_new_tokens=4))]).items()
     assert completion.text.startswith(" Paris")
 
 

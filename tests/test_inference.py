@@ -25,7 +25,7 @@ from submission.data.outputs import manifest_path
 from submission.backends.models import EMBEDDED, TUNED, tuned_adapter
 from submission.prompts.templates import TEMPLATES, render_rewrite
 from submission.types import Backend, Chat, LogLikelihood, Message, Pair, Part, Request, Sampling, Triplet
-from tests.conftest import ROOT, Cli, environment, read_csv, scored
+from tests.conftest import generated, ROOT, Cli, environment, read_csv, scored
 from tests.parity import compare_greedy
 
 CAPITAL = Chat((Message("user", (Part("What is the capital of France?"),)),))
@@ -93,7 +93,7 @@ def test_both_backends_agree_on_the_same_weights(exact: LlamaCpp, hf: Backend, e
     for key, likelihood in ours.items():
         assert likelihood.sum == pytest.approx(theirs[key].sum, abs=1e-2 * likelihood.tokens)
     asked = [Request(key, chat, Sampling(max_new_tokens=12)) for key, chat in chats(example_pairs[:6])]
-    texts = [{key: c[0].text for key, c in backend.generate(asked)} for backend in (exact, hf)]
+    texts = [{key: c[0].text for key, c in generated(backend, asked).items()} for backend in (exact, hf)]
     assert sum(texts[0][key] == texts[1][key] for key in texts[0]) >= 5
 
 
@@ -109,7 +109,7 @@ def test_a_rerun_gives_the_same_samples_whatever_ran_before(llama: LlamaCpp, exa
     asked = [Request(key, chat, sampling) for key, chat in chats(example_pairs[:5])]
 
     def texts(backend: Backend) -> dict[str, list[str]]:
-        return {key: [c.text for c in completions] for key, completions in backend.generate(asked)}
+        return {key: [c.text for c in completions] for key, completions in generated(backend, asked).items()}
 
     first = texts(llama)
     list(llama.generate([Request("other", CAPITAL, Sampling(max_new_tokens=4))]))
@@ -120,7 +120,7 @@ def test_samples_of_transformers_do_not_depend_on_the_batch(hf_folder: Path, exa
     sampling = Sampling(n=2, temperature=1.0, top_p=0.9, min_p=0.01, max_new_tokens=6, seed=3)
     asked = [Request(key, chat, sampling) for key, chat in chats(example_pairs[:3])]
     wide, narrow = (
-        {key: [c.text for c in completions] for key, completions in backend.generate(asked)}
+        {key: [c.text for c in completions] for key, completions in generated(backend, asked).items()}
         for backend in (model_spec("transformers", str(hf_folder), settings=[f"batch={n}"]).load() for n in (16, 1))
     )
     assert wide == narrow
@@ -176,7 +176,7 @@ def test_tokens_of_the_model_are_drawn_by_their_probabilities(llama: LlamaCpp, h
     for backend, draws in ((llama, 2000), (hf, 1000)):
         tokenizer: Any = backend.tokenizer  # type: ignore[attr-defined]
         sampling = Sampling(n=draws, temperature=1.3, top_p=0.9, max_new_tokens=1, seed=11)
-        ((_, completions),) = backend.generate([Request("q", CAPITAL, sampling)])
+        ((_, completions),) = generated(backend, [Request("q", CAPITAL, sampling)]).items()
         probabilities = truncated(logits, sampling)
         texts = Counter(c.text for c in completions)
         names = {int(token): tokenizer.detokenize([int(token)]) for token in np.argsort(-probabilities)[:200]}
@@ -199,12 +199,12 @@ def test_memory_bounds_the_streams(llama: LlamaCpp) -> None:
 def test_little_memory_changes_the_speed_and_no_answer(llama: LlamaCpp, example_pairs: list[Pair]) -> None:
     asked = [Request(key, chat, Sampling(max_new_tokens=4)) for key, chat in chats(example_pairs[:5])]
     tight = model_spec("llama_cpp", settings=["memory=1", "batch=40"]).load()
-    answers = {key: c[0].text for key, c in tight.generate(asked)}
+    answers = {key: c[0].text for key, c in generated(tight, asked).items()}
     assert set(answers) == {request.key for request in asked}
     shot = Triplet(example_pairs[5], "Rewrite this as a poem")
     many = [Request(pair.id, TEMPLATES["few_shot"].render(pair, [shot]), Sampling(n=2, temperature=1, max_new_tokens=3))
             for pair in example_pairs[:3]]  # fmt: skip
-    assert {key: len(c) for key, c in tight.generate(many)} == {request.key: 2 for request in many}
+    assert {key: len(c) for key, c in generated(tight, many).items()} == {request.key: 2 for request in many}
 
 
 def test_memory_that_runs_out_halves_the_batch(hf_folder: Path, example_pairs: list[Pair]) -> None:
@@ -225,11 +225,13 @@ def test_memory_that_runs_out_halves_the_batch(hf_folder: Path, example_pairs: l
         return forward(*args, **kwargs)
 
     asked = [Request(key, chat, Sampling(max_new_tokens=3)) for key, chat in chats(example_pairs[:6])]
-    expected = {key: c[0].text for key, c in backend.generate(asked)}
+    expected = {key: c[0].text for key, c in generated(backend, asked).items()}
     backend._model.forward = scarce
-    assert {key: c[0].text for key, c in backend.generate(asked)} == expected
+    assert {key: c[0].text for key, c in generated(backend, asked).items()} == expected
     assert max(rows) > 2 >= backend._batch, "the size that worked is remembered"
-    ((_, samples),) = backend.generate([Request("s", asked[0].chat, Sampling(n=5, temperature=1, max_new_tokens=2))])
+    ((_, samples),) = generated(
+        backend, [Request("s", asked[0].chat, Sampling(n=5, temperature=1, max_new_tokens=2))]
+    ).items()
     assert len(samples) == 5
     assert len(scored(backend, candidates(example_pairs[:2]))) == 12
 
@@ -239,8 +241,8 @@ def test_continuous_batching_of_transformers_gives_the_same_answers(
 ) -> None:
     continuous = model_spec("transformers", str(hf_folder), settings=["continuous=true"]).load()
     asked = [Request(key, chat, Sampling(max_new_tokens=6)) for key, chat in chats(example_pairs[:3])]
-    expected = {key: c[0] for key, c in hf.generate(asked)}
-    for key, (completion,) in continuous.generate(asked):
+    expected = {key: c[0] for key, c in generated(hf, asked).items()}
+    for key, (completion,) in generated(continuous, asked).items():
         assert completion.text == expected[key].text
         assert completion.logprob == pytest.approx(expected[key].logprob, abs=0.01)
 

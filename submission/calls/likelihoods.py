@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from submission.types import Chat, Failure, Model
+from submission.types import Chat, Failure, LogLikelihood
 
 Question = tuple[Chat, str]
 """A chat, and the text whose probability is wanted as its continuation."""
+
+
+class Scores(Protocol):
+    """What can be asked: a handle, or a backend."""
+
+    def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood | Failure]]:
+        """See `submission.types.Backend`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +52,7 @@ class Likelihoods:
         model: that is asked.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Scores) -> None:
         self._model = model
         self._known: dict[Question, Known] = {}
 

@@ -33,8 +33,8 @@ STALL_SECONDS = 900.0  # without an answer, beyond which a busy worker counts as
 _LOADING_SECONDS = 3600.0
 
 Message = tuple[Any, ...]
-"""To a worker: ("ask", call, method, items), ("stop", call). From it: ("ready", where), ("refused", words) of a model
-that cannot be loaded, ("answers", call, [(key, answer), ...]), ("trouble", call, words)."""
+"""To a worker: ("ask", (call, try), method, items), ("stop", (call, try)). From it: ("ready", where), ("refused", words) of a model
+that cannot be loaded, ("answers", (call, try), [(key, answer), ...]), ("trouble", (call, try), words)."""
 
 
 class DeadlineReached(BaseException):
@@ -62,6 +62,7 @@ class Worker:
         load: the work that they are, in characters.
         alone: what it has was suspected, so it gets nothing else.
         loads: workers before it that died in its place while they loaded the model.
+        tries: by call, how often it failed: what it still has of an earlier try is none of ours.
     """
 
     number: int
@@ -72,6 +73,11 @@ class Worker:
     load: int = 0
     alone: bool = False
     loads: int = 0
+    tries: dict[int, int] = field(default_factory=dict)
+
+    def asks(self, call: int) -> tuple[int, int]:
+        """How a call is named to the worker: its number and the try."""
+        return call, self.tries.get(call, 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -174,7 +180,7 @@ class Pool:
                 for key in gone:
                     self._drop(worker, key)
                 worker.alone = worker.alone and bool(worker.asked)
-                self._carrier.send(worker, ("stop", call.number))
+                self._carrier.send(worker, ("stop", worker.asks(call.number)))
 
     def close(self) -> None:
         """End all workers; nothing of them is left."""
@@ -207,7 +213,9 @@ class Pool:
         for item in items:
             worker.asked[item.call, item.key] = item
             worker.load += item.size
-        self._carrier.send(worker, ("ask", call.number, call.kind.method, [item.content for item in items]))
+        self._carrier.send(
+            worker, ("ask", worker.asks(call.number), call.kind.method, [item.content for item in items])
+        )
 
     # -- listening --------------------------------------------------------------------------------------------
 
@@ -263,7 +271,7 @@ class Pool:
             self._carrier.end(worker)
             self._leave_out(worker, str(told[0]))
         elif kind == "answers":
-            number, answers = told
+            (number, _), answers = told
             gap = (now - worker.since) / max(1, len(answers))
             self._slowest = max(self._slowest, now - worker.since)
             worker.since = now
@@ -278,8 +286,12 @@ class Pool:
                     call.finish(item, answer, gap)
             worker.alone = worker.alone and bool(worker.asked)
         else:
-            number, words = told
+            (number, attempt), words = told
+            if attempt != worker.tries.get(number, 0):
+                return
             worker.since = now
+            self._carrier.send(worker, ("stop", (number, attempt)))  # what is on its way to it is asked anew
+            worker.tries[number] = attempt + 1
             items = [self._drop(worker, key) for key in list(worker.asked) if key[0] == number]
             worker.alone = worker.alone and bool(worker.asked)
             self._suspect(items, words, died=False)

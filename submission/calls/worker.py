@@ -18,6 +18,10 @@ from typing import Any, Protocol
 
 from submission.errors import UserError, first_line
 
+Call = tuple[int, int]
+"""A call and the try at it."""
+
+_Block = tuple[Call, str, list[Any]]
 _TOGETHER = 256  # answers of a message at most
 
 
@@ -33,9 +37,9 @@ class Inbox:
     """What a worker has been asked. It takes messages at any time, so that nobody waits for a busy worker."""
 
     def __init__(self) -> None:
-        self._blocks: SimpleQueue[tuple[int, str, list[Any]] | None] = SimpleQueue()
-        self._returned: tuple[int, str, list[Any]] | None = None
-        self._stopped: set[int] = set()
+        self._blocks: SimpleQueue[_Block | None] = SimpleQueue()
+        self._returned: _Block | None = None
+        self._stopped: set[Call] = set()
 
     def take(self, message: tuple[Any, ...]) -> None:
         """Take a message; see `submission.calls.supervisor.Message`."""
@@ -48,18 +52,18 @@ class Inbox:
         """There will be no more."""
         self._blocks.put(None)
 
-    def next(self) -> tuple[int, str, list[Any]] | None:
+    def next(self) -> _Block | None:
         """The next block of a call that is wanted, after waiting for it; None when there will be no more."""
         while True:
             block, self._returned = self._returned or self._blocks.get(), None
             if block is None or block[0] not in self._stopped:
                 return block
 
-    def stopped(self, call: int) -> bool:
+    def stopped(self, call: Call) -> bool:
         """Whether a call was given up."""
         return call in self._stopped
 
-    def stream(self, call: int, method: str, items: list[Any]) -> Iterator[Any]:
+    def stream(self, call: Call, method: str, items: list[Any]) -> Iterator[Any]:
         """Items of a call, as long as there are any: a backend that waited for more would answer none of these."""
         yield from items
         while True:

@@ -8,6 +8,7 @@ This process owns the files and loads no model: workers do, and every call of a 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -21,8 +22,9 @@ from typing import NoReturn
 from submission.calls.log import Log, log_path
 from submission.calls.models import Limits, Models, open_models
 from submission.calls.supervisor import DeadlineReached
-from submission.data.files import remove_leftovers
-from submission.data.outputs import manifest_path
+from submission.data.files import check_writable, remove_leftovers
+from submission.data.outputs import check_free, manifest_path, write_manifest
+from submission.data.pairs import Pairs
 from submission.data.scratch import key_of, scratch, text_of
 from submission.data.tables import says_something
 from submission.predict.asking import answer_all
@@ -95,6 +97,7 @@ class _Run:
         self._config = config
         self._started = started
         self._process, self._folder = os.getpid(), os.getcwd()
+        self._pairs: Pairs | None = None
         self._plan: Plan | None = None
         self._answers = Answers()
         self._manifest: Manifest | None = None
@@ -112,7 +115,9 @@ class _Run:
         )
         try:
             with watchdog:
-                made = self._plan = plan(self._config)
+                check_writable(self._config.output)
+                self._pairs = Pairs(self._config.input, self._config.encoding, self._config.limit)
+                made = self._plan = plan(self._config, self._pairs)
                 if self._config.shots and len(made.shots) < self._config.n_shots:
                     LOG.info("%s has %d examples of the %d asked for", self._config.shots, len(made.shots),
                              self._config.n_shots)  # fmt: skip
@@ -123,7 +128,7 @@ class _Run:
                 # Beyond this point the watchdog finds the lock taken.
                 self._finishing.acquire()
                 watchdog.stand_down()
-                return self._finish(made, late=late)
+                return self._finish(made.pairs, late=late)
         except Interrupted:
             if self._manifest is not None:
                 self._manifest.write("interrupted")
@@ -168,10 +173,9 @@ class _Run:
 
     def _begin(self) -> None:
         """Something is about to be written: what it will be is ours from now on."""
-        assert self._plan is not None
         for file in (self._config.output, manifest_path(self._config.output)):
             remove_leftovers(file)  # of a run that was killed while it wrote
-        if self._manifest is None:
+        if self._manifest is None and self._plan is not None:
             self._manifest = Manifest(self._plan)
             self._manifest.write("running")
 
@@ -183,16 +187,17 @@ class _Run:
             self._computing_seconds = time.monotonic() - self._computing_since
             self._computing_since = None
 
-    def _finish(self, made: Plan, *, late: bool) -> Summary:
+    def _finish(self, pairs: Pairs, *, late: bool) -> Summary:
         if os.getpid() != self._process:  # code of a strategy forked and let the copy run on
             os._exit(1)
         with suppress(OSError):
             os.chdir(self._folder)  # wherever it has gone
         self._stop_clock()
+        check_free(self._config.output, [self._config.output])
         self._begin()
         summary = finish(
             self._config.output,
-            made.pairs.ids,
+            pairs.ids,
             self._answers,
             fallback=self._config.fallback,
             max_failures=self._config.max_failures,
@@ -202,8 +207,11 @@ class _Run:
             late=late,
             humbler=self._models.humbler if self._models else (),
         )
-        assert self._manifest is not None
-        self._manifest.write("complete", summary)
+        if self._manifest is not None:
+            self._manifest.write("complete", summary)
+        else:  # the strategy never got ready
+            told = {"state": "complete", "result": json.loads(summary.as_json())}
+            write_manifest(self._config.output, told, [self._config.output])
         return summary
 
     # -- in the watchdog's thread -------------------------------------------------------------------------------
@@ -212,12 +220,12 @@ class _Run:
         """The main thread is in code of a strategy that does not come back, or still reads the table."""
         if not self._finishing.acquire(blocking=False):
             return
-        if self._plan is None:
+        if self._pairs is None:
             self._end_process("error: the deadline was over before the input was read: no file was written", 1)
         if self._models is not None:
             self._models.close()
         try:
-            summary = self._finish(self._plan, late=True)
+            summary = self._finish(self._pairs, late=True)
         except BaseException as error:
             self._end_process(f"error: {error}", 1)
         _leave_progress()

@@ -18,10 +18,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from submission.backends import ModelSpec, model_spec
-from submission.backends.transformers.loading import load_tokenizer, stay_offline_and_quiet
 from submission.backends.models import noted_template
-from submission.progress import say
+from submission.backends.transformers.loading import load_tokenizer, stay_offline_and_quiet
 from submission.data.tables import read_pairs
+from submission.progress import say
 from submission.prompts.templates import get_template
 from submission.types import Chat, Request, Sampling
 from tests.conftest import generated, scored

@@ -16,11 +16,11 @@ from submission.backends import ModelSpec, model_spec, names
 from submission.backends.common import stream_seed
 from submission.backends.llama.library import _leave_amx
 from submission.backends.scripted import Options, Scripted
-from submission.errors import BackendError, UserError
 from submission.data.hashing import content_hash
+from submission.errors import BackendError, UserError
 from submission.prompts.templates import TEMPLATES
 from submission.types import Backend, Chat, Message, Pair, Part, Request, Sampling
-from tests.conftest import generated, ROOT, Cli, read_csv, scored, scored_first
+from tests.conftest import ROOT, Cli, generated, read_csv, scored, scored_first
 
 CAPITAL = Chat((Message("user", (Part("What is the capital of France?"),)),))
 

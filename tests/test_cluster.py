@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from submission.backends import ModelSpec, model_spec
+from submission.backends.hardware import Fleet
 from submission.calls.ray import Cluster, Worker, connect
 from submission.errors import MissingExtra, UserError
-from submission.backends.hardware import Fleet
 from submission.prompts.templates import get_template
 from tests.conftest import ROOT, Cli, scored
 from tests.fleet_kills import one_run

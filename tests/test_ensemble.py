@@ -22,8 +22,8 @@ from ensemble.selectors.consensus import Consensus
 from ensemble.selectors.judges import MOST, Pick, Rate, YesNo, bradley_terry
 from eval.encoders import Encoder, find_encoder
 from submission.backends.scripted import Scripted
-from submission.errors import UserError
 from submission.calls.likelihoods import Likelihoods
+from submission.errors import UserError
 from submission.prompts.templates import LETTERS
 from submission.types import Chat, LogLikelihood, Pair
 from tests.conftest import ROOT, Cli, command, environment, read_csv, runner, write_csv

@@ -19,8 +19,8 @@ from eval.report import Figure, Section, Table, write_report
 from eval.retrieval import PairIndex
 from eval.scoring import read_truth
 from eval.sections import marked
-from submission.predict.strategies import DEFAULT_PROMPT
 from submission.data.tables import read_triplets, write_predictions
+from submission.predict.strategies import DEFAULT_PROMPT
 from submission.types import Pair, Triplet
 from tests.conftest import ROOT, Cli, environment, read_csv, runner, write_csv
 

@@ -19,13 +19,13 @@ from submission.backends import embedded, model_spec
 from submission.backends.llama.backend import LlamaCpp, Options, _limits, weights
 from submission.backends.llama.drawing import Chain, draw_token
 from submission.backends.llama.library import cache_bytes_per_token, encode_weights
+from submission.backends.models import EMBEDDED, TUNED, tuned_adapter
 from submission.backends.schedule import Shape
 from submission.data.hashing import content_hash
 from submission.data.outputs import manifest_path
-from submission.backends.models import EMBEDDED, TUNED, tuned_adapter
 from submission.prompts.templates import TEMPLATES, render_rewrite
 from submission.types import Backend, Chat, LogLikelihood, Message, Pair, Part, Request, Sampling, Triplet
-from tests.conftest import generated, ROOT, Cli, environment, read_csv, scored
+from tests.conftest import ROOT, Cli, environment, generated, read_csv, scored
 from tests.parity import compare_greedy
 
 CAPITAL = Chat((Message("user", (Part("What is the capital of France?"),)),))

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from submission.errors import UserError
 from submission.data.hashing import content_hash
 from submission.data.outputs import check_free, claim, made_by, made_files
 from submission.data.tables import write_table
+from submission.errors import UserError
 from submission.types import Pair
 from tests.conftest import ROOT, Cli, command, environment, read_csv, runner, write_csv
 from tests.fuzz.models import write_gguf
@@ -493,8 +493,9 @@ def test_the_source_of_a_user_s_module_decides_answers(cli: Cli, pairs_csv: Path
 
 
 def test_rows_that_cannot_be_read_to_their_end_are_no_matter_of_the_deadline() -> None:
-    from submission.errors import PromptRecoveryError
     from submission.calls.retry import answer_all
+
+    from submission.errors import PromptRecoveryError
     from submission.types import Budget, Prediction
 
     def rows() -> Iterator[Pair]:

@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-
-from submission.errors import UserError
 from submission.files import atomic_folder
 from submission.manifest import check_free, check_output, claim, made_by, made_folder
+
+from submission.errors import UserError
 from tests.conftest import Cli, read_csv, runner, write_csv
 from tests.test_nothing_lost import SCRIPTED, triplets
 from train.sft import _checkpoints, _last_checkpoint

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from submission.errors import UserError
 from submission.data.pairs import Pairs
 from submission.data.tables import digest_pairs, read_pairs, read_table, write_table
+from submission.errors import UserError
 from tests.conftest import PAIR_HEADER, ROOT, Cli, command, environment, small_disk, write_csv
 from tests.driver_memory import measure
 

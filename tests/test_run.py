@@ -21,10 +21,10 @@ def prompts(path: Path) -> dict[str, str]:
     return {row[0]: row[1] for row in read_csv(path)[1:]}
 
 
-def finished_rows(journal: Path) -> list[bytes]:
-    """The whole lines of a journal, header left out."""
-    content = journal.read_bytes() if journal.exists() else b""
-    return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)[1:]
+def finished_rows(log: Path) -> list[bytes]:
+    """The whole lines of a log."""
+    content = log.read_bytes() if log.exists() else b""
+    return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
 
 
 def test_a_run_writes_every_row_in_the_order_of_the_input(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_a_run_writes_every_row_in_the_order_of_the_input(cli: Cli, pairs_csv: P
     assert rows[8][1] == "Rewrite the text as row 07 asks."
     assert {"rows": 20, "fallbacks": 0, "truncated": 0, "computed": 20}.items() <= done.summary.items()
     assert done.summary["output"] == "s.csv"
-    assert (tmp_path / done.summary["journal"]).exists()
+    assert (tmp_path / done.summary["log"]).exists()
     manifest = json.loads((tmp_path / "s.csv.run.json").read_text())
     assert manifest["state"] == "complete"
     assert manifest["result"] == done.summary
@@ -45,33 +45,23 @@ def test_a_run_writes_every_row_in_the_order_of_the_input(cli: Cli, pairs_csv: P
 
 def test_the_same_command_again_computes_nothing_and_changes_nothing(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
     cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED)
-    before = (tmp_path / "s.csv").read_bytes(), (tmp_path / "s.csv.journal.jsonl").read_bytes()
+    before = (tmp_path / "s.csv").read_bytes(), (tmp_path / "s.csv.calls.jsonl").read_bytes()
     (tmp_path / "s.csv").unlink()
     done = cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--json")
     assert done.summary["computed"] == 0
     assert done.summary["rows_per_second"] == 0
-    assert ((tmp_path / "s.csv").read_bytes(), (tmp_path / "s.csv.journal.jsonl").read_bytes()) == before
+    assert ((tmp_path / "s.csv").read_bytes(), (tmp_path / "s.csv.calls.jsonl").read_bytes()) == before
 
 
-def test_a_run_with_other_options_is_refused_unless_fresh(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
-    cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED)
-    before = (tmp_path / "s.csv").read_bytes()
-    other = ("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--template", "detailed")
-    refused = cli(*other)
-    assert refused.code == 2
-    assert "template: the journal has brief:" in refused.err
-    assert "--fresh" in refused.err
-    assert (tmp_path / "s.csv").read_bytes() == before
-    assert cli(*other, "--fresh").code == 0
-    assert cli(*other).code == 0
-
-
-def test_a_changed_input_is_refused(cli: Cli, pairs_csv: Path) -> None:
-    cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED)
+def test_other_options_and_texts_are_other_calls(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
+    run = ("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--json")
+    assert cli(*run).summary["computed"] == 20
+    assert cli(*run, "--template", "detailed").summary["computed"] == 20
+    assert cli(*run).summary["computed"] == 0
     pairs_csv.write_text(pairs_csv.read_text().replace("text, 3", "text, three"))
-    refused = cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED)
-    assert refused.code == 2
-    assert "input: the journal has" in refused.err
+    assert cli(*run).summary["computed"] == 1
+    assert cli(*run, "--fresh").summary["computed"] == 20
+    assert len(finished_rows(tmp_path / "s.csv.calls.jsonl")) == 20
 
 
 def test_speed_limit_and_deadline_may_change_between_runs(cli: Cli, pairs_csv: Path) -> None:
@@ -139,19 +129,19 @@ def test_a_constant_needs_no_model(cli: Cli, pairs_csv: Path, tmp_path: Path) ->
 OWN = """
 from submission import Prediction, Request
 
-def shout(pairs, budget):
+def shout(pairs, models, budget):
     for pair in pairs:
         assert budget.remaining() > 0
         yield Prediction(pair.id, pair.rewritten_text.upper())
-shout.uses_model = False
+shout.roles = ()
 
 class Ask:
     def __init__(self, setup):
-        self.setup, self.backend = setup, setup.load_backend()
-    def __call__(self, pairs, budget):
+        self.setup = setup
+    def __call__(self, pairs, models, budget):
         for pair in pairs:
             request = Request(pair.id, self.setup.template.render(pair), self.setup.sampling)
-            for key, completions in self.backend.generate([request]):
+            for key, completions in models["generator"].generate([request]):
                 yield Prediction(key, self.setup.config["start"] + completions[0].text)
 """
 
@@ -214,8 +204,8 @@ def test_a_signal_stops_cleanly_and_the_next_run_goes_on(
     arguments = ("predict", pairs_csv, "-o", "s.csv", *SCRIPTED)
     slow = command(*arguments, "--set", "seconds_per_row=0.2")
     process = subprocess.Popen(slow, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
-    journal = tmp_path / "s.csv.journal.jsonl"
-    while len(finished_rows(journal)) < 3:
+    log = tmp_path / "s.csv.calls.jsonl"
+    while len(finished_rows(log)) < 3:
         time.sleep(0.02)
     process.send_signal(number)
     _, said = process.communicate(timeout=30)
@@ -223,25 +213,23 @@ def test_a_signal_stops_cleanly_and_the_next_run_goes_on(
     assert "Run the same command again" in said
     assert "Traceback" not in said
     assert not (tmp_path / "s.csv").exists()
-    before = finished_rows(journal)
+    before = finished_rows(log)
     done = cli(*arguments, "--json")
     assert done.summary["computed"] == 20 - len(before)
-    assert finished_rows(journal)[: len(before)] == before
+    assert finished_rows(log)[: len(before)] == before
 
 
-def test_a_signal_stops_a_run_that_hangs_in_a_native_call(pairs_csv: Path, tmp_path: Path) -> None:
-    hanging = command(
-        "predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--set", "hang_ids=04", "--set", "seconds_per_row=0.02"
-    )
+@pytest.mark.parametrize("holding", ["hang_holds_gil=false", "hang_holds_gil=true"])
+def test_a_signal_stops_a_run_whose_worker_hangs(holding: str, pairs_csv: Path, tmp_path: Path) -> None:
+    more = ("--set", "hang_ids=04", "--set", "seconds_per_row=0.02", "--set", holding)
+    hanging = command("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, *more)
     process = subprocess.Popen(hanging, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
-    while len(finished_rows(tmp_path / "s.csv.journal.jsonl")) < 4:
+    while len(finished_rows(tmp_path / "s.csv.calls.jsonl")) < 4:
         time.sleep(0.02)
-    time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    # The sleep of the double ends at the signal and begins anew, as a C library's loop would go on.
     _, said = process.communicate(timeout=30)
     assert process.returncode == 143
-    assert "4 of 20 rows are safe" in said
+    assert "4 of 20 rows were answered" in said
 
 
 @pytest.mark.parametrize(
@@ -260,15 +248,15 @@ def test_a_deadline_gives_a_whole_file(cli: Cli, tmp_path: Path, trouble: tuple[
     assert late > 200
     assert done.summary["fallbacks"] == late
     assert cli("validate", "s.csv", path).code == 0
-    assert len(finished_rows(tmp_path / "s.csv.journal.jsonl")) == 300 - late
+    assert len(finished_rows(tmp_path / "s.csv.calls.jsonl")) == 300 - late
     again = cli("predict", path, "-o", "s.csv", *SCRIPTED, "--json")
     assert {"computed": late, "fallbacks": 0}.items() <= again.summary.items()
 
 
-def test_a_deadline_holds_even_when_no_python_thread_can_run(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
+def test_a_deadline_holds_when_a_worker_holds_its_interpreter(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
     hang = ("--set", "hang_ids=12", "--set", "hang_holds_gil=true")
-    done = cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, *hang, "--deadline", "8s", "--json")
-    assert done.code == -signal.SIGKILL
+    done = cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, *hang, "--deadline", "6s", "--json")
+    assert done.code == 0, done.err
     assert {"rows": 20, "fallbacks": 8, "computed": 12}.items() <= done.summary.items()
     assert cli("validate", "s.csv", pairs_csv).code == 0
     assert json.loads((tmp_path / "s.csv.run.json").read_text())["state"] == "complete"
@@ -284,14 +272,14 @@ def test_a_late_failure_share_does_not_count_rows_that_the_deadline_filled(cli: 
 def test_kills_lose_no_row_and_repeat_none(tmp_path: Path) -> None:
     from tests.kill_loop import kill_loop
 
-    report = kill_loop(tmp_path, backend="scripted", rows=60, kills=6, seed=0)
+    report = kill_loop(tmp_path, backend="scripted", rows=60, kills=6, seed=0, victim="parent")
     assert report["rows"] == 60
     assert report["kills"] == 6
 
 
 def test_nothing_but_the_files_of_the_run_is_left(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
     cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--deadline", "60s")
-    assert sorted(os.listdir(tmp_path)) == ["s.csv", "s.csv.journal.jsonl", "s.csv.run.json", "test.csv"]
+    assert sorted(os.listdir(tmp_path)) == ["s.csv", "s.csv.calls.jsonl", "s.csv.run.json", "test.csv"]
 
 
 def test_inspect_works_from_anywhere_and_notices_a_changed_input(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
@@ -319,7 +307,7 @@ def test_a_disk_that_is_full_is_said_and_the_next_run_goes_on(cli: Cli, pairs_cs
     assert "cannot be written: File too large" in full.stderr
     assert "make room and run the same command again" in full.stderr
     assert "Traceback" not in full.stderr
-    kept = len(finished_rows(tmp_path / "s.csv.journal.jsonl"))
+    kept = len(finished_rows(tmp_path / "s.csv.calls.jsonl"))
     assert kept > 3
     assert cli(*arguments, "--json").summary["computed"] == 20 - kept
 
@@ -345,33 +333,41 @@ def test_blank_rows_do_not_hide_that_all_others_failed(cli: Cli, tmp_path: Path)
     assert cli("predict", path, "-o", "s.csv", *SCRIPTED, "--set", "fail_ids=0").code == 3
 
 
-def test_a_signal_while_the_model_loads_stops_cleanly(pairs_csv: Path, tmp_path: Path) -> None:
-    journal = tmp_path / "s.csv.journal.jsonl"
-    for delay in (0.0, 0.1, 0.2, 0.3, 0.4):
-        journal.unlink(missing_ok=True)
-        process = subprocess.Popen(
-            command("predict", pairs_csv, "-o", "s.csv"),
-            cwd=tmp_path,
-            env=environment(),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        while not journal.exists():  # made just before the model is loaded
-            time.sleep(0.01)
-        time.sleep(delay)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == 130, said
-        assert "Exception ignored" not in said
-        assert "Traceback" not in said
-
-
-def test_a_deadline_holds_when_the_way_of_predicting_never_gets_ready(
-    cli: Cli, pairs_csv: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "own.py").write_text(
-        "import ctypes\nclass Slow:\n    def __init__(self, setup):\n        ctypes.PyDLL(None).sleep(3600)\n"
+@pytest.mark.parametrize("delay", [0.3, 0.5, 0.7, 0.9])
+def test_a_signal_while_the_model_loads_stops_cleanly(delay: float, pairs_csv: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command("predict", pairs_csv, "-o", "s.csv"), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
     )
-    done = cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--recover", "own:Slow", "--deadline", "5s", "--json")
-    assert {"rows": 20, "fallbacks": 20, "computed": 0}.items() <= done.summary.items()
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Exception ignored" not in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("where", ["__init__", "__call__"])
+def test_a_deadline_holds_when_a_strategy_does_not_come_back(
+    where: str, cli: Cli, pairs_csv: Path, tmp_path: Path
+) -> None:
+    wait = {"__init__": "time.sleep(3600)", "__call__": "pass"}[where]
+    (tmp_path / "own.py").write_text(
+        f"""import time
+from submission import Prediction
+class Slow:
+    roles = ()
+    def __init__(self, setup):
+        {wait}
+    def __call__(self, pairs, models, budget):
+        for number, pair in enumerate(pairs):
+            if number == 5:
+                time.sleep(3600)
+            yield Prediction(pair.id, "Make it so.")
+"""
+    )
+    done = cli("predict", pairs_csv, "-o", "s.csv", "--recover", "own:Slow", "--deadline", "4s", "--json")
+    answered = 5 if where == "__call__" else 0
+    assert {"rows": 20, "fallbacks": 20 - answered, "computed": answered}.items() <= done.summary.items(), done.err
+    assert done.summary["seconds"] < 4
     assert "Traceback" not in done.err
+    assert cli("validate", "s.csv", pairs_csv).code == 0

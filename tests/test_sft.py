@@ -17,8 +17,8 @@ import pytest
 from submission.backends import model_spec
 from submission.backends.transformers.loading import load_tokenizer
 from submission.backends.transformers.tokenizer import HfTokenizer
-from submission.errors import UserError
 from submission.data.tables import read_triplets
+from submission.errors import UserError
 from submission.prompts.templates import TEMPLATES, get_template
 from submission.types import Pair, Triplet
 from tests.conftest import ROOT, Cli, command, environment, read_csv, runner

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from submission.errors import UserError
 from submission.data.files import beside, on_store, shown
 from submission.data.tables import header_of, read_table, write_table
+from submission.errors import UserError
 from tests.conftest import ROOT, Cli, runner
 from tests.s3_server import Objects, s3_server
 from train.sources import read_records, resolve

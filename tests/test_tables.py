@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from submission.errors import UserError
 from submission.data.files import atomic_writer
 from submission.data.tables import digest_pairs, header_of, read_pairs, read_table, read_triplets, write_table
-from submission.types import Pair
 from submission.data.validation import validate
+from submission.errors import UserError
+from submission.types import Pair
 from tests.conftest import write_csv
 
 cells = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=30)

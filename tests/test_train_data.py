@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from submission.calls.journal import Journal
 
 from eval.encoders import Encoder, find_encoder
-from submission.errors import UserError
-from submission.calls.journal import Journal
 from submission.calls.likelihoods import Likelihoods
 from submission.data.tables import read_triplets
+from submission.errors import UserError
 from submission.types import Backend, Pair, Sampling
 from tests.conftest import ROOT, Cli, command, environment, read_csv, runner, write_csv
 from train.cleaning import Cleaner, Cleaning, Row, clean_prompt

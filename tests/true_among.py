@@ -23,8 +23,8 @@ from ensemble.selectors import make_selectors
 from eval.encoders import Encoder, find_encoder
 from eval.grouping import near_duplicate_groups
 from eval.intervals import bootstrap
-from submission.progress import say
 from submission.data.tables import read_triplets
+from submission.progress import say
 from submission.types import Triplet
 
 _GAINS = (-np.inf, 1.0, 8.0)  # nats

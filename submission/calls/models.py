@@ -62,12 +62,6 @@ class Limits:
     max_failures: float = 0.2
 
 
-class NotComputed(BaseException):
-    """Something was asked that is not in the log, of models that compute nothing. Not an Exception: no strategy takes
-    it for trouble of its own.
-    """
-
-
 @dataclass(frozen=True, slots=True)
 class Asked:
     """A call as it was asked, and its answer; None if the log does not have it."""
@@ -84,12 +78,13 @@ class Models(Mapping[str, "Model"]):
         found: calls that the log knew.
         computed: calls that workers answered.
         failed: calls that they did not.
+        missing: calls that were asked of models that compute nothing, and that the log does not know.
         humbler: what was done because workers were lost again and again, in words.
     """
 
     def __init__(self, roles: Mapping[str, Spec], log: Log, limits: Limits = Limits(), *, compute: bool = True) -> None:
         self.log, self.limits, self.compute = log, limits, compute
-        self.found = self.computed = self.failed = 0
+        self.found = self.computed = self.failed = self.missing = 0
         self.humbler: list[str] = []
         self.asked: list[Asked] | None = None  # takes all calls, for people to look at
         self._by_spec: dict[str, Model] = {}
@@ -135,7 +130,7 @@ def open_models(
         roles: what each is called, and what it is.
         log: of their calls; it is closed with the block.
         limits: of time.
-        compute: False: only the log is asked.
+        compute: False: only the log is asked; what it does not know is a `Failure`.
     """
     models = Models(roles, log, limits, compute=compute)
     try:
@@ -229,10 +224,7 @@ class Model:
 
         Raises:
             UserError: the model cannot be loaded.
-            NotComputed: this run computes nothing.
         """
-        if not self._run.compute:
-            raise NotComputed("it is not in the log")
         while self._pool is None:
             self._run.make_room(self)
             self.check_time()
@@ -313,6 +305,9 @@ class _Answering:
                     self._model.check_time()
             elif digest in self._first:
                 self._keys[self._first[digest]].append(key)
+            elif not self._run.compute:
+                self._run.missing += 1
+                yield key, Failure("not in the log")
             elif self._model.hopeless:
                 self._run.failed += 1
                 yield key, Failure(self._model.hopeless)

@@ -73,7 +73,7 @@ def _known(made: Plan) -> set[str]:
     """Rows whose answers are in the log."""
     with open_models(made.roles, Log(log_path(made.config.output), read_only=True), compute=False) as models:
         answers = answer_all(made.strategy, made.pairs, models, Budget())
-        return {answer.id for answer in answers if answer.status == "ok" and models.found}
+        return {answer.id for answer in answers if answer.status == "ok"}
 
 
 def _count(made: Plan, spec: ModelSpec, pairs: Iterator[Pair]) -> tuple[array[int], int, int]:

@@ -16,7 +16,7 @@ from typing import Any
 from submission.backends import ModelSpec
 from submission.backends.hardware import Fleet
 from submission.calls.log import Log, log_path
-from submission.calls.models import Asked, Models, NotComputed, encode, open_models
+from submission.calls.models import Asked, Models, encode, open_models
 from submission.data.outputs import manifest_path, read_manifest
 from submission.data.tables import PREDICTION_COLUMNS, stream_table
 from submission.errors import UserError, first_line
@@ -53,8 +53,9 @@ def inspect_row(row_id: str, output: Path) -> str:
         models.asked = asked
         try:
             answer = list(made.strategy([pair], models, Budget()))[-1]
-        except (NotComputed, IndexError):
+        except Exception:  # of a strategy that cannot do without an answer
             answer = None
+        answer = None if models.missing else answer
         sections += _calls(asked, models)
     if answer is None:
         sections.append(("status", "not finished: not all of its calls are in the log"))

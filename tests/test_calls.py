@@ -87,12 +87,14 @@ def test_what_was_computed_is_never_computed_again(workers: int, tmp_path: Path)
         assert (models.found, models.computed, processes(models)) == (300, 0, [])
 
 
-def test_what_is_asked_twice_is_computed_once(tmp_path: Path) -> None:
+def test_what_is_asked_twice_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same = [Request(key, requests(PAIRS[:1])[0].chat, Sampling()) for key in ("a", "b", "c")]
-    with opened(tmp_path, scripted()) as models:
-        found = dict(models["m"].generate(same))
-        assert set(found) == {"a", "b", "c"}
-        assert models.computed == 1
+    for keyed, computed in ((False, 1), (True, 3)):
+        monkeypatch.setattr("submission.backends.scripted.KEYED", keyed)
+        with open_models({"m": scripted()}, Log(tmp_path / str(keyed))) as models:
+            found = dict(models["m"].generate(same))
+            assert set(found) == {"a", "b", "c"}
+            assert models.computed == computed
 
 
 def test_likelihoods_and_prompts_come_from_workers_too(tmp_path: Path) -> None:

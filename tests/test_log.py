@@ -102,7 +102,7 @@ def test_hostile_lines_are_left_alone(tmp_path: Path) -> None:
 def test_a_line_that_holds_something_else_is_computed_again(content: object, tmp_path: Path) -> None:
     request = Request("1", Chat((Message("user", (Part("Hello"),)),)), Sampling())
     spec = model_spec("scripted")
-    digest = GENERATE.digest(identity(spec.fingerprint()), request)
+    digest = GENERATE.digest(identity(spec.fingerprint()), request, keyed=True)
     written(tmp_path / "l", {digest: content})
     with open_models({"generator": spec}, Log(tmp_path / "l")) as models:
         ((_, found),) = models["generator"].generate([request])

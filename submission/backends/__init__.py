@@ -59,6 +59,11 @@ class ModelSpec:
         """
         return _module(self.backend).load(self)
 
+    @property
+    def keyed(self) -> bool:
+        """Whether answers depend on the keys of requests too, as of a double that answers from a file."""
+        return bool(getattr(_module(self.backend), "KEYED", False))
+
     def held_by(self, fleet: Fleet) -> ModelSpec:
         """The same in these copies, if more is asked for than the one that anybody has."""
         return self if fleet == ALONE else replace(self, fleet=fleet)

@@ -24,6 +24,7 @@ from submission.types import Chat, Completion, Failure, LogLikelihood, Request
 if TYPE_CHECKING:
     from submission.backends import ModelSpec
 
+KEYED = True
 Answers = Mapping[str, str] | Sequence[str] | Callable[[Request], str]
 
 

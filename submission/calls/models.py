@@ -154,12 +154,17 @@ class Model:
         self._pool: Pool | None = None
         self._ways = ways(spec)
         self._way, self._humbler = next(self._ways), next(self._ways, None)
+        self._keyed = isinstance(spec, ModelSpec) and spec.keyed
         self.hopeless = ""
 
     @cached_property
     def identity(self) -> str:
         """What decides its answers, as a hash: whole files are hashed once."""
         return identity(self.spec.fingerprint())
+
+    def digest(self, kind: Kind, item: Any) -> str:
+        """The digest of a call."""
+        return kind.digest(self.identity, item, keyed=self._keyed)
 
     @property
     def is_humblest(self) -> bool:
@@ -293,7 +298,7 @@ class _Answering:
             except Exception as error:  # of whoever makes the items: passed on when all is answered
                 self._trouble, self._more = error, False
                 return
-            key, digest = kind.key(item), kind.digest(self._model.identity, item)
+            key, digest = kind.key(item), self._model.digest(kind, item)
             known = self._run.log.get(digest, kind.parse)
             if self._run.asked is not None:
                 self._run.asked.append(Asked(self._model.spec, item, known))
@@ -344,7 +349,7 @@ class _Answering:
                     yield from self._give_up()
                 continue
             self._run.computed += 1
-            digest = self._kind.digest(self._model.identity, item)
+            digest = self._model.digest(self._kind, item)
             if self._keep:
                 self._run.log.add(digest, self._kind.content(answer, seconds))
             self._first.pop(digest, None)
@@ -371,7 +376,7 @@ class _Answering:
         for item, failure in failed:
             keys = self._keys.pop(self._kind.key(item))
             self._run.failed += len(keys)
-            self._first.pop(self._kind.digest(self._model.identity, item), None)
+            self._first.pop(self._model.digest(self._kind, item), None)
             yield from ((key, failure) for key in keys)
 
 

@@ -49,14 +49,17 @@ class Kind:
     block: int = 8
     ahead: int = 256
 
-    def digest(self, model: str, item: Any) -> str:
+    def digest(self, model: str, item: Any, *, keyed: bool = False) -> str:
         """The digest of a call, 32 hexadecimal digits.
 
         Args:
             model: identity of the model.
             item: what is asked of it.
+            keyed: whether the answer depends on the item's key, which it does of no real model.
         """
         text = f"{model}\0{self.method}\0{self.asked(item)}"
+        if keyed:
+            text += f"\0{self.key(item)}"
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 

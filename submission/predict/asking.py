@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-from submission.calls.supervisor import LostError
-from submission.errors import PromptRecoveryError, UserError, first_line, is_stop
+from submission.errors import BackendError, PromptRecoveryError, first_line, is_stop
 from submission.prompts.answers import is_blank, storable
 from submission.types import Budget, Model, Pair, Prediction, Recover
 
@@ -44,8 +43,7 @@ def answer_all(
         known: whether a row has a prediction already, which a better one may replace.
 
     Raises:
-        UserError: passed on, since trying again would not help.
-        PromptRecoveryError: the pairs cannot be read to their end, or the strategy ended the process.
+        PromptRecoveryError: passed on, since trying again would not help; or the pairs cannot be read to their end, or the strategy ended the process.
     """
     pairs = _Source(pairs)
     work = [_Attempt(iter(pairs))]
@@ -67,7 +65,9 @@ def answer_all(
                     raise RuntimeError(f"an answer for id {prediction.id!r}, which was not asked for")
                 yield checked(prediction)
             trouble = None
-        except (UserError, LostError):
+        except BackendError as error:
+            trouble = first_line(error)[:_REASON_CHARS]
+        except PromptRecoveryError:  # it would come again: a wrong option, a full disk, no worker that is left
             raise
         except SystemExit as error:
             raise PromptRecoveryError(f"the strategy called sys.exit({error.code!r}): it must not") from error

@@ -12,6 +12,7 @@ import atexit
 import hashlib
 import logging
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -72,6 +73,11 @@ class EncoderSpec:
     def describe(self) -> dict[str, str]:
         """For the manifest."""
         return {"model": str(self.folder)}
+
+    @property
+    def log(self) -> Log:
+        """Embeddings are the same in every run: all share one log in the cache."""
+        return _shared_log()
 
 
 class Encoder:
@@ -135,16 +141,23 @@ class Encoder:
 
 @cache
 def _shared(spec: EncoderSpec) -> Embeds:
-    """A handle to an encoder for the rest of this process, with the log that all processes share."""
+    """A handle to an encoder for the rest of this process, for what is no run."""
+    models = Models({"encoder": spec}, _shared_log())
+    atexit.register(models.close)
+    return models["encoder"]
+
+
+@cache
+def _shared_log() -> Log:
+    """The log of embeddings that all processes share; where there can be none, everything is computed each time."""
     path = cache_folder("embeddings") / "calls.jsonl"
-    with suppress(OSError):  # without it everything is computed, each time
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.stat().st_size > _LOG_BYTES:
             path.unlink()
-    usable = os.access(path if path.exists() else path.parent, os.R_OK | os.W_OK)
-    models = Models({"encoder": spec}, Log(path if usable else Path(os.devnull), shared=True, read_only=not usable))
-    atexit.register(models.close)
-    return models["encoder"]
+    if os.access(path if path.exists() else path.parent, os.R_OK | os.W_OK):
+        return Log(path, shared=True)
+    return Log(Path(tempfile.mkdtemp(prefix="prompt-recovery-")) / "calls.jsonl", shared=True)
 
 
 class SentenceTransformers:

@@ -18,7 +18,7 @@ from submission.backends import ModelSpec, model_spec
 from submission.backends.hardware import Fleet, visible_gpus
 from submission.calls.log import Log
 from submission.calls.models import Limits, Models, encode, open_models
-from submission.calls.supervisor import DeadlineReached, Worker
+from submission.calls.supervisor import DeadlineReached
 from submission.calls.ways import Way, ways
 from submission.data.tables import read_pairs
 from submission.errors import UserError
@@ -59,7 +59,7 @@ EXPECTED = {key: f"Rewrite the text as row {key} asks." for key in ALL}
 
 
 def processes(models: Models) -> list[int]:
-    pool = models["m"]._pool  # type: ignore[attr-defined]
+    pool = models["m"]._pool
     return [] if pool is None else [worker.handle.process.pid for worker in pool.workers]
 
 
@@ -272,7 +272,7 @@ def test_on_gpus_one_model_makes_room_for_the_next(tmp_path: Path, monkeypatch: 
         with open_models(specs, Log(tmp_path / f"l{gpus}")) as models:
             list(models["a"].generate(requests(PAIRS[:1])))
             list(models["b"].generate(requests(PAIRS[1:2])))
-            pool = models["a"]._pool  # type: ignore[attr-defined]
+            pool = models["a"]._pool
             assert (0 if pool is None else len(pool.workers)) == left
 
 
@@ -398,8 +398,7 @@ def test_the_deadline_holds_with_workers_that_hang(cli: Cli) -> None:
 def test_workers_come_and_go_without_a_trace(tmp_path: Path) -> None:
     before = threading.active_count()
     for number in range(3):
-        with opened(tmp_path / str(number) if (tmp_path / str(number)).mkdir() is None else tmp_path, scripted()) as m:
-            ask(m, PAIRS[:2])
+        with open_models({"m": scripted()}, Log(tmp_path / str(number))) as models:
+            ask(models, PAIRS[:2])
     time.sleep(0.2)
     assert threading.active_count() <= before + 1
-    assert Worker(0).asked == {}

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ import pytest
 
 from submission.backends import ModelSpec, model_spec
 from submission.backends.hardware import Fleet
-from submission.calls.ray import Cluster, Worker, connect
+from submission.calls.log import Log
+from submission.calls.models import Models, open_models
+from submission.calls.ray import ActorBody, Actors, connect
 from submission.errors import MissingExtra, UserError
 from submission.prompts.templates import get_template
-from tests.conftest import ROOT, Cli, scored
+from submission.types import Failure
+from tests.conftest import ROOT, Cli
 from tests.fleet_kills import one_run
-from tests.test_workers import PAIRS, requests
+from tests.test_calls import PAIRS, requests
 
 ray = pytest.importorskip("ray")
 utils = pytest.importorskip("ray.cluster_utils")
@@ -40,21 +44,30 @@ def nodes() -> Iterator[Any]:
     cluster.shutdown()
 
 
-def scripted(*settings: str) -> ModelSpec:
-    return model_spec("scripted", settings=list(settings))
+def scripted(fleet: Fleet, *settings: str) -> ModelSpec:
+    return model_spec("scripted", settings=list(settings), fleet=fleet)
 
 
-def numbers(backend: Cluster, after: int = -1, harm: Any = None) -> list[int]:
+@contextmanager
+def opened(spec: ModelSpec, log: Path) -> Iterator[Models]:
+    with open_models({"m": spec}, Log(log)) as models:
+        yield models
+
+
+def numbers(models: Models, after: int = -1, harm: Any = None) -> list[int]:
     found = []
-    for count, (key, _) in enumerate(backend.generate(requests(PAIRS))):
+    for count, (key, answer) in enumerate(models["m"].generate(requests(PAIRS))):
+        assert not isinstance(answer, Failure)
         found.append(int(key))
         if count == after:
             harm()
     return sorted(found)
 
 
-def process_of(backend: Cluster, number: int) -> int:
-    return int(ray.get(backend.members[number].handle.process.remote()))
+def process_of(models: Models, number: int) -> int:
+    pool = models["m"]._pool
+    assert pool is not None
+    return int(ray.get(pool.workers[number].handle.actor.process.remote()))
 
 
 def test_a_cluster_gives_the_answers_of_one_process(nodes: Any, cli: Cli, tmp_path: Path) -> None:
@@ -78,24 +91,22 @@ def test_a_cluster_is_started_for_the_run(cli: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kill", ["worker", "node"])
 def test_what_dies_on_the_cluster_loses_no_row_and_doubles_none(
-    nodes: Any, kill: str, monkeypatch: pytest.MonkeyPatch
+    nodes: Any, kill: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("submission.calls.ray._PLACE_SECONDS", 5.0)
     ray.init(address=nodes.address, log_to_driver=False, ignore_reinit_error=True)
     more = nodes.add_node(num_cpus=2) if kill == "node" else None
-    backend = Cluster(scripted("seconds_per_row=0.01"), Fleet(6 if more else 2, nodes.address, cpus=1))
+    spec = scripted(Fleet(6 if more else 2, nodes.address, cpus=1), "seconds_per_row=0.01")
+    with opened(spec, tmp_path / "l") as models:
 
-    def harm() -> None:
-        if more is None:
-            os.kill(process_of(backend, 0), signal.SIGKILL)
-        else:
-            nodes.remove_node(more, allow_graceful=False)
+        def harm() -> None:
+            if more is None:
+                os.kill(process_of(models, 0), signal.SIGKILL)
+            else:
+                nodes.remove_node(more, allow_graceful=False)
 
-    try:
-        assert numbers(backend, 40, harm) == list(range(300))
-        assert numbers(backend) == list(range(300))  # the next call, with those that are left
-    finally:
-        backend.close()
+        assert numbers(models, 40, harm) == list(range(300))
+        assert models.computed == 300
 
 
 def test_the_deadline_holds_on_a_cluster(nodes: Any, cli: Cli) -> None:
@@ -106,16 +117,17 @@ def test_the_deadline_holds_on_a_cluster(nodes: Any, cli: Cli) -> None:
     assert done.summary["seconds"] < 20
 
 
-def test_workers_that_find_room_begin(nodes: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_workers_that_find_room_begin(
+    nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr("submission.calls.ray._PLACE_SECONDS", 3.0)
-    first = Cluster(scripted(), Fleet(3, nodes.address, cpus=1))
-    second = Cluster(scripted(), Fleet(2, nodes.address, cpus=1))
-    try:
-        assert "has room for 1 of 2 workers" in capsys.readouterr().err
-        assert numbers(second) == list(range(300))
-    finally:
-        first.close()
-        second.close()
+    with opened(scripted(Fleet(3, nodes.address, cpus=1)), tmp_path / "a") as first:
+        assert numbers(first) == list(range(300))
+        slow = scripted(Fleet(2, nodes.address, cpus=1), "seconds_per_row=0.02")
+        with opened(slow, tmp_path / "b") as second:
+            assert numbers(second) == list(range(300))
+    assert "has no room for worker" in caplog.text
+    assert "1 workers are left" in caplog.text
 
 
 def test_kills_of_anything_lose_no_row(nodes: Any, tmp_path: Path) -> None:
@@ -123,21 +135,19 @@ def test_kills_of_anything_lose_no_row(nodes: Any, tmp_path: Path) -> None:
     assert killed.total() == 2
 
 
-def test_likelihoods_come_from_the_cluster(nodes: Any) -> None:
-    backend = Cluster(scripted(), Fleet(2, nodes.address, cpus=1))
+def test_likelihoods_come_from_the_cluster(nodes: Any, tmp_path: Path) -> None:
     template = get_template("short")
     items = ((pair.id, template.render(pair), "a b c") for pair in PAIRS)
-    try:
-        assert {found.tokens for found in scored(backend, items).values()} == {3}
-    finally:
-        backend.close()
+    with opened(scripted(Fleet(2, nodes.address, cpus=1)), tmp_path / "l") as models:
+        found = dict(models["m"].loglikelihood(items))
+    assert {getattr(one, "tokens", None) for one in found.values()} == {3}
 
 
 def test_too_few_resources_are_said_at_once(nodes: Any) -> None:
-    with pytest.raises(UserError, match="lower --workers"):
-        Cluster(scripted(), Fleet(64, nodes.address, cpus=1))
-    with pytest.raises(UserError, match="GPUs are too many"):
-        Cluster(scripted(), Fleet(1, nodes.address, gpus=1.0))
+    for fleet, said in ((Fleet(64, nodes.address, cpus=1), "lower --workers"),
+                        (Fleet(1, nodes.address, gpus=1.0), "GPUs are too many")):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            Actors(scripted(fleet), fleet)
 
 
 def test_a_model_that_is_missing_on_a_node_names_the_node(tmp_path: Path) -> None:
@@ -145,7 +155,9 @@ def test_a_model_that_is_missing_on_a_node_names_the_node(tmp_path: Path) -> Non
     model.write_bytes(b"GGUF" + bytes(64))
     spec = model_spec("llama_cpp", str(model))
     model.unlink()
-    assert f"on node {socket.gethostname()}" in Worker().load(spec)
+    ((kind, words),) = next(ActorBody().serve(spec))
+    assert kind == "refused"
+    assert f"on node {socket.gethostname()}" in words
 
 
 @pytest.mark.parametrize("listens", [False, True])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from eval.embedding_cache import EmbeddingCache
-from eval.encoders import EMBEDDED_ENCODER, Encoder, find_encoder
+from eval.encoders import EMBEDDED_ENCODER, Encoder, _shared, _shared_log, find_encoder
 from submission.backends import models
 from submission.errors import UserError
 
@@ -112,50 +112,58 @@ def test_an_encoder_with_damaged_weights_is_an_error_not_a_number(sentence_t5: P
         find_encoder(str(tmp_path / "t5"), cached=False).embed(["a"])
 
 
-# -- cache --------------------------------------------------------------------------------------------------
+# -- log ----------------------------------------------------------------------------------------------------
 
 
-def cached(folder: Path, cache: Path) -> Encoder:
-    return Encoder("tiny", folder, EmbeddingCache(cache))
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache of its own, and no handle of another test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    _shared.cache_clear()
+    _shared_log.cache_clear()
+    yield tmp_path / "cache" / "prompt-recovery" / "embeddings" / "calls.jsonl"
+    _shared.cache_clear()
+    _shared_log.cache_clear()
 
 
-def test_a_second_process_computes_nothing(sentence_t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = cached(sentence_t5, tmp_path).embed(TEXTS)
-    monkeypatch.setattr(Encoder, "_compute", None)
-    assert (cached(sentence_t5, tmp_path).embed(TEXTS) == first).all()
-    assert not list(tmp_path.rglob("*.tmp"))
+def anew(folder: Path) -> Encoder:
+    """An encoder as another process would see it."""
+    _shared.cache_clear()
+    _shared_log.cache_clear()
+    return Encoder("tiny", folder)
 
 
-def test_other_weights_are_another_encoder(sentence_t5: Path, tmp_path: Path) -> None:
+def test_a_second_process_computes_nothing(sentence_t5: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = anew(sentence_t5).embed(TEXTS)
+    assert own_cache.is_file()
+    monkeypatch.setattr("submission.calls.models.Pool", None)
+    assert (anew(sentence_t5).embed(TEXTS) == first).all()
+
+
+def test_other_weights_are_another_encoder(sentence_t5: Path, own_cache: Path, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
-    first = cached(sentence_t5, tmp_path / "cache").embed(TEXTS)
+    first = anew(sentence_t5).embed(TEXTS)
     shutil.copytree(sentence_t5, tmp_path / "t5")
     weights = tmp_path / "t5" / "2_Dense" / "model.safetensors"
     save_file({name: value[::-1].copy() for name, value in load_file(weights).items()}, weights)
-    assert np.abs(cached(tmp_path / "t5", tmp_path / "cache").embed(TEXTS) - first).max() > 0.01
+    assert np.abs(anew(tmp_path / "t5").embed(TEXTS) - first).max() > 0.01
 
 
-def test_a_damaged_cache_is_computed_again(
-    sentence_t5: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_a_damaged_log_is_computed_again(sentence_t5: Path, own_cache: Path) -> None:
+    first = anew(sentence_t5).embed(TEXTS)
+    own_cache.write_bytes(own_cache.read_bytes()[:-7])
+    assert (anew(sentence_t5).embed(TEXTS) == first).all()
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(
+    sentence_t5: Path, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = cached(sentence_t5, tmp_path).embed(TEXTS)
-    (file,) = tmp_path.rglob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:-7])
-    assert (cached(sentence_t5, tmp_path).embed(TEXTS) == first).all()
-    assert "damaged" in capfd.readouterr().err
-    assert (cached(sentence_t5, tmp_path).embed(TEXTS) == first).all()
-    assert "damaged" not in capfd.readouterr().err
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert anew(sentence_t5).embed(TEXTS).shape == (6, 24)
 
 
-def test_many_small_writes_leave_few_files_and_lose_nothing(tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    vectors = random.normal(size=(40, 3)).astype(np.float32)
-    cache = EmbeddingCache(tmp_path)
-    for number, vector in enumerate(vectors):
-        cache.write("e", [f"text {number}"], vector[None])
-    assert len(list(tmp_path.rglob("*.safetensors"))) <= 7
-    found = cache.read("e", [f"text {number}" for number in range(41)])
-    assert len(found) == 40
-    assert all((found[f"text {number}"] == vector).all() for number, vector in enumerate(vectors))
-    assert cache.read("another", ["text 1"]) == {}
+def test_what_is_not_to_be_kept_is_not(sentence_t5: Path, own_cache: Path) -> None:
+    anew(sentence_t5).embed(TEXTS, keep=False)
+    assert not own_cache.exists()

@@ -103,7 +103,7 @@ def test_candidates_that_cannot_be_meant_are_refused(rows: list[Sequence[str]], 
 
 
 def test_every_selector_scores_one_two_and_equal_candidates(encoder: Encoder) -> None:
-    scripted = Likelihoods(Scripted)
+    scripted = Likelihoods(Scripted())
     made = make_selectors(list(SELECTORS), Tools(encoder, scripted, scripted))
     for name, selector in made.items():
         for some in (candidates("Make it rhyme"), candidates("Make it rhyme", "Make it formal")):
@@ -116,12 +116,12 @@ def test_rotations_cancel_the_taste_for_letters() -> None:
     some = candidates("one", "two", "three", "four")
     truth = {"one": 0.1, "two": 0.2, "three": 0.4, "four": 0.3}
     taste = [8.0, 1.0, 1.0, 1.0]
-    single = Pick(Likelihoods(lambda: Knows(truth, taste)), rotations=1)(PAIR, some)
+    single = Pick(Likelihoods(Knows(truth, taste)), rotations=1)(PAIR, some)
     assert best(single) == 0  # the judge likes A
-    rotated = Pick(Likelihoods(lambda: Knows(truth, taste)))(PAIR, some)
+    rotated = Pick(Likelihoods(Knows(truth, taste)))(PAIR, some)
     assert best(rotated) == 2
     assert sum(rotated) == pytest.approx(1)
-    model = Likelihoods(lambda: Knows(truth, taste))
+    model = Likelihoods(Knows(truth, taste))
     questions = Pick(model).ask(PAIR, some)
     letters = Pick.letters(model.of(questions), 4)
     assert letters.shape == (4, 4)
@@ -131,17 +131,17 @@ def test_rotations_cancel_the_taste_for_letters() -> None:
 
 def test_only_so_many_candidates_stand_beside_each_other() -> None:
     some = candidates(*(f"candidate {n}" for n in range(MOST + 5)))
-    scores = Pick(Likelihoods(lambda: Knows({c.text: 0.5 for c in some})), rotations=1)(PAIR, some)
+    scores = Pick(Likelihoods(Knows({c.text: 0.5 for c in some})), rotations=1)(PAIR, some)
     assert sum(score == score for score in scores) == MOST
     assert best(scores) == 0
 
 
 def test_yes_or_no_is_read_as_odds_and_a_judge_of_nonsense_has_no_opinion() -> None:
     some = candidates("one", "two")
-    yes = YesNo(Likelihoods(lambda: Knows({"one": 0.2, "two": 0.9})))(PAIR, some)
+    yes = YesNo(Likelihoods(Knows({"one": 0.2, "two": 0.9})))(PAIR, some)
     assert yes == pytest.approx([math.log(0.2 / 0.8), math.log(0.9 / 0.1)])
-    assert Rate(Likelihoods(Scripted))(PAIR, some) == pytest.approx([3.0, 3.0])  # every rating alike
-    never = Likelihoods(lambda: Never())
+    assert Rate(Likelihoods(Scripted()))(PAIR, some) == pytest.approx([3.0, 3.0])  # every rating alike
+    never = Likelihoods(Never())
     assert Pick(never)(PAIR, some) == pytest.approx([0.5, 0.5])
 
 
@@ -412,5 +412,5 @@ def test_the_best_of_several_is_predicted_and_time_that_is_short_is_said(tmp_pat
     late = predict("predict", EXAMPLES / "test.csv", "-o", "late.csv", "--deadline", "9s", *common)
     assert late.code == 0, late.err
     assert len(read_csv(tmp_path / "late.csv")) == 27
-    assert "time was short" in (tmp_path / "late.csv.journal.jsonl").read_text()
+    assert "time was short" in late.err
     assert "greedy answers only" in late.err or "of the samples from here on" in late.err

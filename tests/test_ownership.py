@@ -151,19 +151,19 @@ _ODD = """
 import asyncio, os
 from submission import Prediction
 
-def cancelled(pairs, budget):
+def cancelled(pairs, models, budget):
     for pair in pairs:
         if pair.id == "03":
             raise asyncio.CancelledError("gone")
         yield Prediction(pair.id, "Make it so.")
 
-def forked(pairs, budget):
+def forked(pairs, models, budget):
     for pair in pairs:
         if pair.id == "03" and os.fork() == 0:
             return
         yield Prediction(pair.id, "Make it so.")
 
-def elsewhere(pairs, budget):
+def elsewhere(pairs, models, budget):
     for pair in pairs:
         os.chdir("/")
         yield Prediction(pair.id, "Make it so.")
@@ -176,7 +176,7 @@ class Odd(metaclass=Meta):
     pass
 
 for one in (cancelled, forked, elsewhere):
-    one.uses_model = False
+    one.roles = ()
 """
 
 

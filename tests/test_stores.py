@@ -55,7 +55,7 @@ def test_a_folder_of_parquet_is_read(stored: Objects) -> None:
     assert [(row.where, row.cells) for row in found] == [("a.parquet, row 1", ("a",)), ("b.parquet, row 1", ("b",))]
 
 
-def test_predict_reads_and_writes_there_and_keeps_its_journal_here(stored: Objects, cli: Cli, tmp_path: Path) -> None:
+def test_predict_reads_and_writes_there_and_keeps_its_log_here(stored: Objects, cli: Cli, tmp_path: Path) -> None:
     stored["bucket/in/test.csv"] = TABLE.read_bytes()
     options = ("s3://bucket/in/test.csv", "-o", "s3://bucket/out/submission.csv", "--backend", "scripted")
     done = cli("predict", *options, "--deadline", "5m", "--json")
@@ -63,7 +63,7 @@ def test_predict_reads_and_writes_there_and_keeps_its_journal_here(stored: Objec
     assert set(stored) == {"bucket/in/test.csv", "bucket/out/submission.csv"}
     assert done.summary["output"] == "s3://bucket/out/submission.csv"
     here = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("submission"))
-    assert here == ["submission.csv.journal.jsonl", "submission.csv.run.json"]
+    assert here == ["submission.csv.calls.jsonl", "submission.csv.run.json"]
     again = cli("predict", *options, "--json")
     assert again.summary["computed"] == 0
     assert cli("validate", "s3://bucket/out/submission.csv", "s3://bucket/in/test.csv").code == 0

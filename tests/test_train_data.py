@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from submission.calls.journal import Journal
 
 from eval.encoders import Encoder, find_encoder
 from submission.calls.likelihoods import Likelihoods
+from submission.calls.log import Log
+from submission.calls.models import open_models
 from submission.data.tables import read_triplets
 from submission.errors import UserError
 from submission.types import Backend, Pair, Sampling
@@ -26,7 +27,7 @@ from train.prompts import Prompt, generate, read_grammar, take, take_distinct, w
 from train.rewrites import pair_up
 from train.screens import Screens, by_embedding, by_likelihood, by_text, is_refusal, leaks_prompt
 from train.splits import Splitting, connected, group_rows, shared, split
-from train.texts import TOPICS, Limits, is_loop, select, tidy, writing_jobs
+from train.texts import TOPICS, Limits, is_loop, requests, select, tidy
 
 TRIPLETS = ("id", "original_text", "rewritten_text", "rewrite_prompt")
 
@@ -149,12 +150,12 @@ def test_near_copies_of_texts_go(encoder: Encoder) -> None:
 
 
 def test_every_topic_comes_before_any_comes_again() -> None:
-    jobs = writing_jobs(300, TOPICS, Sampling(seed=1))
+    jobs = requests(300, TOPICS, Sampling(seed=1))
     assert len({str(job.chat) for job in jobs}) == 300
     first = {str(job.chat).split(" about ")[1] for job in jobs[:100]}
     assert len(first) == 100
     with pytest.raises(UserError, match="asked for"):
-        writing_jobs(10**6, TOPICS, Sampling())
+        requests(10**6, TOPICS, Sampling())
 
 
 # -- rewrites -----------------------------------------------------------------------------------------------
@@ -200,7 +201,7 @@ def test_rewrites_survive_a_kill_and_are_the_same_as_without(run: Cli, tmp_path:
     killed = subprocess.Popen(
         command(*arguments, "-o", "killed.csv", room="train"), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE
     )
-    journal = tmp_path / "killed.csv.journal.jsonl"
+    journal = tmp_path / "killed.csv.calls.jsonl"
     while killed.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
@@ -233,7 +234,7 @@ def test_sigterm_ends_rewriting_with_a_word(tmp_path: Path) -> None:
         command("rewrites", "p.csv", "t.csv", "-o", "o.csv", "--set", "streams=1", room="train"),
         cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    journal = tmp_path / "o.csv.journal.jsonl"
+    journal = tmp_path / "o.csv.calls.jsonl"
     while stopped.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 1):
         time.sleep(0.05)
     os.kill(stopped.pid, signal.SIGTERM)
@@ -339,16 +340,15 @@ def test_likelihood_screens_keep_what_the_prompt_explains(tmp_path: Path) -> Non
         row(2, text, "The shop opens at nine. It sells bread and cheese.", "Translate this into German"),
         row(3, text, "- opens at nine\n- bread\n- cheese", "text the poem as rewrite purple of"),
     ]
-    screens, fingerprint = Screens(naturalness=0.001, matters=1.0), {"model": "the embedded one"}
-    journal = Journal(tmp_path / "l.jsonl", fingerprint)
-    journal.begin()
-    reasons = by_likelihood(rows, screens, Likelihoods(model_spec("llama_cpp").load, journal))
-    journal.close()
+    screens = Screens(naturalness=0.001, matters=1.0)
+    spec = model_spec("llama_cpp")
+    with open_models({"target": spec}, Log(tmp_path / "l.jsonl")) as models:
+        reasons = by_likelihood(rows, screens, Likelihoods(models["target"]))
     assert reasons[0] == ""
     assert reasons[1].startswith("the prompt does not matter")
     assert reasons[2].startswith("unnatural prompt")
-    again = Likelihoods(never, Journal(tmp_path / "l.jsonl", fingerprint))  # as after a kill
-    assert by_likelihood(rows, screens, again) == reasons
+    with open_models({"target": spec}, Log(tmp_path / "l.jsonl"), compute=False) as models:  # as after a kill
+        assert by_likelihood(rows, screens, Likelihoods(models["target"])) == reasons
 
 
 # -- splits -------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--judge", default="")
     parser.add_argument("--gate", default="")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-o", "--output", type=Path, default=Path("true_among"), help="beside it lie the journals")
+    parser.add_argument("-o", "--output", type=Path, default=Path("true_among"), help="beside it lie the logs")
     asked = parser.parse_args()
     encoder = find_encoder()
     triplets = read_triplets(asked.triplets)

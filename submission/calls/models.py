@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from submission.backends import ModelSpec
 from submission.backends.hardware import visible_gpus
@@ -44,6 +44,16 @@ class Spec(Protocol):
 
     def fingerprint(self) -> Mapping[str, str]:
         """What decides its answers."""
+        ...
+
+
+@runtime_checkable
+class Logged(Protocol):
+    """A model whose calls are logged in a place of their own, whatever the run."""
+
+    @property
+    def log(self) -> Log:
+        """The log."""
         ...
 
 
@@ -154,6 +164,7 @@ class Model:
         self._pool: Pool | None = None
         self._ways = ways(spec)
         self._way, self._humbler = next(self._ways), next(self._ways, None)
+        self.log = spec.log if isinstance(spec, Logged) else run.log
         self._keyed = isinstance(spec, ModelSpec) and spec.keyed
         self.hopeless = ""
 
@@ -299,7 +310,7 @@ class _Answering:
                 self._trouble, self._more = error, False
                 return
             key, digest = kind.key(item), self._model.digest(kind, item)
-            known = self._run.log.get(digest, kind.parse)
+            known = self._model.log.get(digest, kind.parse)
             if self._run.asked is not None:
                 self._run.asked.append(Asked(self._model.spec, item, known))
             if known is not None:
@@ -351,7 +362,7 @@ class _Answering:
             self._run.computed += 1
             digest = self._model.digest(self._kind, item)
             if self._keep:
-                self._run.log.add(digest, self._kind.content(answer, seconds))
+                self._model.log.add(digest, self._kind.content(answer, seconds))
             self._first.pop(digest, None)
             yield from ((key, self._kind.timed(answer, seconds)) for key in self._keys.pop(self._kind.key(item)))
 

@@ -120,7 +120,7 @@ def _finished_run(folder: Path) -> Path:
     from submission.predict.plan import RunConfig
     from submission.predict.run import predict
 
-    predict(RunConfig(folder / "pairs.csv", folder / "out.csv", backend="scripted"), lambda _: None)
+    predict(RunConfig(folder / "pairs.csv", folder / "out.csv", backend="scripted"))
     return folder / "out.csv.run.json"
 
 

@@ -61,7 +61,7 @@ NAMES = (
     "thesis.txt",
     "out.csv",
     "out.csv.run.json",
-    "out.csv.journal.jsonl",
+    "out.csv.calls.jsonl",
     ".out.csv.mine.tmp",
     "README.md",
     "report.html",

@@ -147,8 +147,9 @@ def experiment(
 
     Writes report.html, experiment.json and figures. Models' answers are logged in the folder.
     """
-    from ensemble.experiment import ALL, Config, lines_of, run_experiment
+    from ensemble.experiment import ALL, Config, lines_of
     from ensemble.models import read_models
+    from ensemble.report import experiment_with_page
     from eval.encoders import find_encoder
 
     if output.exists() and not output.is_dir():
@@ -159,7 +160,7 @@ def experiment(
         candidates, truth, output, names, known, constant, concat_by=concat_by, weights=weights or [],
         rotations=rotations, by=by, fresh=fresh,
     )  # fmt: skip
-    for line in lines_of(run_experiment(config, find_encoder(encoder), say)):
+    for line in lines_of(experiment_with_page(config, find_encoder(encoder), say)):
         tell(line, sys.stdout)
     say(f"written to {output / 'report.html'}")
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ALL = tuple(SELECTORS)
-_FIGURES, _REPORT = "experiment.json", "report.html"
+FIGURES, REPORT = "experiment.json", "report.html"
 _NONSENSE = 0.01  # probability of all letters together, below which a judge has not answered
 
 
@@ -139,14 +139,13 @@ class Experiment:
 
 
 def run_experiment(config: Config, encoder: Encoder, say: Callable[[str], None]) -> Experiment:
-    """Score candidates by the truth and by all selectors, compare, and write experiment.json and the report.
+    """Score candidates by the truth and by all selectors, compare, and write experiment.json; `ensemble.report` writes
+    the page.
 
     Raises:
         UserError: files are missing or wrong or don't go together, or a weighted sum was fitted on these rows.
     """
-    from ensemble.report import write
-
-    for file in (config.output / _FIGURES, config.output / _REPORT):
+    for file in (config.output / FIGURES, config.output / REPORT):
         check_apart(file, [file], (("table of candidates", config.candidates), ("truth", config.truth)))
         check_free(file, [file])
     truth = read_truth(config.truth, encoder, config.by)
@@ -157,7 +156,7 @@ def run_experiment(config: Config, encoder: Encoder, say: Callable[[str], None])
     parts = [part for name in names for part in weights.get(name, {name: 1.0})]
     config.output.mkdir(parents=True, exist_ok=True)
     truths = true_scores(rows, truth.prompts, encoder)
-    with open_models(config.models, roles_needed(parts), config.output / _FIGURES, fresh=config.fresh) as models:
+    with open_models(config.models, roles_needed(parts), config.output / FIGURES, fresh=config.fresh) as models:
         kit = tools(encoder, models, rotations=config.rotations, weights=weights)
         selectors = make_selectors(names, kit)
         scores = score_rows(rows, selectors, say)
@@ -178,10 +177,9 @@ def run_experiment(config: Config, encoder: Encoder, say: Callable[[str], None])
         {name: known for name, s in scores.items() if (known := diagnosis.knowledge(truths, s, truth.clusters))},
         letters, truth.kinds or kinds_of_prompt(truth.prompts, encoder),
     )  # fmt: skip
-    figures = config.output / _FIGURES
+    figures = config.output / FIGURES
     with made_files(figures, [figures], {"selectors": names}):
         write_json(figures, experiment.figures())
-    write(experiment, config.output / _REPORT)
     return experiment
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 from ensemble import charts
 from ensemble.choose import best
-from ensemble.experiment import Experiment, sentences
+from ensemble.experiment import REPORT, Config, Experiment, run_experiment, sentences
 from ensemble.measure import FIRST, Line
 from ensemble.selectors import SELECTORS
 from eval.charts import intervals
+from eval.encoders import Encoder
 from eval.intervals import Interval, bootstrap
 from eval.report import Example, Figure, Section, Table, Words, write_report
 from eval.sections import marked
@@ -28,9 +28,12 @@ _HEAD = (
 )  # fmt: skip
 
 
-def write(experiment: Experiment, path: Path) -> list[Path]:
-    """Write the page; see `eval.report.write_report`."""
-    return write_report(path, "Ensemble: can a choice beat the first answer?", list(sections(experiment)))
+def experiment_with_page(config: Config, encoder: Encoder, say: Callable[[str], None]) -> Experiment:
+    """Run an experiment and write its page beside its figures; errors as of `run_experiment`."""
+    experiment = run_experiment(config, encoder, say)
+    title = "Ensemble: can a choice beat the first answer?"
+    write_report(config.output / REPORT, title, list(sections(experiment)))
+    return experiment
 
 
 def sections(experiment: Experiment) -> Iterator[Section]:

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
-from ensemble.experiment import ALL, Config, Experiment, run_experiment
+from ensemble.experiment import ALL, Config, Experiment
 from ensemble.models import read_models
+from ensemble.report import experiment_with_page
 from ensemble.sample import sample
 from ensemble.sources import Source
 from eval.encoders import Encoder
@@ -52,4 +53,4 @@ def trial(
         candidates, truth, output, [name for name in ALL if name not in _SKIPPED], read_models(None, {}), rotations=4,
         fresh=fresh,
     )  # fmt: skip
-    return run_experiment(config, encoder, say)
+    return experiment_with_page(config, encoder, say)

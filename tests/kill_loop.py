@@ -162,10 +162,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        report = kill_loop(Path(folder), backend=given.backend, rows=given.rows, kills=given.kills, seed=given.seed,
-                           victim=given.victim)  # fmt: skip
-    print(f"{report['kills']} kills ({given.victim}) over {report['rows']} rows: none lost, none repeated, none changed, "
-          f"nothing left running; {report['torn']} torn lines; the final file is that of a run without kills")  # fmt: skip
+        report = kill_loop(
+            Path(folder), backend=given.backend, rows=given.rows, kills=given.kills, seed=given.seed,
+            victim=given.victim,
+        )  # fmt: skip
+    print(
+        f"{report['kills']} kills ({given.victim}) over {report['rows']} rows: none lost, none repeated, none changed, "
+        f"nothing left running; {report['torn']} torn lines; the final file is that of a run without kills"
+    )
 
 
 if __name__ == "__main__":

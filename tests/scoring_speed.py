@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.encoders import Encoder, find_encoder
+from eval.encoders import Encoder, SentenceTransformers, find_encoder
 from eval.intervals import bootstrap
 from eval.metric import sharpened_cosine
 from eval.scoring import score_texts
@@ -68,7 +68,7 @@ def main() -> None:
 
 def one_by_one(encoder: Encoder, predicted: list[str], true: list[str]) -> Any:
     """What a notebook does."""
-    model = encoder._model
+    model = SentenceTransformers(encoder.folder)._model
     pairs = [(model.encode(p, show_progress_bar=False), model.encode(t, show_progress_bar=False))
              for p, t in zip(predicted, true, strict=True)]  # fmt: skip
     return np.array([float(sharpened_cosine(p, t)[0]) for p, t in pairs])

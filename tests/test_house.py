@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,42 @@ def test_imports_follow_the_arrows(room: str) -> None:
     for path in (ROOT / room).rglob("*.py"):
         others = {name.split(".")[0] for name in imported(path)} & set(ROOMS) - {room}
         assert others <= MAY_IMPORT[room], f"{path} imports {others}"
+
+
+# The folders and files of a room, from the top floor down: each may import those behind it.
+FLOORS = {
+    "submission": ("__main__", "publish", "predict", "calls", "backends", "data", "prompts", "commands", "kernel",
+                   "config", "progress", "errors", "types"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_imports_inside_a_room_run_downward(room: str) -> None:
+    floors = FLOORS[room]
+    for path in (ROOT / room).rglob("*.py"):
+        parts = path.relative_to(ROOT / room).with_suffix("").parts
+        if parts == ("__init__",):
+            continue
+        for name in imported(path):
+            if name.startswith(f"{room}."):
+                other = name.split(".")[1]
+                assert floors.index(parts[0]) <= floors.index(other), f"{path} imports {name}, a floor above"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_imports_run_in_a_circle(room: str) -> None:
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+               for path in (ROOT / room).rglob("*.py")}  # fmt: skip
+    edges: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                named = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= {name if name in modules else str(node.module) for name in named}
+        edges[module] = {name for name in found if name in modules and name not in (module, room)}
+    order = TopologicalSorter(edges)
+    order.prepare()  # raises CycleError with the circle
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -5,20 +5,34 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from eval.scoring import one_line
 from submission.data.files import atomic_path, atomic_writer
 from train.cleaning import Row
 
-if TYPE_CHECKING:
-    from train.prepare import Prepared
-
 NAME, PLOT = "README.md", "lengths.png"
 _EXAMPLES = 3
 _KINDS = 12
 _TEXTS = ("rewrite_prompt", "original_text", "rewritten_text")
+
+
+@dataclass(slots=True)
+class Prepared:
+    """What came out of `prepare`.
+
+    Attributes:
+        splits: rows by split, in the order of their file.
+        read: rows by source.
+        dropped: (row, stage, reason) of every row that is in no split.
+        files: hash by file of the sources.
+    """
+
+    splits: dict[str, list[Row]] = field(default_factory=dict)
+    read: Counter[str] = field(default_factory=Counter)
+    dropped: list[tuple[Row, str, str]] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def write(

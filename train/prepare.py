@@ -13,7 +13,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from submission.data.tables import some, write_table
 from submission.errors import UserError
 from submission.progress import show_progress
 from train import card, screens
+from train.card import Prepared
 from train.cleaning import Cleaner, Row
 from train.recipe import Recipe, Source
 from train.sources import read_records, resolve
@@ -36,23 +37,6 @@ OOD = "ood"
 _BESIDE = ("dropped.csv", card.NAME, card.PLOT)
 _NEEDED = ("original_text", "rewritten_text", "rewrite_prompt")
 _OPTIONAL = ("id", "kind", "style")
-
-
-@dataclass(slots=True)
-class Prepared:
-    """What came out.
-
-    Attributes:
-        splits: rows by split, in the order of their file.
-        read: rows by source.
-        dropped: (row, stage, reason) of every row that is in no split.
-        files: hash by file of the sources.
-    """
-
-    splits: dict[str, list[Row]] = field(default_factory=dict)
-    read: Counter[str] = field(default_factory=Counter)
-    dropped: list[tuple[Row, str, str]] = field(default_factory=list)
-    files: dict[str, str] = field(default_factory=dict)
 
 
 def prepare(recipe: Recipe, output: Path, encoder: Encoder, say: Callable[[str], None], *, fresh: bool = False) -> bool:

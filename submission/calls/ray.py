@@ -22,6 +22,7 @@ from typing import Any, TextIO, cast
 
 from submission.backends import ModelSpec
 from submission.backends.hardware import Fleet
+from submission.calls.shares import divided
 from submission.calls.supervisor import Carrier, Message, Worker
 from submission.calls.worker import Inbox, Outbox, load, work
 from submission.errors import MissingExtra, UserError, first_line
@@ -87,8 +88,6 @@ class Actors(Carrier):
     """
 
     def __init__(self, spec: ModelSpec, fleet: Fleet) -> None:
-        from submission.calls.ways import divided
-
         self._ray = ray = connect(fleet)
         there = ray.cluster_resources()
         gpus = fleet.gpus if fleet.gpus is not None else (1.0 if there.get("GPU", 0) else 0.0)
@@ -137,14 +136,15 @@ class Actors(Carrier):
                     worker,
                     (
                         "refused",
-                        f"the cluster has no room for worker {worker.number} now ({self._takes}): others use it; wait, or "
-                        "ask for less",
+                        f"the cluster has no room for worker {worker.number} now ({self._takes}): "
+                        "others use it; wait, or ask for less",
                     ),
                 )
 
     def end(self, worker: Worker) -> str:
         """See `Carrier`."""
-        if worker.handle is not None and self._ray.is_initialized():  # else a call to Ray would connect again, and hang
+        # Where Ray is gone already, a call to it would connect again, and hang.
+        if worker.handle is not None and self._ray.is_initialized():
             with suppress(Exception):
                 self._ray.kill(worker.handle.actor)
         return f"worker {worker.number} on the cluster died"

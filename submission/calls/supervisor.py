@@ -33,8 +33,11 @@ STALL_SECONDS = 900.0  # without an answer, beyond which a busy worker counts as
 _LOADING_SECONDS = 3600.0
 
 Message = tuple[Any, ...]
-"""To a worker: ("ask", (call, try), method, items), ("stop", (call, try)). From it: ("ready", where), ("refused", words) of a model
-that cannot be loaded, ("answers", (call, try), [(key, answer), ...]), ("trouble", (call, try), words)."""
+"""To a worker: ("ask", (call, try), method, items), ("stop", (call, try)).
+
+From it: ("ready", where), ("refused", words) of a model that cannot be loaded, ("answers", (call, try), [(key, answer),
+...]), ("trouble", (call, try), words).
+"""
 
 
 class DeadlineReached(BaseException):

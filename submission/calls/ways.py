@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from submission.backends import ModelSpec
-from submission.backends.common import memory_budget, thread_count
+from submission.backends.common import thread_count
 from submission.backends.hardware import ALONE, visible_gpus
 from submission.calls.processes import Processes
+from submission.calls.shares import divided
 from submission.calls.supervisor import Carrier
 from submission.calls.worker import Loadable
 from submission.errors import BackendError, first_line
@@ -68,17 +69,6 @@ def ways(what: Loadable) -> Iterator[Way]:
         less = {"load_in_4bit": False, "device": "auto"} if what.backend == "transformers" else {}
         on_cpu = replace(small, options=replace(small.options, **less))
         yield Way(on_cpu, "on the CPU", {"CUDA_VISIBLE_DEVICES": ""})
-
-
-def divided(spec: ModelSpec, count: int, cores: int) -> ModelSpec:
-    """The model as one of `count` workers loads it, beside the others, on a machine with so many cores."""
-    names = {item.name for item in fields(spec.options)}
-    part: dict[str, int] = {}
-    if count > 1 and "threads" in names and not spec.options.threads:
-        part["threads"] = max(1, cores // count)
-    if count > 1 and "memory" in names and not spec.options.memory:
-        part["memory"] = max(64, memory_budget() // count // 1_000_000)
-    return replace(spec, fleet=ALONE, options=replace(spec.options, **part))
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,8 @@ def answer_all(
         known: whether a row has a prediction already, which a better one may replace.
 
     Raises:
-        PromptRecoveryError: passed on, since trying again would not help; or the pairs cannot be read to their end, or the strategy ended the process.
+        PromptRecoveryError: passed on, since trying again would not help; or the pairs cannot be read to their end, or
+            the strategy ended the process.
     """
     pairs = _Source(pairs)
     work = [_Attempt(iter(pairs))]

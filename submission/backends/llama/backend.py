@@ -75,8 +75,11 @@ def check(spec: ModelSpec) -> None:
 
 
 def fingerprint(spec: ModelSpec) -> dict[str, str]:
-    """What decides the answers: weights, adapter, its scale and the room for a prompt."""
-    marks = {"model": content_hash(weights(spec)[0]), "context": str(spec.options.context)}
+    """What decides the answers: weights, adapter, its scale and the room for a prompt.
+
+    A packaged model counts as what it is made from: which encoding this CPU computes fastest is found out by workers.
+    """
+    marks = {"model": content_hash(resolve_gguf(spec.model)), "context": str(spec.options.context)}
     if adapter := adapter_of(spec.model, spec.adapter):
         marks["adapter"] = f"{content_hash(adapter)} x {spec.options.adapter_scale:g}"
     return marks

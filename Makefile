@@ -38,7 +38,8 @@ data: .venv/.all
 
 # Slow proofs: fifty kills of one run, ten deadlines, kills on a Ray cluster (see the modules for options).
 kill-loop: .venv/.all
-	$(BIN)/python -m tests.kill_loop --backend scripted --kills 50
+	for victim in parent worker group; do $(BIN)/python -m tests.kill_loop --victim $$victim --kills 50 || exit 1; done
+	for victim in worker parent; do $(BIN)/python -m tests.kill_loop --victim "stopped $$victim" --kills 20 || exit 1; done
 	$(BIN)/python -m tests.kill_loop --backend llama_cpp --kills 50
 
 deadline-loop: .venv/.all

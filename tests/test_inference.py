@@ -284,9 +284,10 @@ def test_the_default_answers_as_the_study_says(cli: Cli, tmp_path: Path) -> None
     sets, answers = ROOT / "docs/study/sets/test.parquet", ROOT / "docs/study/answers/default.csv"
     assert cli("predict", sets, "-o", "default.csv", "--limit", 8).code == 0
     told = json.loads((tmp_path / "default.csv.run.json").read_text())
-    assert told["model"]["model"] == TUNED
+    model = told["models"]["generator"]
+    assert model["model"] == TUNED
     assert told["template"] == "brief"
-    assert told["fingerprint"]["adapter"].split()[0] == json.loads(manifest_path(tuned_adapter()).read_text())["hash"]
+    assert model["fingerprint"]["adapter"].split()[0] == json.loads(manifest_path(tuned_adapter()).read_text())["hash"]
     alike = [a == b for a, b in zip(read_csv(tmp_path / "default.csv")[1:], read_csv(answers)[1:9], strict=True)]
     assert sum(alike) >= 5  # another CPU rounds otherwise
 

@@ -25,7 +25,7 @@ from submission.backends.models import check_peft_adapter, noted_template, resol
 from submission.backends.transformers.loading import load_model, load_tokenizer, stay_offline_and_quiet
 from submission.data.files import atomic_path
 from submission.data.hashing import content_hash
-from submission.data.outputs import check_output, claim, read_manifest, write_manifest
+from submission.data.outputs import check_output, claim, up_to_date, write_manifest
 from submission.errors import UserError
 from train.bases import base_folder
 from train.converter import Converter, find_converter
@@ -115,20 +115,17 @@ def export(config: Gguf, merged: Path, adapter: Path, output: Path, say: Callabl
     config.check()
     converter = config.converter()
     files = {name: output / config.file(name) for name in config.quantizations}
-    missing = [name for name, path in files.items() if fresh or not _is_made_of(path, "model_hash", merged)]
+    missing = [name for name, path in files.items() if fresh or not up_to_date(path, _made_from(merged))]
     if missing:
         for line in table(make_gguf(str(merged), {name: files[name] for name in missing}, converter, say)):
             say(line)
-    if config.adapter and (fresh or not _is_made_of(output / ADAPTER, "adapter_hash", adapter)):
+    if config.adapter and (fresh or not up_to_date(output / ADAPTER, _made_from(adapter))):
         make_adapter(adapter, output / ADAPTER, converter, say)
 
 
-def _is_made_of(path: Path, key: str, source: Path) -> bool:
-    try:
-        told = read_manifest(path)
-        return bool(told[key] == content_hash(source) and told["hash"] == content_hash(path))
-    except (OSError, KeyError, UserError):
-        return False
+def _made_from(source: Path) -> dict[str, str]:
+    """What decides a GGUF file: a merged model, or an adapter."""
+    return {"source": content_hash(source)}
 
 
 def make_gguf(model: str, files: Mapping[str, Path], converter: Converter, say: Callable[[str], None]) -> list[Checked]:
@@ -174,9 +171,8 @@ def make_gguf(model: str, files: Mapping[str, Path], converter: Converter, say: 
     checked.sort(key=lambda one: list(kinds).index(one.quantization))
     for one in checked:
         write_manifest(Path(one.file), {
-            "model": str(folder), "model_hash": content_hash(folder), "converter": converter.fingerprint,
+            "model": str(folder), "made_from": _made_from(folder), "converter": converter.fingerprint,
             "template": noted_template(folder), "logits_apart": apart, **asdict(one),
-            "hash": content_hash(Path(one.file)),
         })  # fmt: skip
     return checked
 
@@ -223,9 +219,9 @@ def make_adapter(
         else:
             say("not loaded beside its base, which is large: name an F32 or F16 file of it with --base-gguf to check")
         claim(output, [output])
-    write_manifest(output, {"adapter": str(adapter), "adapter_hash": content_hash(adapter), "base": base,
+    write_manifest(output, {"adapter": str(adapter), "made_from": _made_from(adapter), "base": base,
                             "template": noted_template(adapter), "converter": converter.fingerprint,
-                            "logits_apart": apart, "hash": content_hash(output)})  # fmt: skip
+                            "logits_apart": apart})  # fmt: skip
     say(f"written to {output}: {output.stat().st_size / 1e6:.1f} MB")
 
 

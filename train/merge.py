@@ -90,8 +90,13 @@ def merge(adapter: Path, output: Path, say: Callable[[str], None], *, base: str 
         if template:
             (part / NOTE).write_text(json.dumps({"template": template, "base": str(folder)}))
     write_manifest(output, {"base": str(folder), "base_hash": content_hash(folder), "adapter": str(adapter),
-                            "adapter_hash": content_hash(adapter), "dtype": dtype, "logits_apart": apart})  # fmt: skip
+                            "made_from": made_from(adapter), "dtype": dtype, "logits_apart": apart})  # fmt: skip
     say(f"written to {output}: logits within {apart:.1e} of base and adapter (32 bits), weights in {dtype}")
+
+
+def made_from(adapter: Path) -> dict[str, str]:
+    """What decides merged weights; see `submission.data.outputs.up_to_date`."""
+    return {"adapter": content_hash(adapter)}
 
 
 def named_base(adapter: Path) -> str:

@@ -15,14 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from eval.encoders import Encoder
 from submission.calls.likelihoods import Likelihoods
 from submission.calls.session import session
 from submission.data.files import atomic_path
 from submission.data.hashing import content_hash
-from submission.data.outputs import check_apart, check_free, claim, read_manifest, write_manifest
+from submission.data.outputs import check_apart, check_free, claim, up_to_date, write_manifest
 from submission.data.tables import some, write_table
 from submission.errors import UserError
 from submission.progress import show_progress
@@ -58,7 +57,7 @@ def prepare(recipe: Recipe, output: Path, encoder: Encoder, say: Callable[[str],
     named = [Path(source.path).expanduser() for source in recipe.sources]
     check_apart(output / "data", wanted, (("source", path) for path in [*named, *(path for _, path in files)]))
     check_free(output / "data", wanted)
-    if not fresh and _finished(output, mark):
+    if not fresh and up_to_date(output / "data", mark):
         say(f"{output} is made of the same sources by the same recipe: nothing to do (--fresh makes it anew)")
         return False
     rows = _clean(recipe, files, made, say)
@@ -220,7 +219,7 @@ def _write(recipe: Recipe, output: Path, made: Prepared, mark: str, encoder: Enc
     write_manifest(
         output / "data",
         {
-            "fingerprint": mark,
+            "made_from": mark,
             "recipe": asdict(recipe),
             "sources": made.files,
             "encoder": encoder.name,
@@ -259,17 +258,6 @@ def _fingerprint(recipe: Recipe, files: Mapping[str, str], encoder: Encoder) -> 
     sources = [{**asdict(source), "path": ""} for source in recipe.sources]
     content = json.dumps([plain, sources, sorted(files.values()), encoder.fingerprint], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _finished(output: Path, mark: str) -> bool:
-    try:
-        found: Any = read_manifest(output / "data")
-        files = found["files"]
-        return found["fingerprint"] == mark and all(
-            (output / name).is_file() and content_hash(output / name) == digest for name, digest in files.items()
-        )
-    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
 
 
 def _name(source: Source, path: Path) -> str:

@@ -19,11 +19,10 @@ from submission.backends import model_spec
 from submission.backends.models import resolve_folder
 from submission.config import from_mapping, read_toml
 from submission.data.files import write_json
-from submission.data.hashing import content_hash
-from submission.data.outputs import check_free, claim, read_manifest
+from submission.data.outputs import check_free, claim, up_to_date
 from submission.errors import UserError
 from train.gguf import Gguf, export
-from train.merge import merge
+from train.merge import made_from, merge
 from train.prepare import prepare
 from train.recipe import Recipe, parse_recipe, section, with_settings
 from train.sft import check_installed, sft
@@ -164,11 +163,7 @@ def _check(run: Run) -> None:
 
 
 def _merge(adapter: Path, merged: Path, say: Say, *, fresh: bool) -> None:
-    try:
-        made_of = read_manifest(merged).get("adapter_hash")
-    except UserError:
-        made_of = None
-    if made_of == content_hash(adapter) and (merged / "config.json").is_file() and not fresh:
+    if up_to_date(merged, made_from(adapter)) and not fresh:
         say(f"{merged} is merged from the same adapter: nothing to do (--fresh makes it anew)")
         return
     merge(adapter, merged, say)

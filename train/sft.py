@@ -23,7 +23,7 @@ from submission.backends.models import NOTE
 from submission.backends.transformers.loading import load_tokenizer, stay_offline_and_quiet
 from submission.data.files import atomic_path, read_json, write_json
 from submission.data.hashing import content_hash
-from submission.data.outputs import check_apart, check_free, claim, made_by, made_folder, read_manifest, write_manifest
+from submission.data.outputs import check_apart, check_free, claim, made_by, made_folder, up_to_date, write_manifest
 from submission.data.tables import read_triplets
 from submission.errors import UserError, first_line
 from submission.progress import show_progress
@@ -76,7 +76,7 @@ def sft(config: Sft, output: Path, say: Say, *, fresh: bool = False) -> Path:
         get_template(config.template)
         if main and not fresh:
             check_same_run(output, marks)
-        if _is_finished(adapter) and not fresh:
+        if up_to_date(adapter, marks) and not fresh:
             say(f"{adapter} is trained by the same recipe: nothing to do (--fresh trains anew)")
             return adapter
         if main:
@@ -112,15 +112,6 @@ def sft(config: Sft, output: Path, say: Say, *, fresh: bool = False) -> Path:
         })  # fmt: skip
         say(f"written to {adapter}: {trainer.state.global_step} steps, mean loss {result.training_loss:.4f}")
     return adapter
-
-
-def _is_finished(adapter: Path) -> bool:
-    """Whether an adapter is there and all is said of it; a kill may have come in between."""
-    try:
-        told = read_manifest(adapter)
-    except UserError:
-        return False
-    return (adapter / "adapter_model.safetensors").is_file() and "history" in told
 
 
 def _check_output(output: Path, config: Sft, base: Path) -> None:

@@ -10,6 +10,7 @@ only what a manifest lists under "made":
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from submission.data.files import (
     shown,
     write_json,
 )
+from submission.data.hashing import content_hash
 from submission.errors import UserError
 
 _NAMED = 5  # files that an error names
@@ -68,11 +70,34 @@ def write_manifest(output: Path, content: Mapping[str, Any], made: Iterable[Path
 
     Args:
         output: whose manifest it is.
-        content: what made it, from what, with which result.
+        content: what made it, from what, with which result; "made_from" is for `up_to_date`.
         made: all files that were made; None for those that are claimed.
     """
-    names = made_names(output, made_by(output) or [output] if made is None else made)
-    write_json(manifest_path(output), {**stamp(), **content, "made": names}, default=str)
+    files = sorted(made_by(output) or [output]) if made is None else list(made)
+    hashes = {"hashes": _hashes(output, files)} if "made_from" in content else {}
+    told = {**stamp(), **content, **hashes, "made": made_names(output, files)}
+    write_json(manifest_path(output), told, default=str)
+
+
+def up_to_date(output: Path, made_from: Any) -> bool:
+    """Whether an output is there and unchanged, and was made from the same.
+
+    Args:
+        output: whose manifest tells, as "made_from".
+        made_from: all that decides its content, as JSON holds it.
+    """
+    try:
+        told = read_manifest(output)
+        same = told["made_from"] == json.loads(json.dumps(made_from))
+        return bool(same and told["hashes"]) and told["hashes"] == _hashes(output, made_by(output))
+    except (UserError, OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _hashes(output: Path, files: Iterable[Path]) -> dict[str, str]:
+    """Hashes of the files that are there, by their names in the manifest of `output`."""
+    there = [file for file in files if exists(file)]
+    return {made_names(output, [file])[0]: content_hash(file) for file in there}
 
 
 def made_by(output: Path) -> frozenset[Path]:

@@ -40,7 +40,10 @@ class Manifest:
             "platform": platform.platform(),
             "packages": {name: version for name in _PACKAGES if (version := installed_version(name))},
             "config": _plain(asdict(plan.config)),
-            "models": {role: plan.describe(role) for role in plan.roles},
+            "models": {
+                role: {**plan.describe(role), "fingerprint": dict(spec.fingerprint())}
+                for role, spec in plan.roles.items()
+            },
             "template": plan.template.name,
             "recover": plan.recover.name,
             "input_sha256": plan.pairs.digest,

@@ -180,17 +180,17 @@ def _sets(draw: random.Random, folder: Path) -> Callable[[], object]:
     content = {
         "written": "2026",
         "version": "0.1.0",
-        "fingerprint": "0",
-        "files": {"train.parquet": "0"},
+        "made_from": "0",
+        "hashes": {"train.parquet": "0"},
         "made": ["train.parquet", "../thesis.txt", "/etc/hostname", "old.parquet"],
     }
     (folder / "sets").mkdir()
     (folder / "thesis.txt").write_text("mine")
     (folder / "sets" / "data.run.json").write_bytes(mutate.json_bytes(draw, content))
     (folder / "sets" / "data.run.json").chmod(0o444)
-    from train.prepare import _finished
+    from submission.data.outputs import up_to_date
 
-    return lambda: _finished(folder / "sets", "0")
+    return lambda: up_to_date(folder / "sets" / "data", "0")
 
 
 def _bundle(draw: random.Random, folder: Path) -> Callable[[], object]:

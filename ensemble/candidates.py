@@ -9,14 +9,13 @@ without any candidate has one row whose candidate is blank and whose draws are [
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from eval.encoders import Encoder
 from eval.grouping import near_duplicate_groups, plain_text
-from submission.data.files import atomic_path
-from submission.data.tables import PAIR_COLUMNS, read_table
+from submission.data.tables import PAIR_COLUMNS, read_table, write_table
 from submission.errors import UserError
 from submission.prompts.answers import is_blank
 from submission.types import Pair
@@ -91,18 +90,15 @@ def merge(drawn: Sequence[tuple[str, Draw]], encoder: Encoder | None = None, nea
 
 def write_candidates(path: Path, rows: Iterable[Row]) -> None:
     """Write a Parquet file, whole or not at all."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    write_table(path, COLUMNS, _cells(rows))
 
-    cells: list[tuple[str, ...]] = []
+
+def _cells(rows: Iterable[Row]) -> Iterator[tuple[str, ...]]:
     for row in rows:
         pair = (row.pair.id, row.pair.original_text, row.pair.rewritten_text)
         for candidate in row.candidates or (Candidate("", ()),):
             draws = [[d.source, d.number, d.logprob, d.tokens] for d in candidate.draws]
-            cells.append((*pair, candidate.text, json.dumps(draws, ensure_ascii=False)))
-    table = pa.table({name: pa.array([c[n] for c in cells], pa.string()) for n, name in enumerate(COLUMNS)})
-    with atomic_path(path) as temporary:
-        pq.write_table(table, temporary)
+            yield (*pair, candidate.text, json.dumps(draws, ensure_ascii=False))
 
 
 def read_candidates(path: Path) -> list[Row]:

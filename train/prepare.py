@@ -19,7 +19,6 @@ from pathlib import Path
 from eval.encoders import Encoder
 from submission.calls.likelihoods import Likelihoods
 from submission.calls.session import session
-from submission.data.files import atomic_path
 from submission.data.hashing import content_hash
 from submission.data.outputs import check_apart, check_free, claim, up_to_date, write_manifest
 from submission.data.tables import some, write_table
@@ -205,10 +204,10 @@ def _write(recipe: Recipe, output: Path, made: Prepared, mark: str, encoder: Enc
     for old in claim(output / "data", wanted):  # of another recipe
         old.unlink(missing_ok=True)
     for name, rows in made.splits.items():
-        write_parquet(output / f"{name}.parquet", rows)
+        _write_rows(output / f"{name}.parquet", rows)
     for size in recipe.mix.subsets:
         (output / "subsets").mkdir(exist_ok=True)
-        write_parquet(output / "subsets" / f"train-{size}.parquet", made.splits["train"][:size])
+        _write_rows(output / "subsets" / f"train-{size}.parquet", made.splits["train"][:size])
     write_table(
         output / "dropped.csv", ("id", "source", "stage", "reason", "rewrite_prompt"),
         [(row.id, row.source, stage, reason, row.rewrite_prompt) for row, stage, reason in made.dropped],
@@ -239,18 +238,9 @@ def _files_of(recipe: Recipe, output: Path) -> list[Path]:
     return sorted(output / name for name in (*(f"{name}.parquet" for name in names), *_BESIDE))
 
 
-def write_parquet(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows through the datasets library; the file appears whole."""
-    import datasets
-
-    datasets.disable_progress_bars()
+def _write_rows(path: Path, rows: Sequence[Row]) -> None:
     columns = list(Row.__dataclass_fields__)
-    table = datasets.Dataset.from_dict(
-        {column: [getattr(row, column) for row in rows] for column in columns},
-        features=datasets.Features({column: datasets.Value("string") for column in columns}),
-    )
-    with atomic_path(path) as temporary:
-        table.to_parquet(str(temporary))
+    write_table(path, columns, ([getattr(row, column) for column in columns] for row in rows))
 
 
 def _fingerprint(recipe: Recipe, files: Mapping[str, str], encoder: Encoder) -> str:

@@ -119,7 +119,7 @@ def write_contents(folder: Path, python: str) -> dict[str, Any]:
 
 def roots(settings: kernel.Settings, folder: Path) -> list[str]:
     """The distributions that a kernel with these settings imports, or takes a model from."""
-    found = ["typer", "rich", "numpy", "pandas", "pyarrow"]
+    found = ["typer", "rich", "numpy", "pyarrow"]
     if settings.recover == "constant":
         return found
     found.append(LLAMA)

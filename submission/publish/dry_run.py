@@ -219,7 +219,7 @@ def _used(bundle: Path, image: Image) -> list[str]:
     from email.parser import Parser
     from zipfile import ZipFile
 
-    found = {"numpy", "pandas", "pyarrow", "typer", "rich"}
+    found = {"numpy", "pyarrow", "typer", "rich"}
     for wheel in bundle.glob("*.whl"):
         if distribution(wheel) in (OURS, *DATA_ONLY):
             continue

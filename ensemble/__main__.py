@@ -81,7 +81,6 @@ def sample(
         output,
         None if near == 1 else find_encoder(encoder),
         near,
-        say,
         fleet=fleet,
         fresh=fresh,
     )
@@ -116,7 +115,7 @@ def select(
     _check_apart(output, models=models)
     known = read_models(models, {"target": target, "judge": judge, "gate": gate})
     counts = choose(
-        candidates, output, selector, known, find_encoder(encoder), say, weights=weights or [], rotations=rotations,
+        candidates, output, selector, known, find_encoder(encoder), weights=weights or [], rotations=rotations,
         concat=concat, constant=constant, fleet=Fleet(workers, ray, ray_gpus, ray_cpus), fresh=fresh,
     )  # fmt: skip
     say(
@@ -160,7 +159,7 @@ def experiment(
         candidates, truth, output, names, known, constant, concat_by=concat_by, weights=weights or [],
         rotations=rotations, by=by, fresh=fresh,
     )  # fmt: skip
-    for line in lines_of(experiment_with_page(config, find_encoder(encoder), say)):
+    for line in lines_of(experiment_with_page(config, find_encoder(encoder))):
         tell(line, sys.stdout)
     say(f"written to {output / 'report.html'}")
 
@@ -189,7 +188,7 @@ def fit(
     names = split_list(selectors)
     known = read_models(models, {"target": target, "judge": judge, "gate": gate})
     weights = fit_weights(
-        candidates, truth, output, name, names, known, find_encoder(encoder), say, rotations=rotations, fresh=fresh
+        candidates, truth, output, name, names, known, find_encoder(encoder), rotations=rotations, fresh=fresh
     )  # fmt: skip
     for part, weight in weights.items():
         print(f"{part:<20} {weight:.3f}")
@@ -216,7 +215,7 @@ def trial(
     from ensemble.trial import trial as run
     from eval.encoders import find_encoder
 
-    for line in lines_of(run(output, find_encoder(encoder), NEAR, say, fresh=fresh)):
+    for line in lines_of(run(output, find_encoder(encoder), NEAR, fresh=fresh)):
         tell(line, sys.stdout)
     say(f"written to {output / 'report.html'}")
 

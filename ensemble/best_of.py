@@ -111,7 +111,7 @@ class best_of:
 
     def _select(self, rows: list[Row], share: float, kit: _Kit) -> Iterator[Prediction]:
         chosen = {"it": kit.selector} if share > 0 else {}
-        scores = score_rows(rows, chosen) if chosen else {}
+        scores = score_rows(rows, chosen, quiet=True) if chosen else {}
         for number, row in enumerate(rows):
             if not row.candidates:
                 yield Prediction(row.pair.id, "", "failed", "no candidate")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ensemble.candidates import Candidate, Draw, Row
@@ -12,6 +13,8 @@ from ensemble.selectors.asking import ask_ahead
 from submission.errors import UserError
 from submission.predict.strategies import DEFAULT_PROMPT
 from submission.progress import Progress, show_progress
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,25 +37,23 @@ class Scores:
         return sum(bool(row) and all(value != value for value in row) for row in self.values)
 
 
-def score_rows(
-    rows: Sequence[Row], selectors: Mapping[str, Selector], say: Callable[[str], None] | None = None
-) -> dict[str, Scores]:
+def score_rows(rows: Sequence[Row], selectors: Mapping[str, Selector], *, quiet: bool = False) -> dict[str, Scores]:
     """Let selectors score the candidates of all rows; questions to models are asked together, first.
 
     Args:
         rows: with their candidates.
         selectors: by name.
-        say: takes lines for people; None shows no progress either.
+        quiet: show no progress.
 
     Raises:
         UserError: a selector returned another number of scores than there are candidates.
     """
     asked = [(row.pair, row.candidates) for row in rows if row.candidates]
     for model, questions in ask_ahead(selectors.values(), asked).values():
-        if say is None:
+        if quiet:
             model.of(questions)
             continue
-        say(f"{len(questions)} questions to a model")
+        LOG.info(f"{len(questions)} questions to a model")
         with show_progress(len(questions), 0, doing="asking", unit="questions") as progress:
 
             def done(progress: Progress = progress) -> None:
@@ -60,7 +61,7 @@ def score_rows(
 
             failures = [known.failure for known in model.of(questions, done) if known.failure]
         if failures:
-            say(f"{len(failures)} of {len(questions)} questions failed: {failures[0]}")
+            LOG.info(f"{len(failures)} of {len(questions)} questions failed: {failures[0]}")
     return {name: _score(name, selector, rows) for name, selector in selectors.items()}
 
 

@@ -5,7 +5,7 @@ python -m ensemble experiment candidates.parquet --truth truth.csv -o experiment
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,7 +138,7 @@ class Experiment:
         }  # fmt: skip
 
 
-def run_experiment(config: Config, encoder: Encoder, say: Callable[[str], None]) -> Experiment:
+def run_experiment(config: Config, encoder: Encoder) -> Experiment:
     """Score candidates by the truth and by all selectors, compare, and write experiment.json; `ensemble.report` writes
     the page.
 
@@ -159,7 +159,7 @@ def run_experiment(config: Config, encoder: Encoder, say: Callable[[str], None])
     with open_models(config.models, roles_needed(parts), config.output / FIGURES, fresh=config.fresh) as models:
         kit = tools(encoder, models, rotations=config.rotations, weights=weights)
         selectors = make_selectors(names, kit)
-        scores = score_rows(rows, selectors, say)
+        scores = score_rows(rows, selectors)
         pick = selectors.get("judge_pick")
         letters = _letters(pick, rows, truths, scores["judge_pick"], truth) if isinstance(pick, Pick) else None
     constant = score_texts([config.constant] * len(rows), truth.prompts, encoder)
@@ -185,7 +185,7 @@ def run_experiment(config: Config, encoder: Encoder, say: Callable[[str], None])
 
 def fit_weights(
     candidates: Path, truth_file: Path, output: Path, name: str, selectors: Sequence[str], models: Mapping[str, Model],
-    encoder: Encoder, say: Callable[[str], None], *, rotations: int = 0, fresh: bool = False,
+    encoder: Encoder, *, rotations: int = 0, fresh: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Fit a weighted sum of selectors and write it; see `ensemble.fitting`.
 
@@ -200,7 +200,7 @@ def fit_weights(
     truths = true_scores(rows, truth.prompts, encoder)
     with open_models(models, roles_needed(list(selectors)), output, fresh=fresh) as opened:
         made = make_selectors(list(selectors), tools(encoder, opened, rotations=rotations))
-        weights = fitting.fit(truths, score_rows(rows, made, say))
+        weights = fitting.fit(truths, score_rows(rows, made))
     fitting.write(output, name, weights, rows, truth)
     return weights
 

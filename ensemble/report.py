@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from ensemble import charts
 from ensemble.choose import best
@@ -28,9 +28,9 @@ _HEAD = (
 )  # fmt: skip
 
 
-def experiment_with_page(config: Config, encoder: Encoder, say: Callable[[str], None]) -> Experiment:
+def experiment_with_page(config: Config, encoder: Encoder) -> Experiment:
     """Run an experiment and write its page beside its figures; errors as of `run_experiment`."""
-    experiment = run_experiment(config, encoder, say)
+    experiment = run_experiment(config, encoder)
     title = "Ensemble: can a choice beat the first answer?"
     write_report(config.output / REPORT, title, list(sections(experiment)))
     return experiment

@@ -5,7 +5,8 @@ python -m ensemble sample pairs.csv -o candidates.parquet --sources sources.toml
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ensemble.candidates import Draw, Row, merge, write_candidates
@@ -19,6 +20,8 @@ from submission.prompts.answers import is_blank, storable
 from submission.prompts.templates import Template
 from submission.types import Completion, Pair, Request, Triplet
 
+LOG = logging.getLogger(__name__)
+
 Drawn = dict[str, list[tuple[str, Draw]]]
 """Answers with their draws, by id of the pair."""
 
@@ -29,7 +32,6 @@ def sample(
     output: Path,
     encoder: Encoder | None,
     near: float,
-    say: Callable[[str], None],
     *,
     fleet: Fleet = ALONE,
     fresh: bool = False,
@@ -42,7 +44,6 @@ def sample(
         output: Parquet file; the log lies beside it.
         encoder: puts near-duplicates together; None leaves it at case and punctuation.
         near: see `ensemble.candidates.NEAR`.
-        say: takes lines for people.
         fleet: copies of each source's model.
         fresh: forget what the log holds.
 
@@ -56,19 +57,21 @@ def sample(
     asked = [pair for pair in pairs if says_something(pair.rewritten_text)]
     with session(output, {source.name: spec for source, spec, _ in prepared}, fresh=fresh) as models:
         for source, _, (template, shots) in prepared:
-            say(f"{source.name}: {source.n} samples{' and a greedy answer' if source.greedy else ''}, {template.name}")
+            LOG.info(
+                f"{source.name}: {source.n} samples{' and a greedy answer' if source.greedy else ''}, {template.name}"
+            )
             answers = answer(models[source.name], list(requests(asked, source, template, shots)))
             for key, completions in answers.completions.items():
                 row_id, answers_read = read(key, completions, source, template)
                 drawn[row_id] += answers_read
             if answers.failed:
-                say(f"{source.name}: {len(answers.failed)} requests failed: {next(iter(answers.failed.values()))}")
+                LOG.info(f"{source.name}: {len(answers.failed)} requests failed: {next(iter(answers.failed.values()))}")
     rows = [Row(pair, tuple(merge(drawn[pair.id], encoder, near))) for pair in pairs]
     with made_files(output, [output], {"sources": [source.name for source in sources], "rows": len(rows)}):
         write_candidates(output, rows)
     draws = sum(len(row.draws) for row in rows)
     none = sum(not row.candidates for row in rows)
-    say(
+    LOG.info(
         f"written to {output}: {draws} answers to {len(rows)} pairs, {sum(len(r.candidates) for r in rows)} of them "
         f"distinct{f'; {none} pairs have none' if none else ''}"
     )

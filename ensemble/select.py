@@ -5,7 +5,7 @@ python -m ensemble select candidates.parquet --selector consensus -o submission.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ensemble import fitting
@@ -26,7 +26,6 @@ def select(
     selector: str,
     models: Mapping[str, Model],
     encoder: Encoder,
-    say: Callable[[str], None],
     *,
     weights: Sequence[Path] = (),
     rotations: int = 0,
@@ -50,7 +49,7 @@ def select(
     parts = list(known.get(selector, {selector: 1.0}))
     with open_models(models, roles_needed(parts), output, fleet=fleet, fresh=fresh) as opened:
         made = make_selectors([selector], tools(encoder, opened, rotations=rotations, weights=known))
-        scores = score_rows(rows, made, say)[selector]
+        scores = score_rows(rows, made)[selector]
     answers = [(row.pair.id, answer_of(row, said, concat, constant))
                for row, said in zip(rows, scores.values, strict=True)]  # fmt: skip
     counts = {"rows": len(rows), "without": sum(not row.candidates for row in rows), "undecided": scores.undecided}

@@ -5,7 +5,6 @@ python -m ensemble trial -o trial
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -39,18 +38,16 @@ def examples() -> tuple[Path, Path]:
     return pairs, truth
 
 
-def trial(
-    output: Path, encoder: Encoder, near: float, say: Callable[[str], None], *, fresh: bool = False
-) -> Experiment:
+def trial(output: Path, encoder: Encoder, near: float, *, fresh: bool = False) -> Experiment:
     """Sample, score and compare; the same command again goes on, or does nothing but compare."""
     pairs, truth = examples()
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file: name a folder")
     output.mkdir(parents=True, exist_ok=True)
     candidates = output / "candidates.parquet"
-    sample(read_pairs(pairs), _SOURCES, candidates, encoder, near, say, fresh=fresh)
+    sample(read_pairs(pairs), _SOURCES, candidates, encoder, near, fresh=fresh)
     config = Config(
         candidates, truth, output, [name for name in ALL if name not in _SKIPPED], read_models(None, {}), rotations=4,
         fresh=fresh,
     )  # fmt: skip
-    return experiment_with_page(config, encoder, say)
+    return experiment_with_page(config, encoder)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from submission.commands import new_app, run_command
-from submission.progress import say, tell
+from submission.progress import tell
 
 app = new_app("Measure predictions and the speed of predicting (eval).")
 
@@ -80,7 +80,7 @@ def constant(
     known = read_truth(train, chosen)
     held_out = read_truth(test, chosen) if test else None
     search = Search(rounds=rounds, tries=tries, seed=seed)
-    found = fit_constant(known.prompts, chosen, search, say)
+    found = fit_constant(known.prompts, chosen, search)
     lines = [f"metric     {chosen.metric}", f"rows       {len(known.ids)}"]
     for fitted in found:
         lines += ["", f"{'exploit' if fitted.exploit else 'sentence':<10} {fitted.prompt}",
@@ -129,7 +129,7 @@ def baselines(
         shots=shots, max_new_tokens=max_new_tokens, limit=limit, fresh=fresh,
     )  # fmt: skip
     try:
-        result = run_baselines(config, find_encoder(encoder), say)
+        result = run_baselines(config, find_encoder(encoder))
     except Interrupted as stop:
         raise typer.Exit(stop.exit_code) from None
     _show(result.lines(), result.figures, as_json=as_json)
@@ -249,8 +249,7 @@ def throughput(
             input=input, rows=rows, shots=shots, model=model, threads=threads, new_tokens=max_new_tokens,
             repeats=repeats, scenarios=scenario or SCENARIOS, llama_server=llama_server, transformers=transformers,
             plot=plot,
-        ),
-        lambda line: tell(line, sys.stdout),
+        )
     )  # fmt: skip
     if as_json:
         print(json.dumps({name: measured.figures() for name, measured in results.items()}))

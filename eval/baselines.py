@@ -9,7 +9,8 @@ where it was stopped, and `python -m submission inspect ID --run FOLDER/submissi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from submission.predict.plan import RunConfig
 from submission.predict.run import predict
 from submission.prompts.answers import storable
 from submission.types import Sampling
+
+LOG = logging.getLogger(__name__)
 
 EXPLOIT = "constant_exploit"
 BASELINES = (
@@ -81,7 +84,7 @@ class Result:
             yield from table(comparison)
 
 
-def run_baselines(config: Config, encoder: Encoder, say: Callable[[str], None]) -> Result:
+def run_baselines(config: Config, encoder: Encoder) -> Result:
     """Predict with every baseline on every set, and compare.
 
     Raises:
@@ -100,7 +103,7 @@ def run_baselines(config: Config, encoder: Encoder, say: Callable[[str], None]) 
     constants: list[FittedConstant] = []
     if {"constant_fitted", EXPLOIT} & set(config.only):
         rounds = Search() if EXPLOIT in config.only else Search(rounds=0)
-        constants = fit_constant([triplet.rewrite_prompt for triplet in triplets], encoder, rounds, say)
+        constants = fit_constant([triplet.rewrite_prompt for triplet in triplets], encoder, rounds)
     systems = _systems(config, constants, encoder)
     comparisons, shared = {}, {}
     for name, path in sets.items():
@@ -108,7 +111,7 @@ def run_baselines(config: Config, encoder: Encoder, say: Callable[[str], None]) 
         if config.limit:
             truth = replace(truth, ids=truth.ids[: config.limit], prompts=truth.prompts[: config.limit],
                             clusters=truth.clusters[: config.limit])  # fmt: skip
-        comparisons[name] = _run_and_compare(config, name, path, truth, systems, encoder, say)
+        comparisons[name] = _run_and_compare(config, name, path, truth, systems, encoder)
         shared[name] = leaks.shared(config.train, path, encoder)
     return Result(comparisons, shared, constants)
 
@@ -126,13 +129,12 @@ def check_names(names: Sequence[str]) -> None:
 
 def _run_and_compare(
     config: Config, name: str, path: Path, truth: Truth, systems: dict[str, RunConfig], encoder: Encoder,
-    say: Callable[[str], None],
 ) -> Comparison:  # fmt: skip
     runs = []
     for system, run in systems.items():
         folder = config.output / name / system
         folder.mkdir(parents=True, exist_ok=True)
-        say(f"{name}: {system}")
+        LOG.info(f"{name}: {system}")
         predict(replace(run, input=path, output=folder / "submission.csv"))
         runs.append(read_system(f"{system}={folder}", truth, encoder, [EXPLOIT]))
     return compare(runs, truth, encoder, config.reference)

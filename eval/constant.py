@@ -10,9 +10,10 @@ are marked `exploit`, and no table mixes their scores with those of recovered pr
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from submission.predict.strategies import DEFAULT_PROMPT
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+LOG = logging.getLogger(__name__)
 
 _VOCABULARY = 400  # words of the training prompts that are tried
 _MOST_WORDS = 30
@@ -62,16 +65,13 @@ class FittedConstant:
         return {"prompt": self.prompt, "train_mean": self.train_mean, "exploit": self.exploit}
 
 
-def fit_constant(
-    prompts: Sequence[str], encoder: Encoder, search: Search = Search(), say: Callable[[str], None] = lambda _: None
-) -> list[FittedConstant]:
+def fit_constant(prompts: Sequence[str], encoder: Encoder, search: Search = Search()) -> list[FittedConstant]:
     """Search the constants that score best on `prompts`.
 
     Args:
         prompts: true prompts of the training rows; one that is there twice counts twice.
         encoder: of the metric.
         search: how long.
-        say: takes lines for people.
 
     Returns:
         the best sentence and, if the search over words found a better one, that as an exploit.
@@ -85,7 +85,7 @@ def fit_constant(
     beam = {sentences[index]: float(means[index]) for index in order[: search.beam]}
     for number, better in enumerate(_beam_search(target, beam, list(counts), search), start=1):
         prompt, mean = max(better.items(), key=lambda item: item[1])
-        say(f"round {number} of {search.rounds}: {mean:.4f}  {prompt}")
+        LOG.info(f"round {number} of {search.rounds}: {mean:.4f}  {prompt}")
         if mean > found[0].train_mean:
             found[1:] = [FittedConstant(prompt, mean, exploit=True)]
     return found

@@ -8,6 +8,7 @@ medians are reported, and their ratios are what counts.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ from submission.types import Chat, Request, Sampling, Triplet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+LOG = logging.getLogger(__name__)
 
 SCENARIOS = ("zero_shot", "few_shot", "samples", "likelihood")
 OURS = "this program"
@@ -101,7 +104,7 @@ class Measured:
 Ways = Mapping[str, Callable[[], object]]
 
 
-def measure(config: Config, say: Callable[[str], None]) -> dict[str, Measured]:
+def measure(config: Config) -> dict[str, Measured]:
     """Run every scenario; see `Config`.
 
     Raises:
@@ -109,18 +112,18 @@ def measure(config: Config, say: Callable[[str], None]) -> dict[str, Measured]:
     """
     if config.plot is not None:
         check_output(config.plot, [("input", config.input), ("file of shots", config.shots)])
-    bench = _Bench(config, say)
+    bench = _Bench(config)
     results: dict[str, Measured] = {}
     with ExitStack() as stack:
         bench.start_server(stack)
         for scenario in config.scenarios:
             results[scenario] = getattr(bench, scenario)()
             for line in table(scenario, results[scenario]):
-                say(line)
+                LOG.info(line)
         if config.plot is not None:
             with made_files(config.plot, [config.plot], {"input": config.input}), atomic_path(config.plot) as temporary:
                 bench.plot(temporary)
-            say(f"plot       {config.plot}")
+            LOG.info(f"plot       {config.plot}")
     return results
 
 
@@ -140,13 +143,12 @@ def table(scenario: str, measured: Measured) -> Iterator[str]:
 class _Bench:
     """The models, loaded when a scenario asks for them, and the rows."""
 
-    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
+    def __init__(self, config: Config) -> None:
         unknown = [name for name in config.scenarios if name not in SCENARIOS]
         if unknown:
             raise UserError(f"unknown scenario {unknown[0]!r}; there are: {', '.join(SCENARIOS)}")
         stay_offline_and_quiet()
         self._config = config
-        self._say = say
         self._pairs = read_pairs(config.input)[: config.rows]
         self._threads = thread_count(config.threads)
         self._file = weights(model_spec("llama_cpp", config.model))[0]
@@ -157,7 +159,7 @@ class _Bench:
         self._one_by_one = LlamaCppPython(self._file, self._threads, backend.encoder.context)
         self._transformers: TransformersRows | None = None
         self._server: Callable[[Load], None] | None = None
-        say(f"model      {self._file.name}, {self._threads} threads, {config.repeats} repeats")
+        LOG.info(f"model      {self._file.name}, {self._threads} threads, {config.repeats} repeats")
 
     def start_server(self, stack: ExitStack) -> None:
         if self._config.llama_server is not None:
@@ -257,7 +259,7 @@ class _Bench:
         for repeat in range(self._config.repeats):
             for way, run in ways.items():
                 measured.seconds[way].append(_time(run))
-            self._say(f"repeat {repeat + 1} of {self._config.repeats} is done")
+            LOG.info(f"repeat {repeat + 1} of {self._config.repeats} is done")
 
     def _chats(self, template: str, shots: Sequence[Triplet]) -> list[Chat]:
         layout = get_template(template)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from submission.commands import RayCpusOption, RayGpusOption, RayOption, WorkersOption, new_app, run_command
-from submission.progress import say, tell
+from submission.progress import tell
 from submission.publish.commands import add_to
 
 app = new_app("Work out which prompt made a language model rewrite one text into another. Works offline.")
@@ -116,7 +116,7 @@ def predict(
     if dry_run:
         from submission.predict.estimate import estimate
 
-        _print_json(estimate(config, say), as_json=as_json)
+        _print_json(estimate(config), as_json=as_json)
         return
     try:
         summary = run(config, STARTED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -137,6 +138,24 @@ def scored(backend: Backend, items: Iterable[tuple[str, Chat, str]]) -> dict[str
 def scored_first(backend: Backend, items: Iterable[tuple[str, Chat, str]]) -> LogLikelihood:
     """The likelihood of the one item that there is."""
     return next(iter(scored(backend, items).values()))
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What `submission` tells people while a test runs, line by line."""
+    lines: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger, listener = logging.getLogger("submission"), Listener()
+    logger.addHandler(listener)
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.setLevel(before)
+    logger.removeHandler(listener)
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ from submission.backends import ModelSpec, model_spec
 from submission.backends.models import noted_template
 from submission.backends.transformers.loading import load_tokenizer, stay_offline_and_quiet
 from submission.data.tables import read_pairs
-from submission.progress import say
 from submission.prompts.templates import get_template
 from submission.types import Chat, Request, Sampling
 from tests.conftest import generated, scored
@@ -90,7 +89,7 @@ def main() -> int:
     good = True
     with TemporaryDirectory() as folder:
         base_gguf = Path(folder) / "base-f16.gguf"
-        make_gguf(str(base), {"F16": base_gguf}, find_converter(None), say)
+        make_gguf(str(base), {"F16": base_gguf}, find_converter(None))
         specs = ways(asked.run, base, base_gguf)
         given = {name: answers(spec, chats, sampling) for name, spec in specs.items()}
         for name, theirs in list(given.items())[1:]:

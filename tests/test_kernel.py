@@ -407,9 +407,9 @@ def test_a_bundle_of_a_constant_holds_one_wheel_and_is_replaced_whole(tmp_path: 
     settings = tmp_path / "constant.toml"
     settings.write_text('recover = "constant"\n')
     config = BundleConfig(tmp_path / "bundle", settings, wheels=[wheel])
-    contents = bundle(config, lambda _: None)
+    contents = bundle(config)
     assert set(contents["files"]) == {wheel.name, "kernel.toml"}
-    assert bundle(config, lambda _: None)["files"] == contents["files"]
+    assert bundle(config)["files"] == contents["files"]
     metadata = json.loads((tmp_path / "bundle/dataset-metadata.json").read_text())
     assert metadata["id"] == "OWNER/prompt-recovery-bundle"
     (tmp_path / "mine").mkdir()
@@ -429,19 +429,19 @@ def test_a_bundle_of_a_constant_holds_one_wheel_and_is_replaced_whole(tmp_path: 
 def test_a_bundle_that_could_not_run_is_refused(tmp_path: Path, wheel: Path, settings: str, said: str) -> None:
     (tmp_path / "k.toml").write_text(settings)
     with pytest.raises(UserError, match=said):
-        bundle(BundleConfig(tmp_path / "bundle", tmp_path / "k.toml", wheels=[wheel]), lambda _: None)
+        bundle(BundleConfig(tmp_path / "bundle", tmp_path / "k.toml", wheels=[wheel]))
     assert not (tmp_path / "bundle").exists()
 
 
 def test_a_model_folder_becomes_a_kaggle_model(tmp_path: Path) -> None:
     model = tmp_path / "model.gguf"
     model.write_bytes(b"GGUF....")
-    model_instance(str(model), "me/recovery/gguf/q8", tmp_path / "out", "Apache 2.0", lambda _: None)
+    model_instance(str(model), "me/recovery/gguf/q8", tmp_path / "out", "Apache 2.0")
     content = json.loads((tmp_path / "out/model-instance-metadata.json").read_text())
     assert (content["ownerSlug"], content["modelSlug"], content["instanceSlug"]) == ("me", "recovery", "q8")
     assert (tmp_path / "out/model.gguf").read_bytes() == b"GGUF...."
     with pytest.raises(UserError, match="'gguf'"):
-        model_instance(str(model), "me/recovery/transformers/q8", tmp_path / "other", "Apache 2.0", lambda _: None)
+        model_instance(str(model), "me/recovery/transformers/q8", tmp_path / "other", "Apache 2.0")
 
 
 def test_wheels_tell_what_they_need(wheel: Path, tmp_path: Path) -> None:
@@ -459,16 +459,17 @@ def test_a_rehearsal_has_no_network(tmp_path: Path) -> None:
     assert "Network is unreachable" in done.stderr
 
 
-def test_a_dry_run_passes_in_both_layouts_and_names_a_wheel_that_is_gone(tmp_path: Path, wheel: Path) -> None:
+def test_a_dry_run_passes_in_both_layouts_and_names_a_wheel_that_is_gone(
+    tmp_path: Path, wheel: Path, said: list[str]
+) -> None:
     made = make_bundle(tmp_path / "bundle", wheel, 'recover = "constant"\n')
     table = make_table(tmp_path / "larger.csv", IDS)
-    said: list[str] = []
-    outcomes = dry_run(made, [table], CODE_FILE, said.append)
+    outcomes = dry_run(made, [table], CODE_FILE)
     assert [(outcome.layout, outcome.rows, outcome.problem) for outcome in outcomes] == [
         ("flat", 1, ""), ("flat", 26, ""), ("nested", 1, ""), ("nested", 26, ""),
     ]  # fmt: skip
     (made / wheel.name).unlink()  # and a wheel for another Python makes no copy of what is left
-    outcomes = dry_run(made, [], CODE_FILE, said.append)
+    outcomes = dry_run(made, [], CODE_FILE)
     assert all(wheel.name in outcome.problem for outcome in outcomes)
 
 

@@ -33,12 +33,6 @@ needs_client = pytest.mark.skipif(importlib.util.find_spec("kagglesdk") is None,
 
 
 @pytest.fixture
-def said() -> list[str]:
-    """What people were told."""
-    return []
-
-
-@pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KaggleServer]:
     """Kaggle, and an environment in which the client talks to it."""
     kaggle = KaggleServer()
@@ -78,7 +72,7 @@ def explained(error: KaggleError, *words: str) -> bool:
 
 @needs_client
 def test_a_push_sends_what_kaggle_expects(server: KaggleServer, folder: Path, said: list[str]) -> None:
-    pushed = push(folder, owner=USER, say=said.append)
+    pushed = push(folder, owner=USER)
     assert pushed == Pushed(KERNEL, 3, KERNEL_URL)
     assert said == [f"version 3 of {KERNEL} is pushed: {KERNEL_URL}"]
     (sent,) = server.calls("SaveKernel")
@@ -103,15 +97,15 @@ def test_a_push_sends_what_kaggle_expects(server: KaggleServer, folder: Path, sa
 
 @needs_client
 def test_a_push_takes_another_accelerator(server: KaggleServer, folder: Path, said: list[str]) -> None:
-    push(folder, owner=USER, accelerator="NvidiaL4X1", say=said.append)
+    push(folder, owner=USER, accelerator="NvidiaL4X1")
     assert server.calls("SaveKernel")[0]["machineShape"] == "NvidiaL4X1"
     with pytest.raises(UserError, match=r"NvidiaTeslaP100.*is retired"):
-        push(folder, owner=USER, accelerator="NvidiaTeslaP100", say=said.append)
+        push(folder, owner=USER, accelerator="NvidiaTeslaP100")
 
 
 @needs_client
 def test_a_push_follows_its_run_to_the_end(server: KaggleServer, folder: Path, said: list[str]) -> None:
-    push(folder, owner=USER, wait=True, say=said.append)
+    push(folder, owner=USER, wait=True)
     assert said[-1].startswith(f"{KERNEL}: complete, 0m0")
 
 
@@ -130,7 +124,7 @@ def test_the_status_is_read(server: KaggleServer) -> None:
 def test_waiting_tells_each_state_until_the_run_is_complete(server: KaggleServer, said: list[str]) -> None:
     for state in ("QUEUED", "RUNNING", "RUNNING", "COMPLETE"):
         server.answer("GetKernelSessionStatus", {"status": state})
-    assert wait_for(KERNEL, said.append, poll_seconds=0.01) == Status("complete", "")
+    assert wait_for(KERNEL, poll_seconds=0.01) == Status("complete", "")
     assert [line.split(",")[0] for line in said] == [
         f"{KERNEL}: {state}" for state in ("queued", "running", "complete")
     ]
@@ -140,7 +134,7 @@ def test_waiting_tells_each_state_until_the_run_is_complete(server: KaggleServer
 def test_waiting_outlives_a_fault_of_the_server(server: KaggleServer, said: list[str]) -> None:
     server.answer("GetKernelSessionStatus", {"code": 503, "message": "try later"}, status=503)
     server.answer("GetKernelSessionStatus", {"status": "COMPLETE"})
-    wait_for(KERNEL, said.append, poll_seconds=0.01)
+    wait_for(KERNEL, poll_seconds=0.01)
     assert said[0].startswith("no status this time (1 of 5)")
     assert "try later" in said[0]
 
@@ -151,7 +145,7 @@ def test_a_failed_run_shows_the_end_of_its_log(server: KaggleServer, said: list[
     server.answer("GetKernelSessionStatus", {"status": "ERROR", "failureMessage": "Your notebook\nthrew"})
     server.log = json.dumps([{"stream_name": "stdout", "time": n, "data": f"line {n}\n"} for n in range(30)])
     with pytest.raises(KaggleError) as caught:
-        wait_for(KERNEL, said.append, poll_seconds=0.01)
+        wait_for(KERNEL, poll_seconds=0.01)
     assert explained(caught.value, f"the run of {KERNEL} failed: Your notebook threw", "kaggle kernels output")
     assert said[-20:] == [f"  line {n}" for n in range(10, 30)]
 
@@ -161,9 +155,9 @@ def test_a_cancelled_run_is_a_failure_and_a_long_one_a_time_out(server: KaggleSe
     server.answer("GetKernelSessionStatus", {"status": "RUNNING"})
     server.answer("GetKernelSessionStatus", {"status": "CANCEL_ACKNOWLEDGED"})
     with pytest.raises(KaggleError, match="is still running after"):
-        wait_for(KERNEL, said.append, timeout=0)
+        wait_for(KERNEL, timeout=0)
     with pytest.raises(KaggleError, match="was cancelled"):
-        wait_for(KERNEL, said.append)
+        wait_for(KERNEL)
 
 
 @needs_client
@@ -171,9 +165,9 @@ def test_the_output_comes_with_its_log(server: KaggleServer, tmp_path: Path, sai
     target = tmp_path / "output"
     server.log = "[]"
     server.files = {"submission.csv": b"an older and longer file of the same name"}
-    output(KERNEL, target, said.append)
+    output(KERNEL, target)
     server.files = {"submission.csv": b"id,rewrite_prompt\n", "runs/run.json": b"{}"}
-    came = output(KERNEL, target, said.append)
+    came = output(KERNEL, target)
     assert came == [target / name for name in ("prompt-recovery.log", "runs/run.json", "submission.csv")]
     assert (target / "submission.csv").read_bytes() == b"id,rewrite_prompt\n"
     assert said[-1] == "submission.csv is among the 3 files"
@@ -190,7 +184,7 @@ def test_a_file_of_the_user_s_is_not_replaced_by_the_output(
     (target / "submission.csv").write_text("mine")
     server.files = {"submission.csv": b"id,rewrite_prompt\n", "run.json": b"{}"}
     with pytest.raises(UserError, match=r"submission\.csv: in the way"):
-        output(KERNEL, target, said.append)
+        output(KERNEL, target)
     assert [(path.name, path.read_text()) for path in target.iterdir()] == [("submission.csv", "mine")]
 
 
@@ -198,7 +192,7 @@ def test_a_file_of_the_user_s_is_not_replaced_by_the_output(
 def test_an_error_page_is_not_taken_for_a_file(server: KaggleServer, tmp_path: Path, said: list[str]) -> None:
     server.files = {"submission.csv": b"gone"}
     with pytest.raises(KaggleError) as caught:
-        output(KERNEL, tmp_path / "output", said.append)
+        output(KERNEL, tmp_path / "output")
     assert explained(caught.value, "no submission.csv (404)", "again")
     assert list((tmp_path / "output").iterdir()) == []
 
@@ -206,7 +200,7 @@ def test_an_error_page_is_not_taken_for_a_file(server: KaggleServer, tmp_path: P
 @needs_client
 def test_a_kernel_without_output_is_said_so(server: KaggleServer, tmp_path: Path, said: list[str]) -> None:
     with pytest.raises(KaggleError) as caught:
-        output(KERNEL, tmp_path / "output", said.append)
+        output(KERNEL, tmp_path / "output")
     assert explained(caught.value, "no output", f"kaggle kernels status {KERNEL}")
 
 
@@ -214,7 +208,7 @@ def test_a_kernel_without_output_is_said_so(server: KaggleServer, tmp_path: Path
 @pytest.mark.parametrize("refusal", [403, 404])
 def test_a_dataset_is_created_the_first_time(server: KaggleServer, wheels: Path, said: list[str], refusal: int) -> None:
     server.answer("GetDatasetStatus", {"code": refusal, "message": "no"}, status=refusal)
-    assert push_dataset(wheels, "first", said.append) == DATASET_URL
+    assert push_dataset(wheels, "first") == DATASET_URL
     assert server.uploaded == {"one.whl": b"first", "two.whl": b"second"}
     (sent,) = server.calls("CreateDataset")
     assert (sent["ownerSlug"], sent["slug"], sent["title"]) == (USER, "prompt-recovery-wheels", "Wheels for a kernel")
@@ -226,7 +220,7 @@ def test_a_dataset_is_created_the_first_time(server: KaggleServer, wheels: Path,
 @needs_client
 def test_a_dataset_that_exists_gets_a_new_version(server: KaggleServer, wheels: Path, said: list[str]) -> None:
     server.answer("CreateDatasetVersion", {"status": "ok", "url": DATASET_URL, "invalidTags": ["no-such-tag"]})
-    assert push_dataset(wheels, "second; with care", said.append) == DATASET_URL
+    assert push_dataset(wheels, "second; with care") == DATASET_URL
     (sent,) = server.calls("CreateDatasetVersion")
     assert sent["body"]["versionNotes"] == "second; with care"
     assert len(sent["body"]["files"]) == 2
@@ -237,17 +231,17 @@ def test_a_dataset_that_exists_gets_a_new_version(server: KaggleServer, wheels: 
 def test_a_dataset_is_waited_for_until_it_is_ready(server: KaggleServer, said: list[str]) -> None:
     server.answer("GetDatasetStatus", {"status": "BLOBS_RECEIVED"})
     with pytest.raises(KaggleError) as caught:
-        wait_until_ready(DATASET, said.append, poll_seconds=0.1, timeout=0.1)
+        wait_until_ready(DATASET, poll_seconds=0.1, timeout=0.1)
     assert explained(caught.value, "is not ready", "push --no-dataset")
     server.answer("GetDatasetStatus", {"status": "READY"})
-    wait_until_ready(DATASET, said.append, poll_seconds=0.1)
+    wait_until_ready(DATASET, poll_seconds=0.1)
 
 
 @needs_client
 def test_a_dataset_that_cannot_be_unpacked_is_a_failure(server: KaggleServer, said: list[str]) -> None:
     server.answer("GetDatasetStatus", {"status": "FAILED"})
     with pytest.raises(KaggleError) as caught:
-        wait_until_ready(DATASET, said.append, poll_seconds=0.1)
+        wait_until_ready(DATASET, poll_seconds=0.1)
     assert explained(caught.value, "could not unpack", "push it again")
 
 
@@ -255,7 +249,7 @@ def test_a_dataset_that_cannot_be_unpacked_is_a_failure(server: KaggleServer, sa
 def test_a_dataset_that_kaggle_refuses_is_a_failure(server: KaggleServer, wheels: Path, said: list[str]) -> None:
     server.answer("CreateDatasetVersion", {"status": "error", "error": f"The title must not hold {KEY}"})
     with pytest.raises(KaggleError) as caught:
-        push_dataset(wheels, "m", said.append)
+        push_dataset(wheels, "m")
     assert explained(caught.value, f"upload of {DATASET} failed", "The title must not hold [hidden]", "Correct")
 
 
@@ -266,8 +260,8 @@ def test_a_dataset_of_the_placeholder_is_pushed_by_its_owner(
     path = wheels / "dataset-metadata.json"
     path.write_text(json.dumps({**DATASET_METADATA, "id": "OWNER/prompt-recovery-wheels"}))
     with pytest.raises(UserError, match="write your user name of Kaggle for OWNER"):
-        push_dataset(wheels, "m", said.append)
-    assert push_dataset(wheels, "m", said.append, owner=USER) == DATASET_URL
+        push_dataset(wheels, "m")
+    assert push_dataset(wheels, "m", owner=USER) == DATASET_URL
     (sent,) = server.calls("CreateDatasetVersion")
     assert (sent["ownerSlug"], len(sent["body"]["files"])) == (USER, 2)
     assert "OWNER" in path.read_text()
@@ -276,16 +270,16 @@ def test_a_dataset_of_the_placeholder_is_pushed_by_its_owner(
 def test_a_dataset_with_a_folder_or_without_files_is_refused(wheels: Path, said: list[str]) -> None:
     (wheels / "deep").mkdir()
     with pytest.raises(UserError, match="holds the folder deep"):
-        push_dataset(wheels, "m", said.append)
+        push_dataset(wheels, "m")
     for path in (wheels / "deep", wheels / "one.whl", wheels / "two.whl"):
         path.rmdir() if path.is_dir() else path.unlink()
     with pytest.raises(UserError, match="holds no file"):
-        push_dataset(wheels, "m", said.append)
+        push_dataset(wheels, "m")
 
 
 @needs_client
 def test_a_submission_names_kernel_version_and_file(server: KaggleServer, said: list[str]) -> None:
-    submit("llm-prompt-recovery", KERNEL, 3, "submission.csv", "a first try", said.append)
+    submit("llm-prompt-recovery", KERNEL, 3, "submission.csv", "a first try")
     (sent,) = server.calls("CreateCodeSubmission")
     assert sent == {
         "competitionName": "llm-prompt-recovery",
@@ -312,7 +306,7 @@ def test_a_submission_that_is_not_taken_is_a_failure(
     content = {"message": message} if code == 200 else {"code": code, "message": message}
     server.answer("CreateCodeSubmission", content, status=code)
     with pytest.raises(KaggleError) as caught:
-        submit("llm-prompt-recovery", KERNEL, 3, "submission.csv", "m", said.append)
+        submit("llm-prompt-recovery", KERNEL, 3, "submission.csv", "m")
     assert explained(caught.value, f"submission of {KERNEL} to llm-prompt-recovery failed", *words)
     assert said == []
 
@@ -357,7 +351,7 @@ def test_a_push_that_kaggle_refuses_is_explained(
 ) -> None:
     server.answer("SaveKernel", content, status=code)
     with pytest.raises(KaggleError) as caught:
-        push(folder, owner=USER, say=said.append)
+        push(folder, owner=USER)
     assert explained(caught.value, f"push of {KERNEL} failed: ", *words)
     assert said == []
 
@@ -380,7 +374,7 @@ def test_a_closed_port_is_a_matter_of_the_network(
         port = closed.getsockname()[1]
     use_port(tmp_path, port, monkeypatch)
     with pytest.raises(KaggleError) as caught:
-        push(folder, owner=USER, say=said.append)
+        push(folder, owner=USER)
     assert explained(caught.value, "Connection refused", "Look at the network")
     assert caught.value.transient
     monkeypatch.setenv("KAGGLE_API_TOKEN", "KGAT_fedcba9876543210")  # the client then calls before it does anything
@@ -394,7 +388,7 @@ def test_a_server_that_does_not_answer_is_a_time_out(server: KaggleServer, folde
     server.silent = True
     begin = time.monotonic()
     with pytest.raises(KaggleError) as caught:
-        push(folder, owner=USER, timeout=2, say=said.append)
+        push(folder, owner=USER, timeout=2)
     assert explained(caught.value, "no answer within 2 s", "Look at the network")
     assert time.monotonic() - begin < 10
     assert caught.value.__suppress_context__  # what the client had printed holds credentials
@@ -455,13 +449,13 @@ def test_show_prints_commands_for_a_shell_and_sends_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert push(folder, owner=USER, wait=True, say=said.append, show=True) is None
+    assert push(folder, owner=USER, wait=True, show=True) is None
     assert status(KERNEL, show=True) is None
-    assert wait_for(KERNEL, said.append, show=True) is None
-    assert output(KERNEL, tmp_path / "my output", said.append, show=True) == []
-    submit("llm-prompt-recovery", KERNEL, 3, "submission.csv", "it's a try", said.append, show=True)
-    assert push_dataset(wheels, "m", said.append, show=True) == ""
-    assert push_dataset(wheels, "m", said.append, owner=USER, show=True) == ""
+    assert wait_for(KERNEL, show=True) is None
+    assert output(KERNEL, tmp_path / "my output", show=True) == []
+    submit("llm-prompt-recovery", KERNEL, 3, "submission.csv", "it's a try", show=True)
+    assert push_dataset(wheels, "m", show=True) == ""
+    assert push_dataset(wheels, "m", owner=USER, show=True) == ""
     lines = [shlex.split(line, comments=True) for line in capsys.readouterr().out.splitlines()]
     assert lines[5].count("it's a try") == 1
     lines[5][lines[5].index("it's a try")] = "X"

@@ -37,7 +37,7 @@ def main() -> None:
     settings = [*asked.settings, f"max_steps={steps}", "validation=", f"save_every={steps + 1}"]
     config = read_sft(asked.recipe, settings)
     stay_offline_and_quiet()
-    ready = prepare(config, base_folder(config.base), print)
+    ready = prepare(config, base_folder(config.base))
     rows = batches(config, ready.train, steps)
     tokens = [sum(len(example.ids) for example in batch) for batch in rows]
     padded = [max(len(example.ids) for example in batch) * len(batch) for batch in rows]

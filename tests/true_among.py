@@ -24,7 +24,6 @@ from eval.encoders import Encoder, find_encoder
 from eval.grouping import near_duplicate_groups
 from eval.intervals import bootstrap
 from submission.data.tables import read_triplets
-from submission.progress import say
 from submission.types import Triplet
 
 _GAINS = (-np.inf, 1.0, 8.0)  # nats
@@ -67,7 +66,7 @@ def main() -> None:
     models = read_models(None, {"target": asked.target, "judge": asked.judge, "gate": asked.gate})
     with open_models(models, roles_needed([*names, "likelihood_gain"]), asked.output) as opened:
         made = make_selectors([*names, "likelihood_gain"], tools(encoder, opened))
-        scores = score_rows(rows, made, say)
+        scores = score_rows(rows, made)
         tokens = [known.tokens for known in opened["target"].of(
             [next(q for _, q in made["likelihood_gain"].questions(row.pair, row.candidates)) for row in rows]  # type: ignore[attr-defined]
         )]  # fmt: skip

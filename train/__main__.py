@@ -48,7 +48,7 @@ def prompts(
 
     config = Prompts(size, str(grammar or ""), tuple(split_list(kinds)), "" if near is None else f"{near:g}", seed)
     # Prompts come by the thousand and never again: a cache of embeddings would only grow.
-    make_prompts(config, output, lambda: find_encoder(encoder, cached=False), say, fresh=fresh)
+    make_prompts(config, output, lambda: find_encoder(encoder, cached=False), fresh=fresh)
 
 
 @app.command()
@@ -82,7 +82,7 @@ def texts(
     spec = model_spec(backend, model, adapter, settings) if write else None
     paths = tuple(str(path) for path in sources or [])
     config = Texts(paths, write, str(topics or ""), min_words, max_words, temperature, max_new_tokens, seed)
-    make_texts(config, output, spec, find_encoder(encoder), say, fresh=fresh)
+    make_texts(config, output, spec, find_encoder(encoder), fresh=fresh)
 
 
 @app.command()
@@ -120,7 +120,7 @@ def rewrites(
 
     config = Rewrites(size, temperature, top_p, min_p, length_factor, max_new_tokens, keep_cut, seed)
     spec = model_spec(backend, model, adapter, settings, Fleet(workers, ray, ray_gpus, ray_cpus))
-    make_rewrites(config, prompts, texts, output, spec, say, fresh=fresh)
+    make_rewrites(config, prompts, texts, output, spec, fresh=fresh)
 
 
 @app.command()
@@ -147,7 +147,7 @@ def prepare(
 
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file: name a folder")
-    run(read_recipe(sources or [], recipe, settings or []), output, find_encoder(encoder), say, fresh=fresh)
+    run(read_recipe(sources or [], recipe, settings or []), output, find_encoder(encoder), fresh=fresh)
 
 
 @app.command()
@@ -166,7 +166,7 @@ def run(
     from eval.encoders import find_encoder
     from train.run import read_run, run_stages
 
-    run_stages(read_run(recipe, settings or []), find_encoder(encoder), say, fresh=fresh)
+    run_stages(read_run(recipe, settings or []), find_encoder(encoder), fresh=fresh)
 
 
 @app.command()
@@ -187,11 +187,11 @@ def sft(
     if dry_run:
         from train.dry_run import look
 
-        look(config, say)
+        look(config)
     elif output is None:
         raise UserError("name a folder to write to: -o FOLDER")
     else:
-        tune(config, output, say, fresh=fresh)
+        tune(config, output, fresh=fresh)
 
 
 @app.command()
@@ -205,7 +205,7 @@ def sweep(
     from train.sweep import lines
     from train.sweep import sweep as run_all
 
-    for line in lines(run_all(recipe, output, grid, settings or [], say)):
+    for line in lines(run_all(recipe, output, grid, settings or [])):
         tell(line, sys.stdout)
 
 
@@ -219,7 +219,7 @@ def merge(
     """Merge an adapter into its base, in 16 bits or more, and check that nothing has changed."""
     from train.merge import merge as put_together
 
-    put_together(adapter, output, say, base=base, dtype=dtype)
+    put_together(adapter, output, base=base, dtype=dtype)
 
 
 @app.command()
@@ -255,10 +255,10 @@ def gguf(
     if not names:
         raise UserError("--quantization names none")
     if adapter:
-        make_adapter(Path(model), output, find_converter(llama_cpp), say, base=base, base_gguf=base_gguf)
+        make_adapter(Path(model), output, find_converter(llama_cpp), base=base, base_gguf=base_gguf)
         return
     files = {name: output if len(names) == 1 else output.with_name(f"{output.stem}-{name}.gguf") for name in names}
-    for line in table(make_gguf(model, files, find_converter(llama_cpp), say)):
+    for line in table(make_gguf(model, files, find_converter(llama_cpp))):
         tell(line, sys.stdout)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Size:
         return self.weights + self.optimizer + self.activations
 
 
-def look(config: Sft, say: Callable[[str], None]) -> None:
+def look(config: Sft) -> None:
     """Print it all.
 
     Raises:
@@ -49,7 +49,7 @@ def look(config: Sft, say: Callable[[str], None]) -> None:
     """
     check_installed(config)
     stay_offline_and_quiet()
-    ready = prepare(config, base_folder(config.base), say)
+    ready = prepare(config, base_folder(config.base))
     for line in lines(config, ready):
         tell(line, sys.stdout)
     tell("", sys.stdout)

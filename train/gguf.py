@@ -9,10 +9,11 @@ Kullback-Leibler divergence of the next token and perplexity on probe texts. A f
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +35,8 @@ from train.merge import named_base
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,7 @@ class Checked:
     tokens_per_second: float
 
 
-def export(config: Gguf, merged: Path, adapter: Path, output: Path, say: Callable[[str], None], *, fresh: bool) -> None:
+def export(config: Gguf, merged: Path, adapter: Path, output: Path, *, fresh: bool) -> None:
     """Write what a recipe asks for to a folder; files made of the same are left as they are.
 
     Raises:
@@ -117,10 +120,10 @@ def export(config: Gguf, merged: Path, adapter: Path, output: Path, say: Callabl
     files = {name: output / config.file(name) for name in config.quantizations}
     missing = [name for name, path in files.items() if fresh or not up_to_date(path, _made_from(merged))]
     if missing:
-        for line in table(make_gguf(str(merged), {name: files[name] for name in missing}, converter, say)):
-            say(line)
+        for line in table(make_gguf(str(merged), {name: files[name] for name in missing}, converter)):
+            LOG.info(line)
     if config.adapter and (fresh or not up_to_date(output / ADAPTER, _made_from(adapter))):
-        make_adapter(adapter, output / ADAPTER, converter, say)
+        make_adapter(adapter, output / ADAPTER, converter)
 
 
 def _made_from(source: Path) -> dict[str, str]:
@@ -128,14 +131,13 @@ def _made_from(source: Path) -> dict[str, str]:
     return {"source": content_hash(source)}
 
 
-def make_gguf(model: str, files: Mapping[str, Path], converter: Converter, say: Callable[[str], None]) -> list[Checked]:
+def make_gguf(model: str, files: Mapping[str, Path], converter: Converter) -> list[Checked]:
     """Convert a model to GGUF files.
 
     Args:
         model: transformers folder.
         files: what to write, by quantisation, such as BF16, Q8_0, Q4_K_M.
         converter: of llama.cpp.
-        say: takes lines for people.
 
     Raises:
         UserError: something is missing or wrong, or a file is not what it should be; that one is not written.
@@ -153,13 +155,13 @@ def make_gguf(model: str, files: Mapping[str, Path], converter: Converter, say: 
     beside = next(iter(files.values())).parent
     with TemporaryDirectory(dir=beside, prefix=".f16-", suffix=".tmp") as scratch:
         reference = Path(scratch) / f"{whole}.gguf"
-        say(f"converting {folder} to {whole}")
+        LOG.info(f"converting {folder} to {whole}")
         converter.model(folder, reference, _WHOLE[whole])
         apart, exact, ids = _compare_with_transformers(folder, reference)
-        say(f"logits within {apart:.3f} of transformers on {sum(map(len, ids))} tokens")
+        LOG.info(f"logits within {apart:.3f} of transformers on {sum(map(len, ids))} tokens")
         for name, kind in sorted(kinds.items(), key=lambda item: item[0] == whole):  # it is moved away, so comes last
             with atomic_path(files[name]) as target:
-                say(f"writing {name}")
+                LOG.info(f"writing {name}")
                 if name == whole:
                     os.replace(reference, target)
                 elif name in _WHOLE:
@@ -181,7 +183,6 @@ def make_adapter(
     adapter: Path,
     output: Path,
     converter: Converter,
-    say: Callable[[str], None],
     *,
     base: str = "",
     base_gguf: Path | None = None,
@@ -192,7 +193,6 @@ def make_adapter(
         adapter: PEFT folder.
         output: file to write.
         converter: of llama.cpp.
-        say: takes lines for people.
         base: of the adapter; "" takes what the adapter names.
         base_gguf: file of the base to check the adapter beside, F32 or F16; without one, a base of up to 2 GB is
             converted for the check, and an adapter of a larger one is not checked.
@@ -215,14 +215,16 @@ def make_adapter(
             converter.model(folder, base_gguf, "f32")
         if base_gguf is not None:
             apart, _, ids = _compare_with_transformers(folder, base_gguf, adapter, target, most=most)
-            say(f"logits within {apart:.4f} of transformers on {sum(map(len, ids))} tokens, base and adapter")
+            LOG.info(f"logits within {apart:.4f} of transformers on {sum(map(len, ids))} tokens, base and adapter")
         else:
-            say("not loaded beside its base, which is large: name an F32 or F16 file of it with --base-gguf to check")
+            LOG.info(
+                "not loaded beside its base, which is large: name an F32 or F16 file of it with --base-gguf to check"
+            )
         claim(output, [output])
     write_manifest(output, {"adapter": str(adapter), "made_from": _made_from(adapter), "base": base,
                             "template": noted_template(adapter), "converter": converter.fingerprint,
                             "logits_apart": apart})  # fmt: skip
-    say(f"written to {output}: {output.stat().st_size / 1e6:.1f} MB")
+    LOG.info(f"written to {output}: {output.stat().st_size / 1e6:.1f} MB")
 
 
 def table(checked: Sequence[Checked]) -> Iterator[str]:

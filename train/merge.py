@@ -8,7 +8,7 @@ The base is loaded in 16 or 32 bits, never in 4: what is merged into 4-bit weigh
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from submission.data.outputs import check_apart, check_folder, made_folder, writ
 from submission.errors import UserError, first_line
 from train.bases import base_folder
 
+LOG = logging.getLogger(__name__)
+
 _PROBES = (
     "The quick brown fox",
     "Rewrite this text as a sea shanty:",
@@ -37,13 +39,12 @@ _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _MOST = 6e4  # that a float16 holds
 
 
-def merge(adapter: Path, output: Path, say: Callable[[str], None], *, base: str = "", dtype: str = "auto") -> None:
+def merge(adapter: Path, output: Path, *, base: str = "", dtype: str = "auto") -> None:
     """Merge an adapter and write the model, whole or not at all.
 
     Args:
         adapter: a PEFT folder.
         output: the folder to write; what an earlier merge left there is replaced.
-        say: takes lines for people.
         base: of the adapter; "" takes what the adapter names.
         dtype: of the written weights; auto is the base's own where that has 16 bits, and float16 for a base of 32 bits,
             whose weights it rounds eight times more finely than bfloat16.
@@ -63,7 +64,7 @@ def merge(adapter: Path, output: Path, say: Callable[[str], None], *, base: str 
     stay_offline_and_quiet()
     import torch
 
-    say(f"base {folder}, adapter {adapter}")
+    LOG.info(f"base {folder}, adapter {adapter}")
     plain = load_model(folder, None, device="cpu", dtype="float32", load_in_4bit=False)
     model = with_adapter(plain, adapter).eval()
     tokenizer = load_tokenizer(folder)
@@ -91,7 +92,7 @@ def merge(adapter: Path, output: Path, say: Callable[[str], None], *, base: str 
             (part / NOTE).write_text(json.dumps({"template": template, "base": str(folder)}))
     write_manifest(output, {"base": str(folder), "base_hash": content_hash(folder), "adapter": str(adapter),
                             "made_from": made_from(adapter), "dtype": dtype, "logits_apart": apart})  # fmt: skip
-    say(f"written to {output}: logits within {apart:.1e} of base and adapter (32 bits), weights in {dtype}")
+    LOG.info(f"written to {output}: logits within {apart:.1e} of base and adapter (32 bits), weights in {dtype}")
 
 
 def made_from(adapter: Path) -> dict[str, str]:

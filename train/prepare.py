@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -31,13 +32,15 @@ from train.recipe import Recipe, Source
 from train.sources import read_records, resolve
 from train.splits import SPLITS, group_rows, shared, split
 
+LOG = logging.getLogger(__name__)
+
 OOD = "ood"
 _BESIDE = ("dropped.csv", card.NAME, card.PLOT)
 _NEEDED = ("original_text", "rewritten_text", "rewrite_prompt")
 _OPTIONAL = ("id", "kind", "style")
 
 
-def prepare(recipe: Recipe, output: Path, encoder: Encoder, say: Callable[[str], None], *, fresh: bool = False) -> bool:
+def prepare(recipe: Recipe, output: Path, encoder: Encoder, *, fresh: bool = False) -> bool:
     """Make the sets; False if they are there already, made of the same by the same recipe.
 
     Raises:
@@ -57,16 +60,16 @@ def prepare(recipe: Recipe, output: Path, encoder: Encoder, say: Callable[[str],
     check_apart(output / "data", wanted, (("source", path) for path in [*named, *(path for _, path in files)]))
     check_free(output / "data", wanted)
     if not fresh and up_to_date(output / "data", mark):
-        say(f"{output} is made of the same sources by the same recipe: nothing to do (--fresh makes it anew)")
+        LOG.info(f"{output} is made of the same sources by the same recipe: nothing to do (--fresh makes it anew)")
         return False
-    rows = _clean(recipe, files, made, say)
-    rows = _screen(recipe, rows, made, encoder, say, output, fresh=fresh)
+    rows = _clean(recipe, files, made)
+    rows = _screen(recipe, rows, made, encoder, output, fresh=fresh)
     ood_names = {_name(source, path) for source, path in files if source.ood}
     known = _mix(recipe, [row for row in rows if row.source not in ood_names], made)
     others = [row for row in rows if row.source in ood_names]
     if not known:
         raise UserError(f"no row is left: {_reasons(made)}")
-    say(f"grouping {len(known) + len(others)} rows by prompt, style and text")
+    LOG.info(f"grouping {len(known) + len(others)} rows by prompt, style and text")
     groups = group_rows([*known, *others], encoder, recipe.split).tolist()
     places = split(groups[: len(known)], recipe.split)
     made.splits = {name: [row for row, place in zip(known, places, strict=True) if place == name] for name in SPLITS
@@ -87,14 +90,12 @@ def prepare(recipe: Recipe, output: Path, encoder: Encoder, say: Callable[[str],
         raise UserError(f"[mix] subsets: {max(recipe.mix.subsets)} rows were asked for, train has {most}")
     _write(recipe, output, made, mark, encoder, len(set(groups[: len(known)])))
     for name, part in made.splits.items():
-        say(f"{name:<12} {len(part):>7} rows")
-    say(f"{'dropped':<12} {len(made.dropped):>7} rows, one by one in {output / 'dropped.csv'}")
+        LOG.info(f"{name:<12} {len(part):>7} rows")
+    LOG.info(f"{'dropped':<12} {len(made.dropped):>7} rows, one by one in {output / 'dropped.csv'}")
     return True
 
 
-def _clean(
-    recipe: Recipe, files: Sequence[tuple[Source, Path]], made: Prepared, say: Callable[[str], None]
-) -> list[Row]:
+def _clean(recipe: Recipe, files: Sequence[tuple[Source, Path]], made: Prepared) -> list[Row]:
     kept: list[Row] = []
     seen: set[tuple[str, str, str]] = set()
     ids: set[str] = set()
@@ -109,7 +110,7 @@ def _clean(
                 made.dropped.append((row, "cleaning", reason))
             else:
                 kept.append(row)
-        say(f"{name}: {made.read[name]} rows read, {len(kept) - before} left after cleaning")
+        LOG.info(f"{name}: {made.read[name]} rows read, {len(kept) - before} left after cleaning")
     return kept
 
 
@@ -140,19 +141,18 @@ def _screen(
     rows: Sequence[Row],
     made: Prepared,
     encoder: Encoder,
-    say: Callable[[str], None],
     output: Path,
     *,
     fresh: bool,
 ) -> list[Row]:
     asked = recipe.screens
     left = _drop(rows, [screens.by_text(row, asked) for row in rows], made)
-    say(f"{len(left)} rows left after screens by text; embedding them")
+    LOG.info(f"{len(left)} rows left after screens by text; embedding them")
     left = _drop(left, screens.by_embedding(left, asked, encoder), made)
     if asked.needs_model and left:
         output.mkdir(parents=True, exist_ok=True)
         total = len(left) * (bool(asked.naturalness) + 2 * bool(asked.matters))
-        say(f"{len(left)} rows left; computing up to {total} likelihoods")
+        LOG.info(f"{len(left)} rows left; computing up to {total} likelihoods")
         with (
             session(output / "likelihoods", {"target": recipe.model.spec()}, fresh=fresh) as models,
             show_progress(total, 0, doing="screening", unit="likelihoods") as progress,

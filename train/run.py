@@ -8,7 +8,8 @@ stages from `sft` on are run if the recipe has them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from train.sft import check_installed, sft
 from train.sft_config import Sft, with_sets
 from train.stages import Prompts, Rewrites, Texts, make_prompts, make_rewrites, make_texts
 
-Say = Callable[[str], None]
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ def read_run(path: Path, settings: Sequence[str] = ()) -> Run:
     return replace(run, sft=with_sets(run.sft, output)) if run.sft else run
 
 
-def run_stages(run: Run, encoder: Encoder, say: Say, *, fresh: bool = False) -> None:
+def run_stages(run: Run, encoder: Encoder, *, fresh: bool = False) -> None:
     """Run what is not finished.
 
     Raises:
@@ -123,29 +124,29 @@ def run_stages(run: Run, encoder: Encoder, say: Say, *, fresh: bool = False) -> 
     spec = run.recipe.model.spec()
     _check(run)
     prompts, texts, triplets = (run.output / name for name in ("prompts.csv", "texts.csv", "triplets.csv"))
-    say("prompts")
+    LOG.info("prompts")
     make_prompts(
-        run.prompts, prompts, lambda: find_encoder(str(encoder.folder), cached=False), say, fresh=fresh
+        run.prompts, prompts, lambda: find_encoder(str(encoder.folder), cached=False), fresh=fresh
     )  # fmt: skip
-    say("texts")
-    make_texts(run.texts, texts, spec, encoder, say, fresh=fresh)
-    say("rewrites")
-    make_rewrites(run.rewrites, prompts, texts, triplets, spec, say, fresh=fresh)
-    say("prepare")
-    prepare(run.recipe, run.sets, encoder, say, fresh=fresh)
+    LOG.info("texts")
+    make_texts(run.texts, texts, spec, encoder, fresh=fresh)
+    LOG.info("rewrites")
+    make_rewrites(run.rewrites, prompts, texts, triplets, spec, fresh=fresh)
+    LOG.info("prepare")
+    prepare(run.recipe, run.sets, encoder, fresh=fresh)
     if run.sft is None:
         return
-    say("sft")
-    adapter = sft(run.sft, run.output / "sft", say, fresh=fresh)
-    say("merge")
+    LOG.info("sft")
+    adapter = sft(run.sft, run.output / "sft", fresh=fresh)
+    LOG.info("merge")
     merged = run.output / "merged"
-    _merge(adapter, merged, say, fresh=fresh)
+    _merge(adapter, merged, fresh=fresh)
     if run.gguf:
-        say("gguf")
-        export(run.gguf, merged, adapter, run.output, say, fresh=fresh)
+        LOG.info("gguf")
+        export(run.gguf, merged, adapter, run.output, fresh=fresh)
     if run.score:
-        say("predict and score")
-        _score(run, run.score, merged, encoder, say, fresh=fresh)
+        LOG.info("predict and score")
+        _score(run, run.score, merged, encoder, fresh=fresh)
 
 
 def _check(run: Run) -> None:
@@ -162,14 +163,14 @@ def _check(run: Run) -> None:
         check_names(run.score.baselines)
 
 
-def _merge(adapter: Path, merged: Path, say: Say, *, fresh: bool) -> None:
+def _merge(adapter: Path, merged: Path, *, fresh: bool) -> None:
     if up_to_date(merged, made_from(adapter)) and not fresh:
-        say(f"{merged} is merged from the same adapter: nothing to do (--fresh makes it anew)")
+        LOG.info(f"{merged} is merged from the same adapter: nothing to do (--fresh makes it anew)")
         return
-    merge(adapter, merged, say)
+    merge(adapter, merged)
 
 
-def _score(run: Run, score: Score, merged: Path, encoder: Encoder, say: Say, *, fresh: bool) -> None:
+def _score(run: Run, score: Score, merged: Path, encoder: Encoder, *, fresh: bool) -> None:
     assert run.sft is not None
     model = str(merged)
     if score.backend == "llama_cpp":
@@ -182,9 +183,9 @@ def _score(run: Run, score: Score, merged: Path, encoder: Encoder, say: Say, *, 
             model=score.base or run.sft.base, tuned_model=model, max_new_tokens=score.max_new_tokens,
             limit=score.limit, fresh=fresh,
         ),
-        encoder, say,
+        encoder,
     )  # fmt: skip
     for line in result.lines():
-        say(line)
+        LOG.info(line)
     claim(run.output / _SCORE, [run.output / _SCORE])
     write_json(run.output / _SCORE, result.figures())

@@ -9,10 +9,11 @@ its last checkpoint with the same losses as one that was not.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +37,8 @@ from train.tasks import Task, make_task
 from train.trainer import FSDP, device_count, make_trainer, training_dtype
 from train.watch import watcher
 
-Say = Callable[[str], None]
+LOG = logging.getLogger(__name__)
+
 
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
 _CURVE, _MARKS = "training.png", "sft.json"
@@ -55,7 +57,7 @@ class Prepared:
     dropped: dict[str, int]
 
 
-def sft(config: Sft, output: Path, say: Say, *, fresh: bool = False) -> Path:
+def sft(config: Sft, output: Path, *, fresh: bool = False) -> Path:
     """Train an adapter; goes on from the last checkpoint in `output` if there is one.
 
     Returns:
@@ -67,7 +69,7 @@ def sft(config: Sft, output: Path, say: Say, *, fresh: bool = False) -> Path:
     check_installed(config)
     main = int(os.environ.get("RANK", "0")) == 0
     if not main:
-        say = _say_nothing
+        logging.getLogger("train").setLevel(logging.WARNING)  # the first process tells
     adapter, checkpoints = output / ADAPTER, output / CHECKPOINTS
     stay_offline_and_quiet()
     with _one_by_one():
@@ -77,22 +79,22 @@ def sft(config: Sft, output: Path, say: Say, *, fresh: bool = False) -> Path:
         if main and not fresh:
             check_same_run(output, marks)
         if up_to_date(adapter, marks) and not fresh:
-            say(f"{adapter} is trained by the same recipe: nothing to do (--fresh trains anew)")
+            LOG.info(f"{adapter} is trained by the same recipe: nothing to do (--fresh trains anew)")
             return adapter
         if main:
             _check_output(output, config, base)
-        ready = prepare(config, base, say)
+        ready = prepare(config, base)
         if main:  # all is checked: from here on files change
             _begin(output, marks, fresh=fresh)
     epoch, steps = config.steps(len(ready.train), device_count())
-    say(f"{len(ready.train)} rows, {sum(len(e.ids) for e in ready.train)} tokens, {epoch} steps an epoch, "
+    LOG.info(f"{len(ready.train)} rows, {sum(len(e.ids) for e in ready.train)} tokens, {epoch} steps an epoch, "
         f"{training_dtype(config)}{', 4 bits' if config.load_in_4bit else ''}")  # fmt: skip
     last = _last_checkpoint(checkpoints)
     done = int(last.name.rpartition("-")[2]) if last else 0
     if last:
-        say(f"resuming from {last}")
+        LOG.info(f"resuming from {last}")
     with show_progress(steps, done, doing="training", unit="steps") if main else nullcontext(_Unseen()) as progress:
-        callback = watcher(say, progress, ready.task, ready.watched)
+        callback = watcher(progress, ready.task, ready.watched)
         trainer = make_trainer(
             config, base, ready.tokenizer, ready.train, ready.validation, checkpoints, [callback]
         )  # fmt: skip
@@ -110,7 +112,7 @@ def sft(config: Sft, output: Path, say: Say, *, fresh: bool = False) -> Path:
             "best": {"loss": trainer.state.best_metric, "step": trainer.state.best_global_step},
             "history": history, "rows": len(ready.train), "dropped": ready.dropped,
         })  # fmt: skip
-        say(f"written to {adapter}: {trainer.state.global_step} steps, mean loss {result.training_loss:.4f}")
+        LOG.info(f"written to {adapter}: {trainer.state.global_step} steps, mean loss {result.training_loss:.4f}")
     return adapter
 
 
@@ -159,7 +161,7 @@ def check_installed(config: Sft) -> None:
         require("bitsandbytes", "train", "train sft in 4 or 8 bits")
 
 
-def prepare(config: Sft, base: Path, say: Say) -> Prepared:
+def prepare(config: Sft, base: Path) -> Prepared:
     """Read and encode the sets.
 
     Raises:
@@ -175,7 +177,7 @@ def prepare(config: Sft, base: Path, say: Say) -> Prepared:
         kept = [example for example in found if example is not None]
         dropped[path] = len(found) - len(kept)
         if dropped[path]:
-            say(f"{path}: {dropped[path]} of {len(found)} rows do not fit the template or the length")
+            LOG.info(f"{path}: {dropped[path]} of {len(found)} rows do not fit the template or the length")
         if not kept:
             raise UserError(f"{path}: no row is left to train on")
         return triplets, kept
@@ -287,10 +289,6 @@ class _Unseen:
 
     def advance(self, *, fell_back: bool = False, computed: bool = True) -> None:
         """Show nothing."""
-
-
-def _say_nothing(_: str) -> None:
-    """For all processes but the first."""
 
 
 def _last_checkpoint(folder: Path) -> Path | None:

@@ -8,6 +8,7 @@ A stage is finished when its output is there, unchanged, and its manifest tells 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from submission.errors import UserError
 from submission.types import Sampling
 from train import prompts, rewrites, texts
 
-Say = Callable[[str], None]
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Rewrites:
     seed: int = 0
 
 
-def make_prompts(config: Prompts, output: Path, find_encoder: Callable[[], Encoder], say: Say, *, fresh: bool) -> None:
+def make_prompts(config: Prompts, output: Path, find_encoder: Callable[[], Encoder], *, fresh: bool) -> None:
     """Write rewrite prompts."""
     grammar = Path(config.grammar) if config.grammar else prompts.GRAMMAR
     try:
@@ -75,11 +76,13 @@ def make_prompts(config: Prompts, output: Path, find_encoder: Callable[[], Encod
     except ValueError:
         raise UserError(f"option near={config.near!r} of [prompts] must be a number from 0 to 1") from None
     if near is None and config.size > prompts.MOST_COMPARED:
-        say(f"near-duplicates are kept: more than {prompts.MOST_COMPARED} prompts are compared only when near is given")
+        LOG.info(
+            f"near-duplicates are kept: more than {prompts.MOST_COMPARED} prompts are compared only when near is given"
+        )
         near = 0.0
     encoder = None if near == 0 else find_encoder()
     stage = _Stage("prompts", output, config, {"grammar": grammar}, {"encoder": encoder.name if encoder else "none"})
-    if stage.is_finished(say, fresh=fresh):
+    if stage.is_finished(fresh=fresh):
         return
     known = prompts.read_grammar(grammar, config.kinds)
     if encoder is None:
@@ -88,10 +91,10 @@ def make_prompts(config: Prompts, output: Path, find_encoder: Callable[[], Encod
         found = prompts.take_distinct(known, config.size, encoder, prompts.NEAR if near is None else near, config.seed)
         stage.write(prompts.COLUMNS, prompts.rows(found))
     stage.finish({"rows": config.size})
-    say(f"written to {output}: {config.size} prompts")
+    LOG.info(f"written to {output}: {config.size} prompts")
 
 
-def make_texts(config: Texts, output: Path, spec: ModelSpec | None, encoder: Encoder, say: Say, *, fresh: bool) -> None:
+def make_texts(config: Texts, output: Path, spec: ModelSpec | None, encoder: Encoder, *, fresh: bool) -> None:
     """Write original texts, read from files or written by a model."""
     if bool(config.sources) == bool(config.write):
         raise UserError("name files of texts, or say how many the model is to write (write)")
@@ -101,7 +104,7 @@ def make_texts(config: Texts, output: Path, spec: ModelSpec | None, encoder: Enc
     inputs = {path: Path(path) for path in config.sources} or {"topics": topics}
     marks = {"encoder": encoder.name, **_model_marks(spec if config.write else None)}
     stage = _Stage("texts", output, config, inputs, marks)
-    if stage.is_finished(say, fresh=fresh):
+    if stage.is_finished(fresh=fresh):
         return
     told: dict[str, Any] = {}
     if config.write:
@@ -123,16 +126,16 @@ def make_texts(config: Texts, output: Path, spec: ModelSpec | None, encoder: Enc
     stage.finish({**told, "rows": len(kept.texts), "dropped": dict(kept.dropped)})
     for reason, count in kept.dropped.most_common():
         if count:
-            say(f"{count:>7} {reason}")
-    say(f"written to {output}: {len(kept.texts)} texts of {len(found)}")
+            LOG.info(f"{count:>7} {reason}")
+    LOG.info(f"written to {output}: {len(kept.texts)} texts of {len(found)}")
 
 
 def make_rewrites(
-    config: Rewrites, prompts_file: Path, texts_file: Path, output: Path, spec: ModelSpec, say: Say, *, fresh: bool
+    config: Rewrites, prompts_file: Path, texts_file: Path, output: Path, spec: ModelSpec, *, fresh: bool
 ) -> None:
     """Write triplets: texts as the target model rewrote them under prompts."""
     stage = _Stage("rewrites", output, config, {"prompts": prompts_file, "texts": texts_file}, _model_marks(spec))
-    if stage.is_finished(say, fresh=fresh):
+    if stage.is_finished(fresh=fresh):
         return
     known = [row.cells[0] for row in read_table(texts_file, ("original_text",)) if says_something(row.cells[0])]
     tasks = rewrites.pair_up(rewrites.read_prompts(prompts_file), known, size=config.size, seed=config.seed)
@@ -153,7 +156,7 @@ def make_rewrites(
     stage.finish(
         {"template": "{prompt}:\\n{text}", "rows": len(done), "cut": len(answers.cut), "failed": answers.failed}
     )
-    say(
+    LOG.info(
         f"written to {output}: {len(done)} triplets of {len(tasks)}; {len(answers.cut)} were cut at their length limit"
         f"{' and kept' if config.keep_cut else ''}, {len(answers.failed)} failed"
     )
@@ -174,11 +177,11 @@ class _Stage:
             **marks,
         }
 
-    def is_finished(self, say: Say, *, fresh: bool) -> bool:
+    def is_finished(self, *, fresh: bool) -> bool:
         """Whether there is nothing to do; says so."""
         if fresh or not up_to_date(self._output, self._told):
             return False
-        say(f"{self._output} is there, made of the same: nothing to do (--fresh makes it anew)")
+        LOG.info(f"{self._output} is there, made of the same: nothing to do (--fresh makes it anew)")
         return True
 
     def write(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

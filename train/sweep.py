@@ -8,7 +8,8 @@ Every combination is a run in a folder of its own, skipped when it is finished a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from submission.data.tables import write_table
 from submission.errors import UserError
 from train.sft import sft
 from train.sft_config import Sft, read_sft
+
+LOG = logging.getLogger(__name__)
 
 COLUMNS = ("run", "steps", "training_loss", "best_validation_loss", "at_step", "score", "seconds")
 _LAST = 10  # steps whose training loss is averaged
@@ -46,9 +49,7 @@ def combinations(grid: Sequence[str]) -> list[dict[str, str]]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def sweep(
-    recipe: Path, output: Path, grid: Sequence[str], settings: Sequence[str], say: Callable[[str], None]
-) -> list[tuple[Any, ...]]:
+def sweep(recipe: Path, output: Path, grid: Sequence[str], settings: Sequence[str]) -> list[tuple[Any, ...]]:
     """Run them all, and write sweep.csv, sweep.json and sweep.png.
 
     Returns:
@@ -71,8 +72,8 @@ def sweep(
     output.mkdir(parents=True, exist_ok=True)
     told = {}
     for number, (name, config) in enumerate(runs.items(), start=1):
-        say(f"run {number} of {len(runs)}: {name}")
-        adapter = sft(config, output / name.replace("/", "_"), say)
+        LOG.info(f"run {number} of {len(runs)}: {name}")
+        adapter = sft(config, output / name.replace("/", "_"))
         told[name] = read_manifest(adapter)
     rows = sorted((_row(name, manifest) for name, manifest in told.items()), key=lambda row: (row[3] is None, row[3]))
     claim(output / "sweep", files)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 from submission.progress import Progress
 from submission.types import Triplet
 from train.tasks import Task
 
-Say = Callable[[str], None]
+LOG = logging.getLogger(__name__)
 
 
-def watcher(say: Say, progress: Progress, task: Task, validation: Sequence[Triplet]) -> Any:
+def watcher(progress: Progress, task: Task, validation: Sequence[Triplet]) -> Any:
     """A callback of transformers' trainer.
 
     Args:
-        say: takes lines for people.
         progress: is told of every step.
         task: measures the model at each evaluation; figures go to the trainer's history.
         validation: what it is measured on.
@@ -32,9 +32,9 @@ def watcher(say: Say, progress: Progress, task: Task, validation: Sequence[Tripl
                 return
             step = f"step {state.global_step} of {state.max_steps}"
             if "eval_loss" in logs:
-                say(f"{step}: validation loss {logs['eval_loss']:.4f}")
+                LOG.info(f"{step}: validation loss {logs['eval_loss']:.4f}")
             elif "loss" in logs and (state.global_step % 10 == 0 or state.global_step == state.max_steps):
-                say(f"{step}: loss {logs['loss']:.4f}")
+                LOG.info(f"{step}: loss {logs['loss']:.4f}")
 
         def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             if args.world_size > 1:
@@ -50,6 +50,6 @@ def watcher(say: Say, progress: Progress, task: Task, validation: Sequence[Tripl
             if figures:
                 state.log_history.append({"step": state.global_step, **figures})
             for line in lines:
-                say(line)
+                LOG.info(line)
 
     return Watcher()

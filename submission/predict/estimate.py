@@ -5,10 +5,11 @@ python -m submission predict test.csv -o submission.csv --dry-run
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from submission.backends import ModelSpec
@@ -21,10 +22,12 @@ from submission.predict.plan import Plan, RunConfig, plan
 from submission.predict.strategies import GENERATOR, Ask
 from submission.types import Budget, Failure, Pair, Prediction
 
+LOG = logging.getLogger(__name__)
+
 _SAMPLE = 5  # rows that are answered to measure the speed
 
 
-def estimate(config: RunConfig, say: Callable[[str], None]) -> dict[str, float]:
+def estimate(config: RunConfig) -> dict[str, float]:
     """Count the prompts' tokens and time a few rows of every length; writes nothing.
 
     Returns:
@@ -38,7 +41,9 @@ def estimate(config: RunConfig, say: Callable[[str], None]) -> dict[str, float]:
     made = plan(config)
     for role in made.roles:
         about = made.describe(role)
-        say(f"role       {role}: {about.get('model')}" + (f" with {about['adapter']}" if about.get("adapter") else ""))
+        LOG.info(
+            f"role       {role}: {about.get('model')}" + (f" with {about['adapter']}" if about.get("adapter") else "")
+        )
     known = set() if config.fresh else _known(made)
 
     def left() -> Iterator[Pair]:
@@ -47,25 +52,25 @@ def estimate(config: RunConfig, say: Callable[[str], None]) -> dict[str, float]:
     rows_left = sum(1 for _ in left())
     figures: dict[str, float] = {"rows": len(made.pairs), "rows_left": rows_left}
     if not made.roles:
-        say("no model is used: the run takes no time to speak of")
+        LOG.info("no model is used: the run takes no time to speak of")
         return figures
     lengths = array("I", (len(pair.original_text) + len(pair.rewritten_text) for pair in left()))
     spec = made.roles.get(GENERATOR)
     if isinstance(made.strategy, Ask) and isinstance(spec, ModelSpec):
         lengths, truncated, context = _count(made, spec, left())
         figures |= {"tokens": sum(lengths), "longest": max(lengths, default=0), "truncated": truncated}
-        say(f"tokens     {sum(lengths)} in the prompts, {max(lengths, default=0)} in the longest, up to "
+        LOG.info(f"tokens     {sum(lengths)} in the prompts, {max(lengths, default=0)} in the longest, up to "
             f"{config.sampling.max_new_tokens * rows_left} new ones")  # fmt: skip
-        say(f"truncated  {truncated} rows have texts cut to fit a context of {context} tokens")
+        LOG.info(f"truncated  {truncated} rows have texts cut to fit a context of {context} tokens")
     by_length = sorted(range(rows_left), key=lengths.__getitem__)
     step = max(1, rows_left // _SAMPLE)
     chosen = set(by_length[step // 2 :: step][:_SAMPLE])
     sample = [pair for number, pair in enumerate(left()) if number in chosen]
     loading, each, memory = _time(made, sample)
     figures |= {"memory_mb": round(memory / 1e6), "seconds": round(loading + each * rows_left, 1)}
-    say(f"rows       {rows_left} to compute of {len(made.pairs)}")
-    say(f"memory     {figures['memory_mb']:.0f} MB at the peak of {len(sample)} sample rows")
-    say(f"time       about {figures['seconds']:.0f} s ({loading:.1f} s loading, {each:.2f} s a row)")
+    LOG.info(f"rows       {rows_left} to compute of {len(made.pairs)}")
+    LOG.info(f"memory     {figures['memory_mb']:.0f} MB at the peak of {len(sample)} sample rows")
+    LOG.info(f"time       about {figures['seconds']:.0f} s ({loading:.1f} s loading, {each:.2f} s a row)")
     return figures
 
 

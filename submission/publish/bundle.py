@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import logging
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +30,8 @@ from submission.errors import UserError
 from submission.publish.image import Image, kaggle_image
 from submission.publish.metadata import DATASET_FILE
 from submission.publish.wheels import LLAMA, OURS, distribution, fetch, lacking, newest_needed, own_wheel, version_of
+
+LOG = logging.getLogger(__name__)
 
 DATASET = "prompt-recovery-bundle"
 ATTACHED = "attached"
@@ -66,7 +69,7 @@ class BundleConfig:
     owner: str = "OWNER"
 
 
-def bundle(config: BundleConfig, say: Callable[[str], None]) -> dict[str, Any]:
+def bundle(config: BundleConfig) -> dict[str, Any]:
     """Make the folder, whole or not at all; returns its list of contents.
 
     Raises:
@@ -83,17 +86,17 @@ def bundle(config: BundleConfig, say: Callable[[str], None]) -> dict[str, Any]:
             _put(wheel, part)
         given = {distribution(wheel) for wheel in config.wheels}
         if OURS not in given:
-            say(f"wheel of {OURS} {submission.__version__}")
+            LOG.info(f"wheel of {OURS} {submission.__version__}")
             own_wheel(part)
-        fetch([name for name in lacking(roots(settings, part), image) if name not in given], part, image.python, say)
+        fetch([name for name in lacking(roots(settings, part), image) if name not in given], part, image.python)
         _check_wheels(part, image)
         write_json(part / DATASET_FILE, {
             "title": _TITLE, "id": f"{config.owner}/{DATASET}", "licenses": [{"name": "other"}],
         })  # fmt: skip
         contents = write_contents(part, image.python)
     for name, about in contents["files"].items():
-        say(f"  {about['bytes'] / 1e6:8.1f} MB  {name}")
-    say(f"{config.output}: {contents['bytes'] / 1e6:.0f} MB, ready for `python -m submission push`")
+        LOG.info(f"  {about['bytes'] / 1e6:8.1f} MB  {name}")
+    LOG.info(f"{config.output}: {contents['bytes'] / 1e6:.0f} MB, ready for `python -m submission push`")
     return contents
 
 
@@ -159,7 +162,7 @@ def _reaches(module: str, wanted: str, seen: set[str]) -> bool:
     return any(_reaches(name, wanted, seen) for name in sorted(names))
 
 
-def model_instance(model: str, handle: str, output: Path, license_name: str, say: Callable[[str], None]) -> None:
+def model_instance(model: str, handle: str, output: Path, license_name: str) -> None:
     """Make a folder that `kaggle models variations create` takes: weights and their metadata.
 
     Args:
@@ -167,7 +170,6 @@ def model_instance(model: str, handle: str, output: Path, license_name: str, say
         handle: owner/model/framework/variation.
         output: folder to make.
         license_name: as Kaggle names it, such as "Apache 2.0" or "Gemma".
-        say: takes lines for people.
 
     Raises:
         UserError: the model or the handle is wrong.
@@ -194,7 +196,7 @@ def model_instance(model: str, handle: str, output: Path, license_name: str, say
             "usage": "", "licenseName": license_name, "fineTunable": True, "trainingData": [],
             "modelInstanceType": "Unspecified", "baseModelInstanceId": 0, "externalBaseModelUrl": "",
         })  # fmt: skip
-    say(f"{output} is ready:\n  kaggle models create -p {output}\n  kaggle models variations create -p {output}\n"
+    LOG.info(f"{output} is ready:\n  kaggle models create -p {output}\n  kaggle models variations create -p {output}\n"
         f'then name it in kernel-metadata.json: "model_sources": ["{handle}/1"]')  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -28,7 +28,6 @@ CALL_SECONDS = 120.0
 TRANSFER_SECONDS = 6 * 3600.0
 """Time for a command that moves files: weights have gigabytes."""
 
-Say = Callable[[str], None]
 """Takes a line for people."""
 
 _BLOCK = re.compile(r"-+(Request|Response)-+")

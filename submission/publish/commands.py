@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from submission.progress import say, tell
+from submission.progress import tell
+
+LOG = logging.getLogger(__name__)
 
 _METADATA = Path("kernel-metadata.json")
 _BUNDLE = Path("bundle")
@@ -57,9 +60,9 @@ def bundle(
     from submission.publish import bundle as made
 
     if model_instance:
-        made.model_instance(model, model_instance, output, license_name, say)
+        made.model_instance(model, model_instance, output, license_name)
         return
-    made.bundle(made.BundleConfig(output, settings, model, adapter, include or (), wheel or ()), say)
+    made.bundle(made.BundleConfig(output, settings, model, adapter, include or (), wheel or ()))
 
 
 def dry_run(
@@ -98,17 +101,17 @@ def push(
     kernel_metadata(folder, owner, accelerator)  # what is wrong with it is said first
     if not show:
         if not bundle.exists():
-            made.bundle(made.BundleConfig(bundle), say)
+            made.bundle(made.BundleConfig(bundle))
         kernel_metadata(folder, owner, accelerator, bundle)
         if rehearse and not _rehearse(bundle, metadata, test, model, 1.0, accelerator):
-            say("nothing was pushed: the rehearsal failed (--no-dry-run pushes all the same)")
+            LOG.info("nothing was pushed: the rehearsal failed (--no-dry-run pushes all the same)")
             raise typer.Exit(1)
     if dataset:
-        push_dataset(bundle, message, say, owner=owner, show=show)
-        wait_until_ready(f"{owner}/{made.DATASET}", say, show=show)
-    push_kernel(folder, owner=owner, accelerator=accelerator, bundle=bundle, wait=wait, say=say, show=show)
+        push_dataset(bundle, message, owner=owner, show=show)
+        wait_until_ready(f"{owner}/{made.DATASET}", show=show)
+    push_kernel(folder, owner=owner, accelerator=accelerator, bundle=bundle, wait=wait, show=show)
     if not show:
-        say("next: python -m submission output; then submit --version N -m MESSAGE")
+        LOG.info("next: python -m submission output; then submit --version N -m MESSAGE")
 
 
 def status(
@@ -122,7 +125,7 @@ def status(
 
     kernel = _kernel(metadata, show=show)
     if wait and not show:
-        wait_for(kernel, say)
+        wait_for(kernel)
         return
     found = status_of(kernel, show=show)
     if found is not None:
@@ -138,7 +141,7 @@ def output(
     """Download what the kernel's latest run wrote, and its log."""
     from submission.publish.push import output as download
 
-    download(_kernel(metadata, show=show), output, say, show=show)
+    download(_kernel(metadata, show=show), output, show=show)
 
 
 def submit(
@@ -152,7 +155,7 @@ def submit(
     from submission.kernel import COMPETITION
     from submission.publish.push import submit as send
 
-    send(COMPETITION, _kernel(metadata, show=show), version, file, message, say, show=show)
+    send(COMPETITION, _kernel(metadata, show=show), version, file, message, show=show)
 
 
 def _rehearse(
@@ -175,18 +178,20 @@ def _rehearse(
     with tempfile.TemporaryDirectory(prefix="prompt-recovery-bundle-") as temporary:
         if bundle is None:
             bundle = Path(temporary) / "bundle"
-            made.bundle(made.BundleConfig(bundle), say)
+            made.bundle(made.BundleConfig(bundle))
         content, changes = kernel_metadata(folder, "someone", accelerator, bundle)
-        say(f"hardware   {hardware_of(content)} on Kaggle, for this bundle: {needs_of(bundle).why}")
+        LOG.info(f"hardware   {hardware_of(content)} on Kaggle, for this bundle: {needs_of(bundle).why}")
         for change in changes:
-            say(f"           {change}")
+            LOG.info(f"           {change}")
         attached = content.get("model_sources")
         if attached and not models:
-            say(f"not here: {', '.join(map(str, attached))} (--model DIR attaches a copy)")  # type: ignore[call-overload]
+            LOG.info(f"not here: {', '.join(map(str, attached))} (--model DIR attaches a copy)")  # type: ignore[call-overload]
         code_file = folder / str(content["code_file"])
-        outcomes = run(bundle, tests, code_file, say, models=models or (), shorten=shorten)
+        outcomes = run(bundle, tests, code_file, models=models or (), shorten=shorten)
     failed = sum(bool(outcome.problem) for outcome in outcomes)
-    say(f"{failed} of {len(outcomes)} runs failed" if failed else f"all {len(outcomes)} runs left valid predictions")
+    LOG.info(
+        f"{failed} of {len(outcomes)} runs failed" if failed else f"all {len(outcomes)} runs left valid predictions"
+    )
     return not failed
 
 

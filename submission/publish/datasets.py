@@ -5,6 +5,7 @@ python -m submission push --dataset
 
 from __future__ import annotations
 
+import logging
 import re
 import tempfile
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from submission.data.files import write_json
 from submission.errors import UserError
-from submission.publish.client import TRANSFER_SECONDS, KaggleError, Say, failure, http_status, run_client, shell_line
+from submission.publish.client import TRANSFER_SECONDS, KaggleError, failure, http_status, run_client, shell_line
 from submission.publish.metadata import (
     DATASET_FILE,
     KERNEL_FILE,
@@ -24,11 +25,12 @@ from submission.publish.metadata import (
     with_owner,
 )
 
+LOG = logging.getLogger(__name__)
+
 
 def push_dataset(
     folder: Path,
     message: str,
-    say: Say,
     *,
     owner: str = "",
     timeout: float = TRANSFER_SECONDS,
@@ -39,7 +41,6 @@ def push_dataset(
     Args:
         folder: the files and the metadata; left as it is.
         message: what is new in the version.
-        say: takes lines for people.
         owner: the user who takes the place of OWNER.
         timeout: seconds for the upload.
         show: print the commands instead, both, as only Kaggle knows which is due; "" is returned. What they upload
@@ -61,7 +62,7 @@ def push_dataset(
     dataset = str(content["id"])
     exists = _dataset_exists(dataset)
     size = sum(file.stat().st_size for file in files) / 1e6
-    say(f"{'new version of' if exists else 'creating'} {dataset}: {len(files)} files, {size:.1f} MB")
+    LOG.info(f"{'new version of' if exists else 'creating'} {dataset}: {len(files)} files, {size:.1f} MB")
     with tempfile.TemporaryDirectory(prefix="prompt-recovery-dataset-") as part:
         _prepare(content, files, Path(part))
         reply = run_client(_commands(Path(part), message)[exists], timeout)
@@ -73,13 +74,11 @@ def push_dataset(
     if reply.exit_code != 0 or not made:
         raise failure(f"upload of {dataset}", reply)
     url = str(reply.said("url") or f"https://www.kaggle.com/datasets/{dataset}")
-    say(f"{url}: uploaded; Kaggle unpacks it for some minutes")
+    LOG.info(f"{url}: uploaded; Kaggle unpacks it for some minutes")
     return url
 
 
-def wait_until_ready(
-    dataset: str, say: Say, poll_seconds: float = 10.0, timeout: float = 3600.0, *, show: bool = False
-) -> None:
+def wait_until_ready(dataset: str, poll_seconds: float = 10.0, timeout: float = 3600.0, *, show: bool = False) -> None:
     """Wait until Kaggle has unpacked a dataset: a kernel that starts before would see the version before, or none.
 
     Raises:
@@ -103,7 +102,7 @@ def wait_until_ready(
                 f"{dataset} is not ready after {passed:.0f} s: {state or reply.text}\n"
                 f"Ask again with {shell_line(['datasets', 'status', dataset])}, then push --no-dataset."
             )
-        say(f"{dataset}: {state or 'no answer'}, {passed:.0f} s")
+        LOG.info(f"{dataset}: {state or 'no answer'}, {passed:.0f} s")
 
 
 def _commands(folder: Path, message: str) -> tuple[list[str], list[str]]:

@@ -8,13 +8,14 @@ The code file runs four times: in both layouts of /kaggle/input, with the public
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from submission.errors import PromptRecoveryError, UserError
 from submission.publish.bundle import DATASET, read_contents, write_contents
 from submission.publish.image import Image, kaggle_image
 from submission.publish.wheels import DATA_ONLY, OURS, distribution, fetch, required
+
+LOG = logging.getLogger(__name__)
 
 LAYOUTS: Mapping[str, tuple[str, str, str]] = {
     # name: folders below /kaggle/input of the competition, the dataset and models
@@ -72,7 +75,7 @@ class Outcome:
 
 
 def dry_run(
-    bundle: Path, tests: Sequence[Path], code_file: Path, say: Callable[[str], None], *, models: Sequence[Path] = (),
+    bundle: Path, tests: Sequence[Path], code_file: Path, *, models: Sequence[Path] = (),
     shorten: float = 1.0,
 ) -> list[Outcome]:  # fmt: skip
     """Run the kernel in both layouts, with a test of one row and with each of `tests`.
@@ -81,7 +84,6 @@ def dry_run(
         bundle: the dataset's folder.
         tests: tables of pairs.
         code_file: what Kaggle runs.
-        say: takes lines for people.
         models: folders or files that are attached as models.
         shorten: the deadline is divided by this.
 
@@ -97,22 +99,22 @@ def dry_run(
             harmed = ""
         except kernel.Failure as error:
             harmed = str(error)
-        python = image_environment(_used(bundle, image), image, say)
+        python = image_environment(_used(bundle, image), image)
         # A harmed bundle is run as it is: a copy would be whole again.
-        usable = bundle if harmed else _for_this_python(bundle, here / "rebuilt", image, say)
+        usable = bundle if harmed else _for_this_python(bundle, here / "rebuilt", image)
         public = here / "public.csv"
         write_table(public, PAIR_COLUMNS, _PUBLIC)
         cut, how = network_cut(here)
-        say(f"network: {how}")
+        LOG.info(f"network: {how}")
         outcomes: list[Outcome] = []
         for layout in LAYOUTS:
             for test in (public, *tests):
                 root = here / f"{layout}-{len(outcomes)}" / "kaggle"
                 lay_out(root, layout, test, usable, models)
                 outcomes.append(run_kernel(root, layout, test, code_file, [*cut, str(python)], shorten))
-                say(_line(outcomes[-1]))
+                LOG.info(_line(outcomes[-1]))
                 if outcomes[-1].problem:
-                    say("".join(f"    {line}\n" for line in outcomes[-1].log.splitlines()[-12:]).rstrip())
+                    LOG.info("".join(f"    {line}\n" for line in outcomes[-1].log.splitlines()[-12:]).rstrip())
     return outcomes
 
 
@@ -169,7 +171,7 @@ def run_kernel(
     return Outcome(layout, len(ids), problem, seconds, float(report.get("memory_mb", 0)), report, result.stdout)
 
 
-def image_environment(names: Sequence[str], image: Image, say: Callable[[str], None]) -> Path:
+def image_environment(names: Sequence[str], image: Image) -> Path:
     """A virtual environment with these packages of the image, at its versions where they can be had; kept.
 
     Returns:
@@ -177,7 +179,7 @@ def image_environment(names: Sequence[str], image: Image, say: Callable[[str], N
     """
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     if here != image.python:
-        say(
+        LOG.info(
             f"Python {here} stands for Kaggle's {image.python}: wheels for {image.python} alone are fetched anew for it"
         )
     # torch for CUDA has gigabytes, and there is hardly a GPU here: the one that is installed stands for it.
@@ -188,13 +190,13 @@ def image_environment(names: Sequence[str], image: Image, say: Callable[[str], N
     if not (folder / "complete").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        say(f"installing what the image has ({', '.join(wanted)}), once")
+        LOG.info(f"installing what the image has ({', '.join(wanted)}), once")
         _run([sys.executable, "-m", "venv", str(folder)])
         install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         for requirement in wanted:  # one by one: a version that cannot be had is no reason to lose the others
             if subprocess.run([*install, requirement], capture_output=True, check=False).returncode:
                 name = requirement.partition("==")[0]
-                say(f"  {requirement} cannot be had here; another version stands for it")
+                LOG.info(f"  {requirement} cannot be had here; another version stands for it")
                 _run([*install, name])
         (folder / "complete").touch()
     return python
@@ -234,7 +236,7 @@ def _used(bundle: Path, image: Image) -> list[str]:
     return sorted(name for name in found if name in image.packages)
 
 
-def _for_this_python(bundle: Path, folder: Path, image: Image, say: Callable[[str], None]) -> Path:
+def _for_this_python(bundle: Path, folder: Path, image: Image) -> Path:
     """The bundle, or a copy in which wheels for the image's Python alone are such for the running one."""
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     tagged = [] if here == image.python else [one for one in bundle.glob("*.whl") if _tag(image.python) in one.name]
@@ -247,10 +249,10 @@ def _for_this_python(bundle: Path, folder: Path, image: Image, say: Callable[[st
     (folder / kernel.CONTENTS).unlink()
     for wheel in tagged:
         try:
-            fetch([distribution(wheel)], folder, here, lambda _: None)
+            fetch([distribution(wheel)], folder, here)
         except PromptRecoveryError as error:
             raise UserError(f"{wheel.name} has no counterpart for Python {here}: {error}") from None
-    say(f"fetched for Python {here} instead: {', '.join(sorted(wheel.name for wheel in tagged))}")
+    LOG.info(f"fetched for Python {here} instead: {', '.join(sorted(wheel.name for wheel in tagged))}")
     write_contents(folder, here)
     return folder
 

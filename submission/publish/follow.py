@@ -6,12 +6,15 @@ python -m submission status someone/prompt-recovery
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from submission.publish.client import CALL_SECONDS, KaggleError, Say, failure, run_client, shell_line
+from submission.publish.client import CALL_SECONDS, KaggleError, failure, run_client, shell_line
+
+LOG = logging.getLogger(__name__)
 
 WAIT_SECONDS = 14 * 3600.0
 """Time for a run to end: the limit of a session is 9 hours for this competition, and it may stand in a queue first."""
@@ -56,7 +59,6 @@ def status(kernel: str, *, timeout: float = CALL_SECONDS, show: bool = False) ->
 
 def wait_for(
     kernel: str,
-    say: Say,
     poll_seconds: float = 30.0,
     timeout: float = WAIT_SECONDS,
     *,
@@ -81,16 +83,16 @@ def wait_for(
             lost += 1
             if not error.transient or lost >= _LOST_POLLS:
                 raise
-            say(f"no status this time ({lost} of {_LOST_POLLS}): {str(error).splitlines()[0]}")
+            LOG.info(f"no status this time ({lost} of {_LOST_POLLS}): {str(error).splitlines()[0]}")
             now = Status(told, "")
         passed = time.monotonic() - begin
         if now.state != told or time.monotonic() - told_at >= _SAY_SECONDS:
             told, told_at = now.state, time.monotonic()
-            say(f"{kernel}: {now.state}, {_clock(passed)}")
+            LOG.info(f"{kernel}: {now.state}, {_clock(passed)}")
         if now.state == "complete":
             return now
         if now.failed:
-            raise _failed_run(kernel, now, say)
+            raise _failed_run(kernel, now)
         if passed >= timeout:
             raise KaggleError(
                 f"{kernel} is still {now.state or 'unknown'} after {_clock(passed)}\n"
@@ -112,9 +114,9 @@ def _status(kernel: str, timeout: float) -> Status:
     return Status(found[1].lower(), message[1] if message else "")
 
 
-def _failed_run(kernel: str, now: Status, say: Say) -> KaggleError:
+def _failed_run(kernel: str, now: Status) -> KaggleError:
     for line in _log_tail(kernel):
-        say(f"  {line}")
+        LOG.info(f"  {line}")
     what = "failed" if now.state == "error" else "was cancelled"
     reason = " ".join(now.message.split())
     return KaggleError(

@@ -7,6 +7,7 @@ Every function here and beside takes `show=True`: it then prints the exact comma
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -21,7 +22,6 @@ from submission.publish.client import (
     TRANSFER_SECONDS,
     KaggleError,
     Reply,
-    Say,
     failure,
     run_client,
     shell_line,
@@ -35,6 +35,8 @@ from submission.publish.metadata import (
     with_owner,
 )
 from submission.publish.needs import fit_metadata, needs_of
+
+LOG = logging.getLogger(__name__)
 
 _SOURCES = {
     "invalidDatasetSources": "dataset",
@@ -67,7 +69,6 @@ def push(
     bundle: Path | None = None,
     timeout: float = CALL_SECONDS,
     wait: bool = False,
-    say: Say,
     show: bool = False,
 ) -> Pushed | None:
     """Upload the kernel of a folder with `kernel-metadata.json`; Kaggle then runs it.
@@ -79,7 +80,6 @@ def push(
         bundle: that the kernel runs; the metadata is fitted to what it needs. None leaves it as it is.
         timeout: seconds for the upload.
         wait: follow the run to its end.
-        say: takes lines for people.
         show: print the commands instead; the folder that they push is left on disk. None is returned.
 
     Raises:
@@ -88,7 +88,7 @@ def push(
     """
     content, changes = kernel_metadata(folder, owner, accelerator, bundle)
     for change in changes:
-        say(change)
+        LOG.info(change)
     kernel = str(content["id"])
     prepared = Path(tempfile.mkdtemp(prefix="prompt-recovery-kernel-"))
     try:
@@ -99,17 +99,17 @@ def push(
             if wait:
                 status(kernel, show=True)
             return None
-        pushed = _pushed(kernel, run_client(arguments, timeout), say)
+        pushed = _pushed(kernel, run_client(arguments, timeout))
     finally:
         if not show:
             shutil.rmtree(prepared, ignore_errors=True)
-    say(f"version {pushed.version} of {kernel} is pushed: {pushed.url}")
+    LOG.info(f"version {pushed.version} of {kernel} is pushed: {pushed.url}")
     if wait:
-        wait_for(kernel, say)
+        wait_for(kernel)
     return pushed
 
 
-def output(kernel: str, folder: Path, say: Say, *, timeout: float = TRANSFER_SECONDS, show: bool = False) -> list[Path]:
+def output(kernel: str, folder: Path, *, timeout: float = TRANSFER_SECONDS, show: bool = False) -> list[Path]:
     """Download the files and the log of the latest run into a folder; what an earlier download left is replaced.
 
     Raises:
@@ -139,11 +139,11 @@ def output(kernel: str, folder: Path, say: Say, *, timeout: float = TRANSFER_SEC
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(Path(part) / path, folder / path)
         for path in came:
-            say(f"{folder / path} ({(folder / path).stat().st_size} bytes)")
+            LOG.info(f"{folder / path} ({(folder / path).stat().st_size} bytes)")
     if Path("submission.csv") in came:
-        say(f"submission.csv is among the {len(came)} files")
+        LOG.info(f"submission.csv is among the {len(came)} files")
     else:
-        say(f"no submission.csv among the {len(came)} files")
+        LOG.info(f"no submission.csv among the {len(came)} files")
     return [folder / path for path in came]
 
 
@@ -153,7 +153,6 @@ def submit(
     version: int,
     file: str,
     message: str,
-    say: Say,
     *,
     timeout: float = CALL_SECONDS,
     show: bool = False,
@@ -171,7 +170,7 @@ def submit(
     reply = run_client(arguments, timeout)
     if reply.exit_code != 0 or not (reply.said("ref") or re.search("success", reply.text, re.IGNORECASE)):
         raise failure(f"submission of {kernel} to {competition}", reply)
-    say(str(reply.said("message") or reply.text))
+    LOG.info(str(reply.said("message") or reply.text))
 
 
 def kernel_metadata(
@@ -203,7 +202,7 @@ def _prepare(content: dict[str, object], folder: Path, prepared: Path) -> None:
     shutil.copyfile(folder / str(content["code_file"]), code)
 
 
-def _pushed(kernel: str, reply: Reply, say: Say) -> Pushed:
+def _pushed(kernel: str, reply: Reply) -> Pushed:
     found = re.search(r"Kernel version (\d+) successfully pushed.*?(https?://\S+)?$", reply.text, re.MULTILINE)
     if reply.exit_code != 0 or found is None:
         raise failure(f"push of {kernel}", reply)
@@ -220,5 +219,5 @@ def _pushed(kernel: str, reply: Reply, say: Say) -> Pushed:
             f"push of {kernel} failed: Kaggle does not know the {named[1]} {named[2]}\n{_SOURCE_STEPS[named[1]]}"
         )
     for line in re.findall(r"^.*not valid tags.*$", reply.text, re.MULTILINE):
-        say(line)
+        LOG.info(line)
     return Pushed(kernel, int(found[1]), found[2] or f"https://www.kaggle.com/code/{kernel}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from submission.data.files import atomic_folder, cache_folder
 from submission.data.outputs import installed_version
 from submission.errors import PromptRecoveryError, UserError
 from submission.publish.image import Image
+
+LOG = logging.getLogger(__name__)
 
 OURS = "prompt-recovery"
 LLAMA = "llama-cpp-python"
@@ -68,7 +71,7 @@ def required(requirements: Iterable[str], there: Mapping[str, str]) -> Iterator[
             yield canonical(requirement.name)
 
 
-def fetch(names: Iterable[str], folder: Path, python: str, say: Callable[[str], None]) -> None:
+def fetch(names: Iterable[str], folder: Path, python: str) -> None:
     """Put a wheel of each distribution, in the version installed here, into a folder.
 
     Raises:
@@ -76,9 +79,9 @@ def fetch(names: Iterable[str], folder: Path, python: str, say: Callable[[str], 
     """
     for name in names:
         version = installed_version(name)
-        say(f"wheel of {name} {version}")
+        LOG.info(f"wheel of {name} {version}")
         if name == LLAMA:
-            shutil.copy(portable_llama(version or "", say), folder)
+            shutil.copy(portable_llama(version or ""), folder)
             continue
         tags = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 24, 17)]
         wanted = [f"{name}=={version}", "--no-deps", "--dest", str(folder)]
@@ -102,14 +105,14 @@ def own_wheel(folder: Path) -> Path:
     return next(folder.glob("prompt_recovery-*.whl"))
 
 
-def portable_llama(version: str, say: Callable[[str], None]) -> Path:
+def portable_llama(version: str) -> Path:
     """The wheel of llama-cpp-python for any x86-64 CPU with AVX2, compiled once and kept.
 
     It holds no code for a certain Python: the same wheel serves all versions.
     """
     kept = cache_folder("wheels") / f"{version}-avx2"
     if not list(kept.glob("*.whl")):
-        say("compiling llama.cpp for any x86-64 with AVX2, once: about five minutes on two cores")
+        LOG.info("compiling llama.cpp for any x86-64 with AVX2, once: about five minutes on two cores")
         kept.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(kept) as part:
             _pip("wheel", "--no-deps", "--no-cache-dir", f"--no-binary={LLAMA}", f"{LLAMA}=={version}",

@@ -38,15 +38,15 @@ data: .venv/.all
 
 # Slow proofs: fifty kills of one run, ten deadlines, kills on a Ray cluster (see the modules for options).
 kill-loop: .venv/.all
-	for victim in parent worker group; do $(BIN)/python -m tests.kill_loop --victim $$victim --kills 50 || exit 1; done
-	for victim in worker parent; do $(BIN)/python -m tests.kill_loop --victim "stopped $$victim" --kills 20 || exit 1; done
-	$(BIN)/python -m tests.kill_loop --backend llama_cpp --kills 50
+	for victim in parent worker group; do $(BIN)/python -m tests.bench.kill_loop --victim $$victim --kills 50 || exit 1; done
+	for victim in worker parent; do $(BIN)/python -m tests.bench.kill_loop --victim "stopped $$victim" --kills 20 || exit 1; done
+	$(BIN)/python -m tests.bench.kill_loop --backend llama_cpp --kills 50
 
 deadline-loop: .venv/.all
-	$(BIN)/python -m tests.deadline_loop --tries 10
+	$(BIN)/python -m tests.bench.deadline_loop --tries 10
 
 fleet-kills: .venv/.all
-	$(BIN)/python -m tests.fleet_kills --runs 10
+	$(BIN)/python -m tests.bench.fleet_kills --runs 10
 
 # Damaged, hostile and random files: 5,000 of each kind, for at most half an hour a kind; prints the seed.
 fuzz: .venv/.all

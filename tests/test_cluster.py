@@ -24,8 +24,8 @@ from submission.calls.ray import ActorBody, Actors, connect
 from submission.errors import MissingExtra, UserError
 from submission.prompts.templates import get_template
 from submission.types import Failure
+from tests.bench.fleet_kills import one_run
 from tests.conftest import ROOT, Cli
-from tests.fleet_kills import one_run
 from tests.test_calls import PAIRS, requests
 
 ray = pytest.importorskip("ray")

@@ -25,8 +25,8 @@ from submission.data.hashing import content_hash
 from submission.data.outputs import manifest_path
 from submission.prompts.templates import TEMPLATES, render_rewrite
 from submission.types import Backend, Chat, LogLikelihood, Message, Pair, Part, Request, Sampling, Triplet
+from tests.bench.parity import compare_greedy
 from tests.conftest import ROOT, Cli, environment, generated, read_csv, scored
-from tests.parity import compare_greedy
 
 CAPITAL = Chat((Message("user", (Part("What is the capital of France?"),)),))
 

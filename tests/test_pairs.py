@@ -10,8 +10,8 @@ import pytest
 from submission.data.pairs import Pairs
 from submission.data.tables import digest_pairs, read_pairs, read_table, write_table
 from submission.errors import UserError
+from tests.bench.driver_memory import measure
 from tests.conftest import PAIR_HEADER, ROOT, Cli, command, environment, small_disk, write_csv
-from tests.driver_memory import measure
 
 TABLE = ROOT / "examples" / "test.csv"
 MIB = 1 << 20

@@ -272,7 +272,7 @@ def test_a_late_failure_share_does_not_count_rows_that_the_deadline_filled(cli: 
 
 
 def test_kills_lose_no_row_and_repeat_none(tmp_path: Path) -> None:
-    from tests.kill_loop import kill_loop
+    from tests.bench.kill_loop import kill_loop
 
     report = kill_loop(tmp_path, backend="scripted", rows=60, kills=6, seed=0, victim="parent")
     assert report["rows"] == 60

@@ -1,6 +1,6 @@
 """How long scoring takes, beside one `encode` per text per row.
 
-    python -m tests.scoring_speed TRIPLETS.csv
+    python -m tests.bench.scoring_speed TRIPLETS.csv
 
 1,400 rows are drawn from the table: 200 distinct true prompts, predictions that are copies of known prompts or all
 differ. The slow way is timed on some of the rows and multiplied up; both ways must give the same numbers.

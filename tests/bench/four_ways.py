@@ -1,7 +1,7 @@
 """Slow proof: a tuned model answers alike as adapter and merged, in transformers and in llama.cpp.
 
     python -m train run train/recipes/embedded.toml --set output=runs/embedded
-    python -m tests.four_ways runs/embedded PAIRS.csv --rows 40
+    python -m tests.bench.four_ways runs/embedded PAIRS.csv --rows 40
 
 The base is converted to an F16 file for the fourth way. Where a way's answer parts from the first one's, the
 log-probabilities of the two tokens at that place are compared between the ways.

@@ -1,7 +1,7 @@
 """What a row costs the driver in memory and time, with a model that costs nothing. A study, not a test.
 
-    python -m tests.driver_memory --rows 10000,100000,1000000
-    python -m tests.driver_memory --rows 10000,100000 -- --workers 2
+    python -m tests.bench.driver_memory --rows 10000,100000,1000000
+    python -m tests.bench.driver_memory --rows 10000,100000 -- --workers 2
 
 What comes behind `--` goes to `predict`. Peak memory is that of the driver's process alone; what a row adds is told
 beside the run with the fewest rows.

@@ -1,6 +1,6 @@
 """Slow proof: greedy answers in a batch against those of one row at a time.
 
-    python -m tests.parity PAIRS.csv --rows 100
+    python -m tests.bench.parity PAIRS.csv --rows 100
 
 Kernels round by the shape of a batch, so answers may part where two tokens are level. For every row whose answers
 differ, the logits of the two tokens at the first difference are compared.

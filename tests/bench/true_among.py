@@ -1,6 +1,6 @@
 """Is the true prompt told from others by what it explains? A study, not a test.
 
-    python -m tests.true_among TRIPLETS.csv --rows 48 --selectors likelihood,judge_yes_no
+    python -m tests.bench.true_among TRIPLETS.csv --rows 48 --selectors likelihood,judge_yes_no
 
 Each row's own prompt stands among prompts of other rows that are unlike it, in an order drawn by chance. Printed is
 how often each selector puts it first, for all rows and for those whose rewrite depends on the prompt by so many nats,

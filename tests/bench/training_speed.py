@@ -1,6 +1,6 @@
 """How much time the trainer adds to a bare loop of PyTorch on the same batches, and how much of them is padding.
 
-    python -m tests.training_speed train/recipes/embedded.toml --set train=triplets.csv
+    python -m tests.bench.training_speed train/recipes/embedded.toml --set train=triplets.csv
 
 Both train the same adapter on the same rows, in one process, one after the other and again; the first steps of each are
 not counted. A command, for its figures are of one machine.

@@ -1,8 +1,8 @@
 """Kills one run again and again with SIGKILL at random moments; nothing computed may be lost, repeated or changed.
 
-python -m tests.kill_loop --victim parent --kills 50
-python -m tests.kill_loop --victim worker --kills 50
-python -m tests.kill_loop --victim group --kills 50 --backend llama_cpp
+python -m tests.bench.kill_loop --victim parent --kills 50
+python -m tests.bench.kill_loop --victim worker --kills 50
+python -m tests.bench.kill_loop --victim group --kills 50 --backend llama_cpp
 """
 
 from __future__ import annotations

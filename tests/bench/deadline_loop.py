@@ -1,6 +1,6 @@
 """Deadlines in a row: 1,000 rows at 0.2 s each must give a complete valid file in under 20 s, stalls or not.
 
-python -m tests.deadline_loop --tries 10
+python -m tests.bench.deadline_loop --tries 10
 """
 
 from __future__ import annotations

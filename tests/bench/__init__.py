@@ -1,0 +1,1 @@
+"""Slow proofs and benchmarks: commands, not tests."""

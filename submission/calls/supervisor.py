@@ -30,6 +30,7 @@ _DEATHS_IN_A_ROW, _ERRORS_IN_A_ROW = 12, 64  # without one answer, beyond which 
 _LOADS = 3  # workers in a row that may die while they load the model
 _TICK = 0.5  # seconds between two looks at workers that say nothing
 STALL_SECONDS = 900.0  # without an answer, beyond which a busy worker counts as hanging
+_LEAST_STALL, _SLOWER, _KNOWN = 120.0, 20.0, 50  # once so many answers are known: so many times the slowest, at least
 _LOADING_SECONDS = 3600.0
 
 Message = tuple[Any, ...]
@@ -148,6 +149,7 @@ class Pool:
         self._numbers = 0
         self._deaths = self._errors = 0  # since the last answer
         self._slowest = 0.0  # seconds that a worker took between two answers
+        self._answers = 0
         self.workers = [Worker(number) for number in range(carrier.count)]
         try:
             for worker in self.workers:
@@ -255,7 +257,7 @@ class Pool:
             self._look_after(worker, now)
 
     def _look_after(self, worker: Worker, now: float) -> None:
-        limit = max(self._stall, 4 * self._slowest) if worker.ready else _LOADING_SECONDS
+        limit = self._patience() if worker.ready else _LOADING_SECONDS
         why = ""
         if self._carrier.halted(worker):
             why = "was stopped"
@@ -264,6 +266,12 @@ class Pool:
         if why:
             self._carrier.end(worker)
             self._lose(worker, f"worker {worker.number} {why}")
+
+    def _patience(self) -> float:
+        """Seconds without an answer after which a busy worker hangs: shorter once it is known how long answers take."""
+        if self._answers < _KNOWN:
+            return max(self._stall, _SLOWER * self._slowest)
+        return min(self._stall, max(_LEAST_STALL, _SLOWER * self._slowest))
 
     def _take(self, worker: Worker, message: Message) -> None:
         kind, *told = message
@@ -277,6 +285,7 @@ class Pool:
             (number, _), answers = told
             gap = (now - worker.since) / max(1, len(answers))
             self._slowest = max(self._slowest, now - worker.since)
+            self._answers += len(answers)
             worker.since = now
             self._deaths = self._errors = 0
             call = self._calls.get(number)

@@ -3,6 +3,7 @@
 python -m tests.bench.kill_loop --victim parent --kills 50
 python -m tests.bench.kill_loop --victim worker --kills 50
 python -m tests.bench.kill_loop --victim group --kills 50 --backend llama_cpp
+python -m tests.bench.kill_loop --backend ensemble --kills 20
 """
 
 from __future__ import annotations
@@ -22,6 +23,34 @@ from submission.calls.log import log_path
 from submission.data.validation import validate
 from tests.conftest import command, environment, read_csv, write_examples
 
+# Three sources, a target and a judge.
+_ENSEMBLE = """
+selector = "likelihood+judge_yes_no"
+[[source]]
+name = "a"
+backend = "scripted"
+settings = ["seconds_per_row=0.02"]
+n = 2
+[[source]]
+name = "b"
+backend = "scripted"
+settings = ["seconds_per_row=0.02", "batch=2"]
+n = 2
+[[source]]
+name = "c"
+backend = "scripted"
+settings = ["seconds_per_row=0.02", "batch=3"]
+greedy = false
+n = 2
+[target]
+model = "embedded"
+backend = "scripted"
+settings = ["seconds_per_row=0.01"]
+[judge]
+model = "embedded"
+backend = "scripted"
+settings = ["seconds_per_row=0.01", "batch=2"]
+"""
 VICTIMS = ("parent", "worker", "group", "stopped worker", "stopped parent")
 
 
@@ -43,12 +72,14 @@ def kill_loop(folder: Path, *, backend: str, rows: int, kills: int, seed: int, v
     pairs, output = folder / "test.csv", folder / "submission.csv"
     ids = [f"{number:03}" for number in range(rows)]
     write_examples(pairs, ids)
+    (folder / "best_of.toml").write_text(_ENSEMBLE)
     options = {
-        "scripted": ["--set", "seconds_per_row=0.05"],
+        "scripted": ["--backend", "scripted", "--set", "seconds_per_row=0.05"],
         # Two rows at a time: with the usual number the run would be over after a few kills.
         "llama_cpp": ["--max-new-tokens", "16", "--set", "streams=2"],
+        "ensemble": ["--recover", "ensemble.best_of:best_of", "--recover-config", folder / "best_of.toml"],
     }[backend]
-    arguments = command("predict", pairs, "-o", output, "--backend", backend, *options, "--json")
+    arguments = command("predict", pairs, "-o", output, *options, "--json")
     log = log_path(output)
     expected = _unkilled(folder, arguments)
     before = b""
@@ -58,7 +89,9 @@ def kill_loop(folder: Path, *, backend: str, rows: int, kills: int, seed: int, v
             process = subprocess.Popen(arguments, env=environment(), stdout=out, stderr=err, start_new_session=True)
             while killed < kills and process.poll() is None:
                 # Beginnings, single rows and the end of the run are all to be hit.
-                _wait_for_rows(process, log, len(before.splitlines()), draw)
+                # A worker that dies three times while it loads is given up: each gets to answer something.
+                least = len(before.splitlines()) + ("worker" in victim)
+                _wait_for_rows(process, log, least, draw)
                 if process.poll() is not None or not _harm(process, victim):
                     continue
                 killed += 1
@@ -75,6 +108,9 @@ def kill_loop(folder: Path, *, backend: str, rows: int, kills: int, seed: int, v
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, (folder / "err").read_text()
+    again = subprocess.run(arguments, env=environment(), check=True, capture_output=True, text=True)
+    assert json.loads(again.stdout.splitlines()[-1])["computed"] == 0, "a second run computes something"
+    assert log.read_bytes() == content, "a second run writes to the log"
     digests = Counter(json.loads(line)[1] for line in whole.splitlines() if line.startswith(b"["))
     assert all(count == 1 for count in digests.values()), "a call was computed twice"
     summary = json.loads((folder / "out").read_text().splitlines()[-1])
@@ -155,7 +191,7 @@ def _wait_for_rows(process: subprocess.Popen[bytes], log: Path, lines: int, draw
 def main() -> None:
     """Run the loop in a temporary folder and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--backend", default="scripted")
+    parser.add_argument("--backend", default="scripted", choices=("scripted", "llama_cpp", "ensemble"))
     parser.add_argument("--victim", default="parent", choices=VICTIMS)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--rows", type=int, default=120)

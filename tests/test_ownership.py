@@ -11,7 +11,7 @@ import pytest
 
 from submission.errors import UserError
 from submission.files import atomic_folder
-from submission.manifest import check_free, check_output, claim, made_by, made_folder
+from submission.manifest import check_free, check_output, claim, made_by, made_folder, manifest_path
 from tests.conftest import Cli, read_csv, runner, write_csv
 from tests.test_nothing_lost import SCRIPTED, triplets
 from train.sft import _checkpoints, _last_checkpoint
@@ -123,8 +123,10 @@ def test_files_with_names_like_our_temporary_ones_are_kept(cli: Cli, tmp_path: P
 
 
 def test_an_output_must_have_a_name() -> None:
-    with pytest.raises(UserError, match="is no name"):
+    with pytest.raises(UserError, match="is a folder"):
         check_output(Path("/"))
+    with pytest.raises(UserError, match="is no name"):
+        manifest_path(Path())
 
 
 def test_checkpoints_are_what_the_trainer_calls_so(tmp_path: Path) -> None:

@@ -312,7 +312,9 @@ def test_candidates_of_the_embedded_model_become_a_submission_and_a_report(run: 
     content = (tmp_path / "c.parquet").read_bytes()
     assert run(*drawn).code == 0
     assert (tmp_path / "c.parquet").read_bytes() == content
-    assert "belongs to a different run" in run(*drawn, "--set", "n=3").err
+    assert run(*drawn, "--set", "n=3").code == 0
+    assert len(read_candidates(tmp_path / "c.parquet")) == 5
+    assert run(*drawn).code == 0
     chosen = run("select", "c.parquet", "--selector", "consensus+most_frequent", "-o", "submission.csv")
     assert chosen.code == 0, chosen.err
     assert [row[0] for row in read_csv(tmp_path / "submission.csv")[1:]] == [row.pair.id for row in rows]
@@ -412,5 +414,4 @@ def test_the_best_of_several_is_predicted_and_time_that_is_short_is_said(tmp_pat
     late = predict("predict", EXAMPLES / "test.csv", "-o", "late.csv", "--deadline", "9s", *common)
     assert late.code == 0, late.err
     assert len(read_csv(tmp_path / "late.csv")) == 27
-    assert "time was short" in late.err
     assert "greedy answers only" in late.err or "of the samples from here on" in late.err

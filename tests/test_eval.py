@@ -236,7 +236,10 @@ def test_all_baselines_run_on_the_embedded_model_and_go_on_after_a_stop(run: Cli
     assert done.summary["reference"] == "constant"
     assert done.summary["shared"]["rewrite_prompt"]["rows"] == 4
     again = run(*arguments)
-    assert again.err.count("resuming: 4 of 4") >= 12
+    told = [json.loads(path.read_text()) for path in tmp_path.rglob("submission.csv.run.json")]
+    assert len(told) >= 12
+    asked = [one["result"]["computed"] for one in told if one["models"]]
+    assert asked == [0] * len(asked)
     kept = {name: system["mean"] for name, system in done.summary["systems"].items()}
     assert kept == {name: system["mean"] for name, system in again.summary["systems"].items()}
     write_csv(tmp_path / "train.csv", rows[5:], TRIPLETS)

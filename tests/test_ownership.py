@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from submission.files import atomic_folder
-from submission.manifest import check_free, check_output, claim, made_by, made_folder
 
+from submission.data.files import atomic_folder
+from submission.data.outputs import check_free, check_output, claim, made_by, made_folder, manifest_path
 from submission.errors import UserError
 from tests.conftest import Cli, read_csv, runner, write_csv
 from tests.test_nothing_lost import SCRIPTED, triplets
@@ -61,7 +61,7 @@ def test_a_folder_that_cannot_be_placed_leaves_the_one_before(tmp_path: Path, mo
             raise OSError(5, "Input/output error")
         replace(source, target)
 
-    monkeypatch.setattr("submission.files.os.replace", fail)
+    monkeypatch.setattr("submission.data.files.os.replace", fail)
     with pytest.raises(OSError, match="Input"), atomic_folder(folder) as part:
         (part / "b").write_text("after")
     assert (folder / "a").read_text() == "before"
@@ -123,8 +123,10 @@ def test_files_with_names_like_our_temporary_ones_are_kept(cli: Cli, tmp_path: P
 
 
 def test_an_output_must_have_a_name() -> None:
-    with pytest.raises(UserError, match="is no name"):
+    with pytest.raises(UserError, match="is a folder"):
         check_output(Path("/"))
+    with pytest.raises(UserError, match="is no name"):
+        manifest_path(Path())
 
 
 def test_checkpoints_are_what_the_trainer_calls_so(tmp_path: Path) -> None:

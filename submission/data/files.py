@@ -313,7 +313,6 @@ def check_writable(path: Path) -> None:
         return
     if colon and re.match(r"\w+:/", path.as_posix()) and not path.parent.is_dir():
         raise UserError(f"output {path} is on no known object store: {scheme}:// is neither s3:// nor gs://")
-    beside(path, "")  # has it a name?
     target = _target(path)
     if target.is_dir():
         raise UserError(f"output {path} is a folder: name a file, such as {path / 'submission.csv'}")

@@ -149,7 +149,7 @@ class _Run:
                     self._answers.put(Prediction(pair.id, "", "failed", BLANK_INPUT))
             with show_progress(len(made.pairs), len(self._answers)) as progress:
                 self._computing_since = time.monotonic()
-                before = 0
+                before = (0, 0)
                 try:
                     budget = Budget(end)
                     for answer in answer_all(
@@ -157,8 +157,9 @@ class _Run:
                     ):
                         if not self._answers.put(answer):
                             continue
-                        now = models.computed + models.failed
-                        from_log = models.found > 0 and now == before
+                        now = (models.computed + models.failed, models.found)
+                        # It stems from the log if nothing was computed at all, or nothing since the answer before it.
+                        from_log = bool(models) and (now[0] == 0 or (now[0] == before[0] and now[1] > before[1]))
                         before = now
                         self._from_log += from_log
                         self._computed += not from_log

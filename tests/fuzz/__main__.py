@@ -6,11 +6,13 @@ import argparse
 import importlib
 import os
 import random
+import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 from tests.fuzz import configs, models, tables
-from tests.fuzz.run import Case, Trouble, fork_instead, run_cases
+from tests.fuzz.run import Case, ForkedWorker, Trouble, fork_instead, run_cases
 
 KINDS = {
     "csv": Case(tables.csv_case),
@@ -33,10 +35,14 @@ def prepare(kind: str) -> None:
         importlib.import_module(name)
     if kind == "adapter":
         models.prepare()
-    if kind in ("adapter", "gguf"):
-        from submission.backends import llama_probe
+    from submission.backends.llama import probe
+    from submission.calls import processes
 
-        llama_probe.subprocess.run = fork_instead  # type: ignore[attr-defined]
+    # In place of the module, which others use too.
+    probe.subprocess = SimpleNamespace(run=fork_instead, TimeoutExpired=subprocess.TimeoutExpired)  # type: ignore[assignment]
+    processes.subprocess = SimpleNamespace(  # type: ignore[assignment]
+        Popen=ForkedWorker, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
+    )
 
 
 _ROOMS = ("submission.__main__", "eval.__main__", "train.__main__", "ensemble.__main__", "submission.predict.run")

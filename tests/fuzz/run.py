@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -163,7 +163,7 @@ def fork_instead(command: Sequence[str], **options: Any) -> subprocess.Completed
 
     The same code in a process of its own, without starting an interpreter for each case.
     """
-    from submission.backends import llama_probe
+    from submission.backends.llama import probe
 
     reading, writing = os.pipe()
     pid = os.fork()
@@ -174,7 +174,7 @@ def fork_instead(command: Sequence[str], **options: Any) -> subprocess.Completed
             os.environ["GGML_NO_BACKTRACE"] = "1"
             sys.stderr = os.fdopen(2, "w", errors="replace")
             sys.argv = ["probe", *command[3:]]
-            code = llama_probe.main()
+            code = probe.main()
         finally:
             sys.stderr.flush()
             os._exit(code)
@@ -183,3 +183,42 @@ def fork_instead(command: Sequence[str], **options: Any) -> subprocess.Completed
         said = pipe.read()
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return subprocess.CompletedProcess(command, status, "", said)
+
+
+class ForkedWorker:
+    """Stands for `subprocess.Popen` of `python -m submission.calls.worker`, likewise."""
+
+    def __init__(self, command: Sequence[str], *, env: Mapping[str, str], **_: Any) -> None:
+        from submission.calls import worker
+
+        self._code: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.environ.update(env)
+                sys.argv = ["worker", *command[-2:]]
+                worker.main()
+            finally:
+                os._exit(70)
+
+    def poll(self) -> int | None:
+        """As of `Popen`."""
+        if self._code is None:
+            with suppress(ChildProcessError):
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+    def kill(self) -> None:
+        """As of `Popen`."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self, timeout: float) -> int:
+        """As of `Popen`."""
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("worker", timeout)
+            time.sleep(0.001)
+        return self._code or 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ensemble.diagnosis import Bin, Curve
+from ensemble.diagnosis import Curve
 from eval.charts import canvas, legend, style
 from eval.intervals import Interval
 from eval.scoring import one_line
@@ -44,17 +44,5 @@ def headroom(curve: Curve, names: Sequence[str]) -> bytes:
         axes.plot(counts, curve.independent, color="#444444", linestyle=":", label="oracle, independent draws")
         axes.set_xlabel("draws a row")
         axes.set_ylabel("mean score of the choice")
-        legend(axes)
-    return png.getvalue()
-
-
-def calibration(bins: Sequence[Bin]) -> bytes:
-    """The judge's probability against how often such candidates are best."""
-    with canvas(3.6) as (axes, png):
-        top = max([0.0, *(one.said for one in bins), *(one.best for one in bins)])
-        axes.plot([0, top], [0, top], color="#444444", linewidth=1, linestyle=":", label="well calibrated")
-        axes.plot([one.said for one in bins], [one.best for one in bins], marker="o", label="candidates", **style(0))
-        axes.set_xlabel("probability that the judge gives a candidate")
-        axes.set_ylabel("share that is a best one")
         legend(axes)
     return png.getvalue()

@@ -12,7 +12,6 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from ensemble.choose import Scores
-from ensemble.measure import best_places
 from eval.intervals import Interval, bootstrap, bootstrap_of
 
 if TYPE_CHECKING:
@@ -203,52 +202,3 @@ def knowledge(
         return None
     kept = None if clusters is None else np.asarray(clusters)[rows]
     return Knowledge(bootstrap(np.array(found)[:, None], kept)[0], len(found))
-
-
-@dataclass(frozen=True, slots=True)
-class Bin:
-    """Candidates to which a judge gives like probabilities: their number, mean probability, and share that are best."""
-
-    count: int
-    said: float
-    best: float
-
-
-def calibration(truths: Sequence[Sequence[float]], said: Sequence[Sequence[float]], bins: int = 8) -> list[Bin]:
-    """How often candidates are a best one, by the probability that a judge gives them; bins hold equally many."""
-    import numpy as np
-
-    points = [
-        (score, place in places)
-        for truth, scores in zip(truths, said, strict=True)
-        for places in [set(best_places(truth))]
-        for place, score in enumerate(scores)
-        if score == score and len(truth) > 1
-    ]
-    points.sort()
-    found = []
-    for part in np.array_split(np.array(points, float), min(bins, len(points))) if points else []:
-        if len(part):
-            found.append(Bin(len(part), float(part[:, 0].mean()), float(part[:, 1].mean())))
-    return found
-
-
-def positions(letters: Sequence[NDArray[np.float64]], clusters: NDArray[np.integer] | None = None) -> list[Interval]:
-    """How probable a judge finds each letter, times the number of letters: 1 everywhere if order does not matter.
-
-    Args:
-        letters: probabilities of each row, shape (orders, letters); every candidate stands at every place equally
-            often if there are as many orders as letters.
-        clusters: label of each row.
-    """
-    import numpy as np
-
-    longest = max((row.shape[1] for row in letters), default=0)
-    found = []
-    for place in range(longest):
-        rows = [number for number, row in enumerate(letters) if row.shape[1] > max(place, 1)]
-        values = np.array([letters[row][:, place].mean() * letters[row].shape[1] for row in rows])
-        kept = None if clusters is None else np.asarray(clusters)[rows]
-        if rows:
-            found.append(bootstrap(values[:, None], kept)[0])
-    return found

@@ -16,7 +16,6 @@ from ensemble.choose import Scores, answer_of, or_fallback, score_rows
 from ensemble.measure import CONSTANT, FIRST, ORACLE, WORST, Line, chance, measure
 from ensemble.models import Model, open_models, roles_needed, tools
 from ensemble.selectors import SELECTORS, make_selectors
-from ensemble.selectors.judges import Pick, shown_together
 from eval.encoders import Encoder
 from eval.intervals import Interval
 from eval.scoring import Truth, check_same_ids, interval_figures, read_truth, score_texts
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 ALL = tuple(SELECTORS)
 FIGURES, REPORT = "experiment.json", "report.html"
-_NONSENSE = 0.01  # probability of all letters together, below which a judge has not answered
 
 
 @dataclass(frozen=True)
@@ -54,23 +52,6 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Letters:
-    """What is known of a judge that picks letters.
-
-    Attributes:
-        positions: see `diagnosis.positions`.
-        attention: probability of any letter, mean over rows.
-        nonsense: rows in which it is below one in a hundred.
-        calibration: see `diagnosis.calibration`.
-    """
-
-    positions: list[Interval]
-    attention: float
-    nonsense: int
-    calibration: list[diagnosis.Bin]
-
-
-@dataclass(frozen=True)
 class Experiment:
     """All that came out; rows are in the truth's order.
 
@@ -82,7 +63,7 @@ class Experiment:
         joined: of answers that join several candidates, which are no choices.
         chance: see `measure.chance`.
         without: pairs that had no candidate.
-        variance, correlations, curve, knowledge, letters: see `ensemble.diagnosis`.
+        variance, correlations, curve, knowledge: see `ensemble.diagnosis`.
         kinds: kind of prompt of each row.
     """
 
@@ -99,7 +80,6 @@ class Experiment:
     correlations: dict[tuple[str, str], Interval]
     curve: diagnosis.Curve
     knowledge: dict[str, diagnosis.Knowledge]
-    letters: Letters | None
     kinds: list[str]
 
     def line(self, name: str) -> Line:
@@ -129,12 +109,6 @@ class Experiment:
             "curve": {"chosen": self.curve.chosen, "independent": self.curve.independent},
             "knowledge": {name: {"rows": known.rows, **interval_figures(known.rank_correlation)}
                           for name, known in self.knowledge.items()},
-            "letters": None if self.letters is None else {
-                "positions": [interval_figures(one) for one in self.letters.positions],
-                "attention": self.letters.attention, "nonsense": self.letters.nonsense,
-                "calibration": [{"candidates": b.count, "said": b.said, "best": b.best}
-                                for b in self.letters.calibration],
-            },
         }  # fmt: skip
 
 
@@ -160,8 +134,6 @@ def run_experiment(config: Config, encoder: Encoder) -> Experiment:
         kit = tools(encoder, models, rotations=config.rotations, weights=weights)
         selectors = make_selectors(names, kit)
         scores = score_rows(rows, selectors)
-        pick = selectors.get("judge_pick")
-        letters = _letters(pick, rows, truths, scores["judge_pick"], truth) if isinstance(pick, Pick) else None
     constant = score_texts([config.constant] * len(rows), truth.prompts, encoder)
     joined = _joined(config, rows, truth, encoder, scores)
     lines = measure(truths, scores, constant, truth.clusters, joined)
@@ -175,7 +147,7 @@ def run_experiment(config: Config, encoder: Encoder) -> Experiment:
         diagnosis.variance(draws, truth.clusters), diagnosis.correlations(by_source, truth.clusters),
         diagnosis.curve(draws, said),
         {name: known for name, s in scores.items() if (known := diagnosis.knowledge(truths, s, truth.clusters))},
-        letters, truth.kinds or kinds_of_prompt(truth.prompts, encoder),
+        truth.kinds or kinds_of_prompt(truth.prompts, encoder),
     )  # fmt: skip
     figures = config.output / FIGURES
     with made_files(figures, [figures], {"selectors": names}):
@@ -259,13 +231,6 @@ def sentences(experiment: Experiment) -> Iterator[str]:
         if (SELECTORS.get(name) and SELECTORS[name].needs) or name == "consensus":
             sees = "knows" if known.rank_correlation.low > 0 else "does not know"
             yield f"{name} {sees} within rows which is better: rank correlation {known.rank_correlation}."
-    if e.letters and e.letters.positions:
-        tops = [one.mean for one in e.letters.positions]
-        yield (
-            f"The judge's taste for letters: from {min(tops):.2f} to {max(tops):.2f} times an even share; it answers "
-            f"with a letter at all with probability {e.letters.attention:.2f}, below {_NONSENSE} in "
-            f"{e.letters.nonsense} rows."
-        )
     for line in e.lines:
         if line.undecided:
             yield f"{line.name} said nothing of {line.undecided} rows; their first candidate was taken."
@@ -301,24 +266,3 @@ def _joined(
             texts = [answer_of(row, said, count, suffix) for row, said in zip(rows, scores[by].values, strict=True)]
             found[name] = score_texts(texts, truth.prompts, encoder)
     return found
-
-
-def _letters(
-    pick: Pick, rows: Sequence[Row], truths: Sequence[Sequence[float]], scores: Scores, truth: Truth
-) -> Letters | None:
-    import numpy as np
-
-    tables, attentions, places = [], [], []
-    for place, row in enumerate(rows):
-        answers, count = pick.answers(row.pair, row.candidates), len(shown_together(row.candidates))
-        if any(known.failure for known in answers):
-            continue
-        places.append(place)
-        tables.append(Pick.letters(answers, count))
-        attentions.append(Pick.attention(answers, count))
-    if not tables:
-        return None
-    return Letters(
-        diagnosis.positions(tables, truth.clusters[places]), float(np.mean(attentions)),
-        sum(attention < _NONSENSE for attention in attentions), diagnosis.calibration(truths, scores.values),
-    )  # fmt: skip

@@ -15,13 +15,11 @@ from eval.encoders import Encoder
 from eval.intervals import Interval, bootstrap
 from eval.report import Example, Figure, Section, Table, Words, write_report
 from eval.sections import marked
-from submission.prompts.templates import LETTERS
 
 _KINDS = 6
 _EXAMPLES = 3
 _GAIN = "mean score minus that of the first answer, 95 % interval"
 _RANKS = "rank correlation with the true score within rows"
-_TASTE = "probability of the letter, as a multiple of an even share"
 _CURVES = 5  # selectors beside the oracle
 _HEAD = (
     "selector", "mean [95 %]", "over first", "over constant", "headroom", "regret", "best one", "tokens/row", "s/row",
@@ -91,18 +89,6 @@ def sections(experiment: Experiment) -> Iterator[Section]:
                 "Rank correlation with the true score, in rows.",
             )
         ]
-        if e.letters and e.letters.calibration:
-            caption = "How often candidates are best, by the probability that judge_pick gives them."
-            figures.append(Figure("calibration", charts.calibration(e.letters.calibration), caption))
-        if e.letters and e.letters.positions:
-            caption = "The judge's taste for letters, over all rotations."
-            figures.append(
-                Figure(
-                    "positions",
-                    intervals(dict(zip(LETTERS, e.letters.positions, strict=False)), _TASTE, beside=1),
-                    caption,
-                )
-            )
         yield Section(
             "Does anybody know?", ["Rows with at least three candidates that can be ordered."], [table], figures
         )

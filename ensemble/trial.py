@@ -18,7 +18,6 @@ from submission.backends.models import EMBEDDED
 from submission.data.tables import read_pairs
 from submission.errors import UserError
 
-_SKIPPED = ("judge_pairs",)  # it asks about every two candidates: as long as all others together
 _SOURCES = (
     Source(name="tuned", n=4, temperature=0.8, max_new_tokens=32),
     Source(name="untuned", model=EMBEDDED, template="detailed", n=3, greedy=False, temperature=0.8, max_new_tokens=32),
@@ -47,7 +46,7 @@ def trial(output: Path, encoder: Encoder, near: float, *, fresh: bool = False) -
     candidates = output / "candidates.parquet"
     sample(read_pairs(pairs), _SOURCES, candidates, encoder, near, fresh=fresh)
     config = Config(
-        candidates, truth, output, [name for name in ALL if name not in _SKIPPED], read_models(None, {}), rotations=4,
+        candidates, truth, output, list(ALL), read_models(None, {}), rotations=4,
         fresh=fresh,
     )  # fmt: skip
     return experiment_with_page(config, encoder)

@@ -107,9 +107,10 @@ def test_an_encoder_with_damaged_weights_is_an_error_not_a_number(sentence_t5: P
     save_file({name: np.full_like(value, np.nan) for name, value in load_file(weights).items()}, weights)
     with pytest.raises(UserError, match="not finite"):
         find_encoder(str(tmp_path / "t5"), cached=False).embed(["a"])
-    (tmp_path / "t5" / "model.safetensors").write_bytes(b"no weights")
+    shutil.copytree(sentence_t5, tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match="cannot be loaded"):
-        find_encoder(str(tmp_path / "t5"), cached=False).embed(["a"])
+        find_encoder(str(tmp_path / "other"), cached=False).embed(["a"])
 
 
 # -- log ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from ensemble import diagnosis
 from ensemble.candidates import Candidate, Draw, Row, merge, read_candidates, write_candidates
@@ -19,7 +18,7 @@ from ensemble.choose import Scores, answer_of, best, score_rows
 from ensemble.measure import measure
 from ensemble.selectors import SELECTORS, Tools, make_selectors
 from ensemble.selectors.consensus import Consensus
-from ensemble.selectors.judges import MOST, Pick, Rate, YesNo, bradley_terry
+from ensemble.selectors.judges import MOST, Pick, Rate, YesNo
 from eval.encoders import Encoder, find_encoder
 from submission.backends.scripted import Scripted
 from submission.calls.likelihoods import Likelihoods
@@ -125,8 +124,7 @@ def test_rotations_cancel_the_taste_for_letters() -> None:
     questions = Pick(model).ask(PAIR, some)
     letters = Pick.letters(model.of(questions), 4)
     assert letters.shape == (4, 4)
-    positions = diagnosis.positions([letters, letters])
-    assert positions[0].mean > 1.5 > 1 > positions[1].mean
+    assert letters.mean(axis=0)[0] > 1.5 / 4
 
 
 def test_only_so_many_candidates_stand_beside_each_other() -> None:
@@ -151,12 +149,6 @@ class Never(Scripted):
     def loglikelihood(self, items):  # type: ignore[no-untyped-def]
         for key, _, _ in items:
             yield key, LogLikelihood(-math.inf, 1, 10)
-
-
-def test_strengths_are_those_that_the_wins_were_made_from() -> None:
-    strengths = np.array([1.0, 0.0, -1.0])
-    wins = 100 / (1 + np.exp(strengths[None, :] - strengths[:, None]))
-    assert bradley_terry(wins) == pytest.approx(strengths, abs=0.05)
 
 
 def test_consensus_is_the_medoid_and_counts_draws(encoder: Encoder) -> None:
@@ -283,16 +275,6 @@ def test_equal_candidates_and_single_ones_are_defined() -> None:
     assert diagnosis.knowledge(truths, Scores([[1.0], [1.0, 2.0]])) is None
 
 
-def test_calibration_finds_a_judge_that_is_right_as_often_as_it_says() -> None:
-    random = np.random.default_rng(5)
-    said: NDArray[np.float64] = random.dirichlet(np.ones(4), size=2000)
-    truths = [[float(place == random.choice(4, p=row)) for place in range(1)] for row in said]
-    winners = [int(random.choice(4, p=row)) for row in said]
-    truths = [[float(place == winner) for place in range(4)] for winner in winners]
-    for one in diagnosis.calibration(truths, said.tolist()):
-        assert one.best == pytest.approx(one.said, abs=0.06)
-
-
 # -- commands -----------------------------------------------------------------------------------------------
 
 
@@ -327,7 +309,6 @@ def test_candidates_of_the_embedded_model_become_a_submission_and_a_report(run: 
     figures = json.loads((tmp_path / "e" / "experiment.json").read_text())
     assert set(names.split(",")) <= set(figures["selectors"])
     assert figures["selectors"]["oracle"]["headroom"]["mean"] == pytest.approx(1)
-    assert figures["letters"]["positions"]
     page = (tmp_path / "e" / "report.html").read_text()
     assert "Are errors correlated?" in page
     assert "Does anybody know?" in page

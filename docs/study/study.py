@@ -75,7 +75,7 @@ COMPARED: dict[str, tuple[str, ...]] = {
 SHIPPED = "plain"
 LONGEST = "epochs-10"  # of which the curve is shown
 CHEAP = ("first", "random", "longest", "most_frequent", "logprob", "consensus", "likelihood", "consensus+likelihood")
-EVERY = (*CHEAP, "judge_pick", "judge_rate", "judge_pairs", "judge_yes_no")
+EVERY = (*CHEAP, "judge_pick", "judge_rate", "judge_yes_no")
 BASELINES = ("constant", "constant_fitted", "nearest", "zero_shot", "few_shot")
 PARTS = ("train", "validation", "test")
 

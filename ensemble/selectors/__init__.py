@@ -95,9 +95,6 @@ SELECTORS: dict[str, Known] = {
     "judge_rate": Known(
         "the mean of a judge's rating from 1 to 5", lambda tools: judges.Rate(_judge(tools)), "judge"
     ),
-    "judge_pairs": Known(
-        "strength in a judge's pairwise choices (Bradley-Terry)", lambda tools: judges.Pairs(_judge(tools)), "judge"
-    ),
     "judge_yes_no": Known(
         "a judge's log-odds of Yes; the trained one if there is one",
         lambda tools: judges.YesNo(tools.gate or _judge(tools)),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import permutations
 from typing import TYPE_CHECKING
 
 from ensemble.candidates import Candidate
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 
 MOST = 16
 """Candidates that are put beside each other: of more, the most frequent ones."""
-_ROUNDS = 200  # of the fit of strengths
-_PRIOR = 0.1  # half wins that everybody has, so that one who won or lost all has a finite strength
 
 
 class Pick(Asker):
@@ -63,11 +60,6 @@ class Pick(Asker):
         logs = [known.sum for known in answers]
         return np.array([softmax(logs[start : start + count]) for start in range(0, len(logs), count)])
 
-    @staticmethod
-    def attention(answers: Sequence[Known], count: int) -> float:
-        """How probable it is that the judge answers with a letter at all, mean over orders, from 0 to 1."""
-        return sum(math.exp(known.sum) for known in answers) / (len(answers) / count)
-
     def _orders(self, count: int) -> list[list[int]]:
         shifts = min(self._rotations or count, count)
         starts = [shift * count // shifts for shift in range(shifts)]
@@ -90,34 +82,6 @@ class Rate(Asker):
         ]
 
 
-class Pairs(Asker):
-    """A judge compares two at a time, in both orders; strengths by Bradley and Terry (1952)."""
-
-    def ask(self, pair: Pair, candidates: Sequence[Candidate]) -> list[Question]:
-        """Both letters' probabilities for every ordered pair of candidates."""
-        shown = [candidates[place].text for place in shown_together(candidates)]
-        return [
-            (render_pick(pair, [shown[a], shown[b]]), letter)
-            for a, b in permutations(range(len(shown)), 2)
-            for letter in LETTERS[:2]
-        ]
-
-    def combine(self, candidates: Sequence[Candidate], answers: list[Known]) -> list[float]:
-        """Log-strengths; NaN for those that were not shown."""
-        import numpy as np
-
-        shown = shown_together(candidates)
-        if len(shown) == 1:
-            return [0.0]
-        wins = np.zeros((len(shown), len(shown)))
-        logs = [known.sum for known in answers]
-        for number, (a, b) in enumerate(permutations(range(len(shown)), 2)):
-            first, second = softmax(logs[2 * number : 2 * number + 2])
-            wins[a, b] += first
-            wins[b, a] += second
-        return _at_their_places(bradley_terry(wins).tolist(), shown, len(candidates))
-
-
 class YesNo(Asker):
     """Was this rewrite made by this candidate? Zero-shot, or as `train` trains a judge on that very question."""
 
@@ -134,25 +98,6 @@ def shown_together(candidates: Sequence[Candidate]) -> list[int]:
     """Places of up to `MOST` candidates, the most frequent ones, in their order."""
     order = sorted(range(len(candidates)), key=lambda place: (-len(candidates[place].draws), place))
     return sorted(order[:MOST])
-
-
-def bradley_terry(wins: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Log-strengths of players with mean 0, by Hunter's (2004) iteration.
-
-    Args:
-        wins: how often, or how probably, row beat column, shape (players, players).
-    """
-    import numpy as np
-
-    wins = wins + _PRIOR / 2
-    np.fill_diagonal(wins, 0)
-    games = wins + wins.T
-    strengths = np.ones(len(wins))
-    for _ in range(_ROUNDS):
-        strengths = wins.sum(axis=1) / (games / (strengths[:, None] + strengths)).sum(axis=1)
-        strengths /= np.exp(np.log(strengths).mean())
-    logs: NDArray[np.float64] = np.log(strengths)
-    return logs
 
 
 def _at_their_places(values: Sequence[float], places: Sequence[int], count: int) -> list[float]:

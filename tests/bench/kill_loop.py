@@ -77,7 +77,7 @@ def kill_loop(folder: Path, *, backend: str, rows: int, kills: int, seed: int, v
         "scripted": ["--backend", "scripted", "--set", "seconds_per_row=0.05"],
         # Two rows at a time: with the usual number the run would be over after a few kills.
         "llama_cpp": ["--max-new-tokens", "16", "--set", "streams=2"],
-        "ensemble": ["--recover", "ensemble.best_of:best_of", "--recover-config", folder / "best_of.toml"],
+        "ensemble": ["--recover", "ensemble.best_of:best_of", "--recover-config", str(folder / "best_of.toml")],
     }[backend]
     arguments = command("predict", pairs, "-o", output, *options, "--json")
     log = log_path(output)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
+from typing import Any
 
 from tests.fuzz import configs, models, tables
 from tests.fuzz.run import Case, ForkedWorker, Trouble, fork_instead, run_cases
@@ -35,12 +36,12 @@ def prepare(kind: str) -> None:
         importlib.import_module(name)
     if kind == "adapter":
         models.prepare()
-    from submission.backends.llama import probe
-    from submission.calls import processes
+    llama: Any = importlib.import_module("submission.backends.llama.probe")
+    processes: Any = importlib.import_module("submission.calls.processes")
 
     # In place of the module, which others use too.
-    probe.subprocess = SimpleNamespace(run=fork_instead, TimeoutExpired=subprocess.TimeoutExpired)  # type: ignore[assignment]
-    processes.subprocess = SimpleNamespace(  # type: ignore[assignment]
+    llama.subprocess = SimpleNamespace(run=fork_instead, TimeoutExpired=subprocess.TimeoutExpired)
+    processes.subprocess = SimpleNamespace(
         Popen=ForkedWorker, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
     )
 

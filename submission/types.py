@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+class _Travels:
+    """What goes to workers and comes back: as its fields, which takes a third of the time of a dataclass's own way."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        names: tuple[str, ...] = self.__slots__
+        return type(self), tuple([getattr(self, name) for name in names])
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """What is given: a text and what a language model made of it under an unknown prompt."""
@@ -37,7 +47,7 @@ class Triplet:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Part(_Travels):
     """A stretch of a message.
 
     Trusted text is the template's own: special tokens in it are parsed. Untrusted text is data: it is
@@ -49,7 +59,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class Message(_Travels):
     """One turn of a chat."""
 
     role: Literal["system", "user", "assistant"]
@@ -57,7 +67,7 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
-class Chat:
+class Chat(_Travels):
     """A conversation that a model is to continue with an assistant's answer.
 
     `prefix` is a forced beginning of that answer: it is fed to the model after the answer header and is
@@ -69,7 +79,7 @@ class Chat:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class Sampling(_Travels):
     """How answers are drawn. `temperature` 0 means greedy; lengths are in tokens of the model."""
 
     n: int = 1
@@ -82,7 +92,7 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class Request(_Travels):
     """One chat to be answered; `key` comes back with the answers and seeds their random streams."""
 
     key: str
@@ -91,7 +101,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(_Travels):
     """One answer of a model.
 
     `logprob` is the sum of the natural-log probabilities of the answer's tokens at temperature 1 over the
@@ -110,7 +120,7 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
-class LogLikelihood:
+class LogLikelihood(_Travels):
     """log P(continuation | chat): natural log, summed over the continuation's `tokens` only.
 
     `prompt_tokens` is the number of the chat's tokens, whether or not they were shared with other items; `seconds` is
@@ -129,14 +139,14 @@ class LogLikelihood:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(_Travels):
     """What an item has instead of a result; `reason` is for people, in one line."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class Encoded(_Travels):
     """A prompt as a model sees it: the number of its tokens, whether texts were cut to fit, and its text.
 
     `context` is the number of tokens that a prompt and its answer may have together.

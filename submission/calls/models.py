@@ -279,6 +279,7 @@ class _Answering:
         self._call: Call | None = None
         self._keys: dict[str, list[str]] = {}  # of items that are the same call, by the key of the one that is asked
         self._first: dict[str, str] = {}  # the key of the item that is asked, by digest
+        self._digests: dict[str, str] = {}  # and the other way round
         self._failed: list[tuple[Any, Failure]] = []
         self._asked = 0
 
@@ -328,7 +329,7 @@ class _Answering:
                 self._run.failed += 1
                 yield key, Failure(self._model.hopeless)
             else:
-                self._first[digest], self._keys[key] = key, [key]
+                self._first[digest], self._digests[key], self._keys[key] = key, digest, [key]
                 self._ask([item])
 
     def _ask(self, items: list[Any]) -> None:
@@ -341,7 +342,7 @@ class _Answering:
         """Wait for workers."""
         assert self._call is not None
         try:
-            self._call.wait()
+            self._call.wait(flush=not self._more)
         except (HopelessError, LostError) as error:
             self._failed += [(item, Failure(str(error))) for item in self._call.pending]
             self._call.close()
@@ -360,7 +361,7 @@ class _Answering:
                     yield from self._give_up()
                 continue
             self._run.computed += 1
-            digest = self._model.digest(self._kind, item)
+            digest = self._digests.pop(self._kind.key(item))
             if self._keep:
                 self._model.log.add(digest, self._kind.content(answer, seconds))
             self._first.pop(digest, None)
@@ -387,7 +388,7 @@ class _Answering:
         for item, failure in failed:
             keys = self._keys.pop(self._kind.key(item))
             self._run.failed += len(keys)
-            self._first.pop(self._model.digest(self._kind, item), None)
+            self._first.pop(self._digests.pop(self._kind.key(item)), None)
             yield from ((key, failure) for key in keys)
 
 

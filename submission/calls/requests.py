@@ -71,9 +71,9 @@ def identity(marks: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(marks.items())).encode()).hexdigest()
 
 
-def _chat(chat: Chat) -> str:
+def _chat(chat: Chat) -> list[Any]:
     parts = [[message.role, *([part.text, part.trusted] for part in message.parts)] for message in chat.messages]
-    return json.dumps([parts, chat.prefix])
+    return [parts, chat.prefix]
 
 
 def _asked_generate(request: Request) -> str:
@@ -81,7 +81,7 @@ def _asked_generate(request: Request) -> str:
     how: list[object] = [s.n, s.temperature, s.top_p, s.min_p, s.max_new_tokens, s.stop]
     if s.temperature > 0:  # the key and the seed choose the random stream
         how += [s.seed, request.key]
-    return f"{_chat(request.chat)}\0{json.dumps(how)}"
+    return json.dumps([_chat(request.chat), how])
 
 
 def _size(chat: Chat) -> int:
@@ -175,7 +175,7 @@ GENERATE = Kind(
     lambda item: _ANSWER * item.sampling.n + _size(item.chat), _completions, _parse_completions, _timed_completions,
 )  # fmt: skip
 LOGLIKELIHOOD = Kind(
-    "loglikelihood", lambda item: str(item[0]), lambda item: f"{_chat(item[1])}\0{json.dumps(item[2])}",
+    "loglikelihood", lambda item: str(item[0]), lambda item: json.dumps([_chat(item[1]), item[2]]),
     lambda item: len(item[2]) + _size(item[1]), _likelihood, _parse_likelihood,
     lambda answer, seconds: replace(answer, seconds=seconds),
 )  # fmt: skip

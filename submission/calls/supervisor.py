@@ -195,19 +195,22 @@ class Pool:
 
     # -- dealing ----------------------------------------------------------------------------------------------
 
-    def has_room(self, kind: Kind) -> bool:
-        """Whether a worker could take more."""
-        return any(len(worker.asked) < kind.ahead and not worker.alone for worker in self.workers)
-
     def deal(self, call: Call) -> None:
-        """Send what waits in a call to workers: suspected groups to idle ones, the rest to those with the least."""
+        """Send what waits in a call to workers: suspected groups to idle ones, the rest to those with the least.
+
+        A block that is not full waits for more, until a worker has little left or the call says that there is no more.
+        """
         for worker in self.workers:
             if call.suspects and worker.ready and not worker.asked:
                 worker.alone = True
                 self._give(worker, call, call.suspects.pop())
         while call.waiting and not call.suspects:
-            free = [one for one in self.workers if one.ready and not one.alone and len(one.asked) < call.kind.ahead]
+            ahead = call.kind.ahead
+            free = [one for one in self.workers if one.ready and not one.alone and len(one.asked) < ahead]
             if not free:
+                return
+            full = call.no_more or len(call.waiting) >= call.kind.block
+            if not full and all(len(one.asked) > ahead // 2 for one in free):
                 return
             block = [call.waiting.popleft() for _ in range(min(call.kind.block, len(call.waiting)))]
             self._give(min(free, key=lambda one: one.load), call, block)
@@ -366,6 +369,7 @@ class Call:
         number: of the call.
         kind: of the method.
         waiting: items that no worker has.
+        no_more: no item will be added.
         suspects: groups that are to be asked apart from everything else; the last one first, so that a culprit is found
             before the next group is tried.
     """
@@ -374,6 +378,7 @@ class Call:
         self.number, self.kind = number, kind
         self.waiting: deque[Item] = deque()
         self.suspects: list[list[Item]] = []
+        self.no_more = False
         self._pool = pool
         self._open: dict[str, Item] = {}
         self._results: deque[tuple[Any, Any, float]] = deque()
@@ -385,8 +390,8 @@ class Call:
 
     @property
     def has_room(self) -> bool:
-        """Whether workers could take more than what waits."""
-        return len(self.waiting) < self.kind.block
+        """Whether workers could take more."""
+        return len(self._open) < self.kind.ahead * len(self._pool.workers)
 
     def add(self, content: Any) -> None:
         """Ask something; its key must be another than those of what has no result yet."""
@@ -395,23 +400,27 @@ class Call:
             raise ValueError(f"two items of one call have the key {key!r}")
         self._open[key] = item = Item(self.number, key, content, self.kind.size(content))
         self.waiting.append(item)
+        if len(self.waiting) >= self.kind.block:
+            self._pool.deal(self)
 
     def results(self) -> Iterator[tuple[Any, Any, float]]:
         """Results that are there: item, answer or `Failure`, seconds that it took beside others."""
         while self._results:
             yield self._results.popleft()
 
-    def wait(self) -> None:
-        """Deal what waits, and come back when there is a result or room for more.
+    def wait(self, *, flush: bool = True) -> None:
+        """Deal what waits, and come back when there is a result.
+
+        Args:
+            flush: there will be no more items: blocks need not be full.
 
         Raises:
             DeadlineReached, HopelessError, LostError: see each.
         """
+        self.no_more = flush
         self._pool.deal(self)
         while self._open and not self._results:
             self._pool.listen()
-            if not self.waiting and not self.suspects and self._pool.has_room(self.kind):
-                return
 
     def finish(self, item: Item, answer: Any, seconds: float) -> None:
         """An item has a result."""

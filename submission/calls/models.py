@@ -349,10 +349,11 @@ class _Answering:
             self._call = None
             if self._model.step_down(str(error)):
                 self._ask_again()
-            elif isinstance(error, LostError):
+                return
+            self._model.release()
+            if isinstance(error, LostError):
                 raise
-            else:
-                self._model.hopeless = str(error)
+            self._model.hopeless = str(error)
             return
         for item, answer, seconds in self._call.results():
             if isinstance(answer, Failure):

@@ -150,6 +150,7 @@ class Pool:
         self._deaths = self._errors = 0  # since the last answer
         self._slowest = 0.0  # seconds that a worker took between two answers
         self._answers = 0
+        self._looked = time.monotonic()
         self.workers = [Worker(number) for number in range(carrier.count)]
         try:
             for worker in self.workers:
@@ -243,6 +244,8 @@ class Pool:
         if left <= 0:
             self.close()
             raise DeadlineReached
+        if not self.workers:
+            raise LostError("the model's workers were ended in the middle of a call")
         before = time.monotonic()
         for worker, message in self._carrier.receive(list(self.workers), left):
             if worker not in self.workers:
@@ -256,8 +259,10 @@ class Pool:
             for worker in self.workers:
                 worker.since = now
             return
-        for worker in list(self.workers):
-            self._look_after(worker, now)
+        if now - self._looked > _TICK:
+            self._looked = now
+            for worker in list(self.workers):
+                self._look_after(worker, now)
 
     def _look_after(self, worker: Worker, now: float) -> None:
         limit = self._patience() if worker.ready else _LOADING_SECONDS

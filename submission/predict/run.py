@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from submission.calls.log import Log, log_path
@@ -106,6 +106,7 @@ class _Run:
         self._computing_since: float | None = None
         self._computing_seconds = 0.0
         self._finishing = threading.Lock()
+        self._taken_over = False
 
     def run(self) -> Summary:
         deadline = self._config.deadline
@@ -114,7 +115,7 @@ class _Run:
             takeover_at=times.last_call if times else None, take_over=self._take_over, stop_now=self._stop_now
         )
         try:
-            with watchdog:
+            with watchdog, self._held_while_taken_over():
                 check_writable(self._config.output)
                 self._pairs = Pairs(self._config.input, self._config.encoding, self._config.limit)
                 made = self._plan = plan(self._config, self._pairs)
@@ -134,6 +135,15 @@ class _Run:
                 self._manifest.write("interrupted")
             tell(self._how_to_resume(), sys.stderr)
             raise
+
+    @contextmanager
+    def _held_while_taken_over(self) -> Iterator[None]:
+        """Let nothing end the main thread while the watchdog's writes the file: it ends the process."""
+        try:
+            yield
+        finally:
+            while self._taken_over:
+                time.sleep(1)
 
     def _compute(self, made: Plan, end: float | None) -> bool:
         """Answer all rows; True if the deadline came first."""
@@ -221,6 +231,7 @@ class _Run:
         """The main thread is in code of a strategy that does not come back, or still reads the table."""
         if not self._finishing.acquire(blocking=False):
             return
+        self._taken_over = True
         if self._pairs is None:
             self._end_process("error: the deadline was over before the input was read: no file was written", 1)
         if self._models is not None:

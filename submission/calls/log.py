@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from submission.data.scratch import scratch
 from submission.errors import PromptRecoveryError, UserError
 
 T = TypeVar("T")
+LOG = logging.getLogger(__name__)
 
 _CHECKSUM, _DIGEST = 16, 32  # hexadecimal digits
 _HEAD = len('["') + _CHECKSUM + len('","') + _DIGEST + len('",')  # bytes before the content
@@ -124,6 +126,13 @@ class Log:
             return  # another process wrote behind it: a later run finds it
         self._index.execute("REPLACE INTO calls VALUES (?, ?, ?)", (bytes.fromhex(digest), start, end - start))
         self.sync_if_due()
+
+    def tell_damaged(self, told: int = 0) -> int:
+        """Tell people of lines that were left alone, beyond those that they were told of; returns how many there are."""
+        if self.damaged > told:
+            more = self.damaged - told
+            LOG.warning("%d damaged lines of %s are left alone; their calls are computed again", more, self.path)
+        return self.damaged
 
     def sync_if_due(self) -> None:
         """Bring lines to the disk if the last time is seconds ago."""

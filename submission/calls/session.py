@@ -44,11 +44,11 @@ def session(output: Path, roles: Mapping[str, Spec], *, fresh: bool = False) -> 
     if not is_log(path):
         check_free(output, [path])
     log = Log(path, fresh=fresh, before_writing=lambda: _claim(output, path))
-    if log.damaged:
-        LOG.warning("%d damaged lines of %s are left alone; their calls are computed again", log.damaged, path)
+    damaged = log.tell_damaged()
     with _signals_as_interrupts(), open_models(roles, log) as models:
         try:
             yield models
+            log.tell_damaged(damaged)
         except KeyboardInterrupt:
             LOG.info("stopped: what was computed is safe in %s; the same command goes on", path)
             raise

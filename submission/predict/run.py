@@ -149,8 +149,7 @@ class _Run:
         """Answer all rows; True if the deadline came first."""
         config = self._config
         log = Log(log_path(config.output), fresh=config.fresh, before_writing=self._begin)
-        if log.damaged:
-            LOG.warning("%d damaged lines of %s are left alone; their calls are computed again", log.damaged, log.path)
+        damaged = log.tell_damaged()
         late = False
         with open_models(made.roles, log, Limits(end, config.stall, config.max_failures)) as models:
             self._models = models
@@ -180,6 +179,7 @@ class _Run:
                 except DeadlineReached:
                     late = True
                 self._stop_clock()
+            log.tell_damaged(damaged)
         return late
 
     def _begin(self) -> None:

@@ -1,4 +1,4 @@
-"""Best of several answers, as a way of predicting: sample, select, answer.
+"""Best of several answers, as a strategy: sample, select, answer.
 
     python -m submission predict test.csv -o submission.csv --recover ensemble.best_of:best_of --recover-config b.toml
 
@@ -58,7 +58,7 @@ class Options:
 
 
 class best_of:
-    """See the module; made by the driver of `predict`. Its roles are its sources by name, target, judge and encoder."""
+    """See the module; made by `predict`. Its roles are its sources by name, target, judge and encoder."""
 
     def __init__(self, setup: Setup) -> None:
         self._options, self._sources, self._models = _parse(setup.config)

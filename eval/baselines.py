@@ -1,8 +1,8 @@
-"""The ways of predicting that anything new must beat, run and compared.
+"""The strategies that anything new must beat, run and compared.
 
     python -m eval baselines train.csv test.csv -o baselines --ood other.csv
 
-Each is a run of `submission predict` with journal and manifest, in a folder of its own: the same command again goes on
+Each is a run of `submission predict` with log and manifest, in a folder of its own: the same command again goes on
 where it was stopped, and `python -m submission inspect ID --run FOLDER/submission.csv` shows any row.
 """
 
@@ -141,7 +141,7 @@ def _run_and_compare(
 
 
 def _systems(config: Config, constants: Sequence[FittedConstant], encoder: Encoder) -> dict[str, RunConfig]:
-    """What each baseline asks of the driver; input and output are still to come."""
+    """What each baseline asks of `predict`; input and output are still to come."""
     asked = RunConfig(
         input=Path(), output=Path(), backend=config.backend, model=config.model, adapter=config.adapter,
         settings=config.settings, sampling=Sampling(max_new_tokens=config.max_new_tokens), limit=config.limit,

@@ -28,7 +28,7 @@ _SPECIAL_SHARE = 0.01  # of answers with special tokens, above which a system is
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """One way of predicting, scored.
+    """One strategy, scored.
 
     Attributes:
         name: as shown.

@@ -1,4 +1,4 @@
-"""Ways of predicting from solved examples that are like the pair at hand.
+"""Strategies from solved examples that are like the pair at hand.
 
     python -m submission predict test.csv -o nearest.csv --recover eval.retrieval:Nearest --recover-config r.toml
     python -m submission predict test.csv -o shots.csv --recover eval.retrieval:NearestShots --recover-config r.toml

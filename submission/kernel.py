@@ -56,7 +56,7 @@ class Settings:
     the file or folder of that name below /kaggle/input.
 
     Attributes:
-        recover, recover_config: way of predicting and its TOML file, as `predict` takes them.
+        recover, recover_config: strategy and its TOML file, as `predict` takes them.
         backend: llama_cpp, transformers, scripted or auto (by the model).
         model: "auto" (what is attached: a folder where there is a GPU, else a GGUF file, else embedded-tuned),
             "embedded-tuned", "embedded" or a path.

@@ -39,7 +39,7 @@ def say(line: str) -> None:
 
 
 class Progress(Protocol):
-    """What the driver tells while it works."""
+    """What a command tells while it works."""
 
     def advance(self, *, fell_back: bool = False, computed: bool = True) -> None:
         """One more row is done; if it was not computed now, it says nothing of the pace."""

@@ -200,7 +200,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The time that is left to a way of predicting. `end` is in seconds of `clock`; None means no limit."""
+    """The time that is left to a strategy. `end` is in seconds of `clock`; None means no limit."""
 
     end: float | None = None
     clock: Callable[[], float] = field(default=time.monotonic)

@@ -128,7 +128,7 @@ class Log:
         self.sync_if_due()
 
     def tell_damaged(self, told: int = 0) -> int:
-        """Tell people of lines that were left alone, beyond those that they were told of; returns how many there are."""
+        """Tell people of lines that were left alone, beyond those they were told of; returns how many there are."""
         if self.damaged > told:
             more = self.damaged - told
             LOG.warning("%d damaged lines of %s are left alone; their calls are computed again", more, self.path)

@@ -36,7 +36,7 @@ def add_to(app: typer.Typer) -> None:
 def bundle(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to make.")] = _BUNDLE,
     settings: Annotated[
-        Path | None, typer.Option(help="A kernel.toml: way of predicting, model, options; default: a plain one.")
+        Path | None, typer.Option(help="A kernel.toml: strategy, model, options; default: a plain one.")
     ] = None,
     model: Annotated[
         str,

@@ -32,6 +32,7 @@ _TICK = 0.5  # seconds between two looks at workers that say nothing
 STALL_SECONDS = 900.0  # without an answer, beyond which a busy worker counts as hanging
 _LEAST_STALL, _SLOWER, _KNOWN = 120.0, 20.0, 50  # once so many answers are known: so many times the slowest, at least
 _LOADING_SECONDS = 3600.0
+_OTHERS_SECONDS = 30.0  # that the first worker waits for the others
 
 Message = tuple[Any, ...]
 """To a worker: ("ask", (call, try), method, items), ("stop", (call, try)).
@@ -155,8 +156,12 @@ class Pool:
         try:
             for worker in self.workers:
                 carrier.start(worker)
-            while not any(worker.ready for worker in self.workers):
+            # The first one to be ready would take all that there is, if there is little.
+            first = float("inf")
+            while not all(worker.ready for worker in self.workers) and time.monotonic() < first + _OTHERS_SECONDS:
                 self._receive()
+                if any(worker.ready for worker in self.workers):
+                    first = min(first, time.monotonic())
         except BaseException:
             self.close()
             raise

@@ -244,8 +244,7 @@ def test_all_baselines_run_on_the_embedded_model_and_go_on_after_a_stop(run: Cli
     assert kept == {name: system["mean"] for name, system in again.summary["systems"].items()}
     write_csv(tmp_path / "train.csv", rows[5:], TRIPLETS)
     other = run(*arguments, "--only", "nearest")
-    assert other.code == 2
-    assert "examples" in other.err
+    assert other.code == 0, other.err  # other examples are other calls
 
 
 def test_a_constant_that_was_fitted_can_be_predicted_with(run: Cli, tmp_path: Path) -> None:

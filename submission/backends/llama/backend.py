@@ -82,6 +82,8 @@ def fingerprint(spec: ModelSpec) -> dict[str, str]:
     marks = {"model": content_hash(resolve_gguf(spec.model)), "context": str(spec.options.context)}
     if adapter := adapter_of(spec.model, spec.adapter):
         marks["adapter"] = f"{content_hash(adapter)} x {spec.options.adapter_scale:g}"
+        if _is_added(spec):
+            marks["adapter_is"] = "added to the weights"
     return marks
 
 
@@ -171,9 +173,13 @@ def weights(spec: ModelSpec) -> tuple[Path, Path | None]:
     if spec.model not in PACKAGED:
         return resolve_gguf(spec.model), spec.adapter
     adapter = adapter_of(spec.model, spec.adapter)
-    if spec.model == TUNED and spec.options.adapter_scale == 1:
+    if _is_added(spec):
         return fast_embedded(adapter)
     return fast_embedded()[0], adapter
+
+
+def _is_added(spec: ModelSpec) -> bool:
+    return spec.model == TUNED and spec.options.adapter_scale == 1
 
 
 def _context_size(model: Any, options: Options) -> int:

@@ -27,6 +27,7 @@ from ensemble.sample import read, requests
 from ensemble.selectors import Selector, make_selectors
 from ensemble.sources import Source, parse_sources
 from eval.encoders import Encoder, find_encoder
+from submission.backends.hardware import visible_gpus
 from submission.calls.likelihoods import Likelihoods
 from submission.calls.models import Spec
 from submission.config import from_mapping
@@ -37,6 +38,7 @@ from submission.types import Model as Handle
 
 _WHAT = "recover ensemble.best_of:best_of"
 _TOGETHER = 16  # rows between two looks at the clock
+_TOGETHER_ON_GPU = 512  # where each look costs loading every model
 _FIRST = 4  # rows that tell how long a row takes, where there is a deadline
 _RESERVE = 0.9  # of the time that is left is planned with
 
@@ -85,11 +87,14 @@ class best_of:
         start = 0
         while start < len(todo):
             share = pace.share(len(todo) - start)
-            some = todo[start : start + (pace.together(len(todo)) if pace.known else _FIRST)]
+            # The first row under a deadline loads the models: it tells nothing of the pace.
+            count = pace.together(len(todo)) if pace.known else _FIRST if start else 1
+            some = todo[start : start + count]
             began = time.monotonic()
             rows = self._draw(some, share, models, kit)
             yield from self._select(rows, share, kit)
-            pace.took(time.monotonic() - began, len(some), share)
+            if start:
+                pace.took(time.monotonic() - began, len(some), share)
             start += len(some)
 
     def _draw(self, pairs: list[Pair], share: float, models: Mapping[str, Handle], kit: _Kit) -> list[Row]:
@@ -148,7 +153,9 @@ class _Pace:
 
     def together(self, rows: int) -> int:
         """Rows between two looks at the clock: all where there is no deadline, so that each model comes once."""
-        return rows if self._budget.remaining() == float("inf") else _TOGETHER
+        if self._budget.remaining() == float("inf"):
+            return rows
+        return _TOGETHER_ON_GPU if visible_gpus() else _TOGETHER
 
     def share(self, rows: int) -> float:
         """The share of the samples that the next rows may draw, 0 for greedy answers alone."""

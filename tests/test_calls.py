@@ -336,7 +336,6 @@ def test_if_too_many_fail_they_are_asked_in_a_humbler_way(
 ) -> None:
     steps = [Way(GpuOnly()), Way(GpuOnly("small"), "smaller"), Way(GpuOnly("cpu"), "on the CPU")]
     monkeypatch.setattr("submission.calls.models.ways", lambda _: iter(steps))
-    monkeypatch.setattr("submission.calls.supervisor._ERRORS_IN_A_ROW", 10_000)
     with open_models({"m": GpuOnly()}, Log(tmp_path / "l"), Limits(max_failures=most)) as models:
         found = ask(models)
         assert models.humbler == (["smaller", "on the CPU"] if answered else [])
@@ -402,3 +401,60 @@ def test_workers_come_and_go_without_a_trace(tmp_path: Path) -> None:
             ask(models, PAIRS[:2])
     time.sleep(0.2)
     assert threading.active_count() <= before + 1
+
+
+def test_neighbours_that_kill_their_worker_cost_no_other_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEADLY", "0,1,2,3")
+    monkeypatch.setenv("HOW", "abort")
+    with open_models({"m": DeadlySpec()}, Log(tmp_path / "l")) as models:
+        list(models["m"].generate(requests(PAIRS[200:202])))  # it has answered before
+        found = ask(models, PAIRS[:100])
+    assert {key for key, text in found.items() if text != EXPECTED[key]} == {"0", "1", "2", "3"}
+
+
+def test_many_rows_that_fail_cost_no_other_row(tmp_path: Path) -> None:
+    bad = ",".join(map(str, range(100)))
+    with opened(tmp_path, scripted(f"fail_ids={bad}")) as models:
+        list(models["m"].generate(requests(PAIRS[200:202])))
+        found = ask(models, PAIRS[:200])
+    assert {key for key, text in found.items() if text != EXPECTED[key]} == set(ALL[:100])
+
+
+def test_a_call_goes_on_where_another_gave_its_workers_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [Way(scripted("fail_ids=200,201,202")), Way(scripted(), "smaller")]
+    monkeypatch.setattr("submission.calls.models.ways", lambda _: iter(steps))
+    with opened(tmp_path, scripted()) as models:
+        outer: list[str] = []
+        for key, answer in models["m"].generate(requests(PAIRS[:200])):
+            assert not isinstance(answer, Failure)
+            if not outer:
+                inner = dict(models["m"].generate(requests(PAIRS[200:203])))
+                assert not [one for one in inner.values() if isinstance(one, Failure)]
+            outer.append(key)
+        assert sorted(outer, key=int) == ALL[:200]
+        assert models.humbler == ["smaller"]
+
+
+def test_what_was_computed_is_logged_though_nobody_asks_for_it(tmp_path: Path) -> None:
+    with opened(tmp_path, scripted()) as models:
+        answers = models["m"].generate(requests(PAIRS[:100]))
+        next(answers)
+        time.sleep(0.5)
+        next(answers)
+        answers.close()  # type: ignore[attr-defined]
+        assert len(models.log) > 20
+
+
+class Unsendable(DeadlySpec):
+    """A model that cannot travel to a worker."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+def test_a_model_that_cannot_travel_is_said(tmp_path: Path) -> None:
+    with (
+        open_models({"m": Unsendable()}, Log(tmp_path / "l")) as models,
+        pytest.raises(UserError, match="cannot be sent"),
+    ):
+        ask(models, PAIRS[:2])

@@ -155,11 +155,11 @@ class Log:
 
     def _get_ready(self) -> None:
         """Before the first line is added: until then a run that cannot start has changed nothing."""
+        if self._file < 0:
+            self._open()  # and lock it: nothing is claimed that another process is making
         before, self._before_writing = self._before_writing, None
         if before is not None:
             before()
-        if self._file < 0:
-            self._open()
         if self._fresh:
             os.ftruncate(self._file, 0)
             self._fresh = False
@@ -209,6 +209,7 @@ class Log:
             while line:
                 line = line[os.write(self._file, line) :]
         except OSError as error:
+            self._torn = True
             raise PromptRecoveryError(
                 f"log {self.path} cannot be written: {error.strerror}\n"
                 "What was computed before is safe; make room and run the same command again."

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -23,7 +23,7 @@ from submission.calls.log import Log
 from submission.calls.requests import EMBED, ENCODE, GENERATE, LOGLIKELIHOOD, Kind, Prompt, Scored, identity
 from submission.calls.supervisor import STALL_SECONDS, Call, DeadlineReached, HopelessError, LostError, Pool
 from submission.calls.ways import Tokenizing, Way, ways
-from submission.errors import BackendError, UserError
+from submission.errors import BackendError, PromptRecoveryError, UserError
 from submission.types import Completion, Encoded, Failure, LogLikelihood, Request
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
+_LEAST_FAILED = 8  # items of a call that make a model suspect, if not all failed
 _GLANCE = 256  # known answers between two looks at the clock
 
 
@@ -221,9 +222,19 @@ class Model:
             if isinstance(vector, Failure):
                 raise BackendError(f"a text has no embedding: {vector.reason}")
             found[key] = vector
+        if len({len(vector) for vector in found.values()}) > 1:  # somebody's own line in the log
+            return self.embed_anew(list(texts))
         if not texts:  # of the right width nevertheless
             return np.zeros((0, len(found["0"])), np.float32)
         return np.stack([found[numbers[text]] for text in texts])
+
+    def embed_anew(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """As `embed`, whatever the log says; nothing is kept."""
+        import numpy as np
+
+        items = ((str(number), text) for number, text in enumerate(texts))
+        found = dict(_Answering(self, self._run, EMBED, items, keep=False, look_up=False))
+        return np.stack([found[str(number)] for number in range(len(texts))])
 
     def peak_memory(self) -> float:
         """See `Models.peak_memory`."""
@@ -247,7 +258,10 @@ class Model:
             try:
                 self._pool = Pool(self._way.carrier(), self._run.limits.end, self._run.limits.stall)
             except UserError as error:
-                if not ("CUDA" in str(error) and self.step_down(str(error))):
+                if self._way.words:  # a humbler way, after something had been answered or tried
+                    if not self.step_down(str(error)):
+                        raise LostError(f"{error}\nWhat was computed is safe.") from None
+                elif not ("CUDA" in str(error) and self.step_down(str(error))):
                     raise
         return self._pool.open(kind)
 
@@ -271,8 +285,10 @@ class Model:
 class _Answering:
     """One call of a handle: what the log knows is yielded at once, the rest as workers answer it."""
 
-    def __init__(self, model: Model, run: Models, kind: Kind, items: Iterable[Any], *, keep: bool = True) -> None:
-        self._model, self._run, self._kind, self._keep = model, run, kind, keep
+    def __init__(
+        self, model: Model, run: Models, kind: Kind, items: Iterable[Any], *, keep: bool = True, look_up: bool = True
+    ) -> None:
+        self._model, self._run, self._kind, self._keep, self._look_up = model, run, kind, keep, look_up
         self._source = iter(items)
         self._more = True
         self._trouble: Exception | None = None
@@ -287,13 +303,16 @@ class _Answering:
         try:
             while True:
                 yield from self._take()
-                if self._call is not None and self._call.pending:
+                if self._call is not None and self._call.unfinished:
                     yield from self._wait()
                 elif not self._more and not self._ask_failed_again():
                     break
             yield from self._give_up()
         finally:
             if self._call is not None:
+                with suppress(PromptRecoveryError):
+                    self._call.pool.take_in()
+                self._log_results()  # it was computed, though whoever asked has left
                 self._call.close()
         if self._trouble is not None:
             raise self._trouble
@@ -301,6 +320,7 @@ class _Answering:
     def _take(self) -> Iterator[tuple[str, Any]]:
         """Take items until workers have enough to do."""
         kind, known_since = self._kind, 0
+        yield from self._reopen()
         while self._more and (self._call is None or self._call.has_room):
             try:
                 item = next(self._source)
@@ -311,7 +331,7 @@ class _Answering:
                 self._trouble, self._more = error, False
                 return
             key, digest = kind.key(item), self._model.digest(kind, item)
-            known = self._model.log.get(digest, kind.parse)
+            known = self._model.log.get(digest, kind.parse) if self._look_up else None
             if self._run.asked is not None:
                 self._run.asked.append(Asked(self._model.spec, item, known))
             if known is not None:
@@ -338,41 +358,69 @@ class _Answering:
         for item in items:
             self._call.add(item)
 
+    def _reopen(self) -> Iterator[tuple[str, Any]]:
+        """Ask of new workers what those of this call had, if another call of the model gave them up."""
+        if self._call is None or not self._call.pool.closed:
+            return
+        yield from self._log_results()
+        pending = self._call.pending
+        self._call.close()
+        self._call = None
+        if self._model.hopeless:
+            self._failed += [(item, Failure(self._model.hopeless)) for item in pending]
+        else:
+            self._ask(pending)
+
     def _wait(self) -> Iterator[tuple[str, Any]]:
         """Wait for workers."""
         assert self._call is not None
+        pool = self._call.pool
         try:
             self._call.wait(flush=not self._more)
         except (HopelessError, LostError) as error:
+            yield from self._log_results()
+            if pool.closed:  # by another call
+                return
             self._failed += [(item, Failure(str(error))) for item in self._call.pending]
             self._call.close()
             self._call = None
             if self._model.step_down(str(error)):
                 self._ask_again()
                 return
+            if isinstance(error, HopelessError):
+                self._model.hopeless = str(error)
             self._model.release()
             if isinstance(error, LostError):
                 raise
-            self._model.hopeless = str(error)
             return
+        yield from self._log_results()
+        if self._model.is_humblest:
+            yield from self._give_up()
+
+    def _log_results(self) -> list[tuple[str, Any]]:
+        """Bring all results that are there to the log; returns what is to be yielded."""
+        assert self._call is not None
+        told: list[tuple[str, Any]] = []
         for item, answer, seconds in self._call.results():
             if isinstance(answer, Failure):
                 self._failed.append((item, answer))
-                if self._model.is_humblest:
-                    yield from self._give_up()
                 continue
             self._run.computed += 1
             digest = self._digests.pop(self._kind.key(item))
             if self._keep:
                 self._model.log.add(digest, self._kind.content(answer, seconds))
             self._first.pop(digest, None)
-            yield from ((key, self._kind.timed(answer, seconds)) for key in self._keys.pop(self._kind.key(item)))
+            timed = self._kind.timed(answer, seconds)
+            told += [(key, timed) for key in self._keys.pop(self._kind.key(item))]
+        return told
 
     def _ask_failed_again(self) -> bool:
         """If too many failed, ask those again in a humbler way."""
-        if len(self._failed) <= self._run.limits.max_failures * self._asked or not self._model.step_down(
-            self._failed[0][1].reason
-        ):
+        failed = len(self._failed)
+        few = failed < _LEAST_FAILED and not failed == self._asked > 2  # a row on its own tells nothing of the model
+        if few or failed <= self._run.limits.max_failures * self._asked:
+            return False
+        if not self._model.step_down(self._failed[0][1].reason):
             return False
         if self._call is not None:
             self._call.close()

@@ -20,6 +20,7 @@ from queue import Empty, SimpleQueue
 
 from submission.calls.supervisor import Carrier, Message, Worker
 from submission.calls.worker import Loadable
+from submission.errors import first_line
 
 _ROOT = Path(__file__).resolve().parents[2]
 _END_SECONDS = 10.0  # that a killed process may take to be gone; one that waits for a broken GPU may never be
@@ -61,7 +62,7 @@ class Processes(Carrier):
         there.close()
         worker.handle = made = _Process(process, line, SimpleQueue())
         made.outbox.put((what, list(sys.path)))
-        threading.Thread(target=_write, args=(made,), daemon=True).start()
+        threading.Thread(target=self._write, args=(worker, made), daemon=True).start()
         threading.Thread(target=self._read, args=(worker, made), daemon=True).start()
 
     def send(self, worker: Worker, message: Message) -> None:
@@ -88,6 +89,11 @@ class Processes(Carrier):
         how = f"was killed by signal {-gone}" if gone is not None and gone < 0 else f"ended with exit code {gone}"
         return f"worker {worker.number} (process {made.process.pid}) {how if gone is not None else 'was ended'}"
 
+    def kill(self, worker: Worker) -> None:
+        """See `Carrier`."""
+        if worker.handle is not None:
+            worker.handle.process.kill()
+
     def peak_memory(self, worker: Worker) -> float:
         """See `Carrier`."""
         with suppress(OSError, ValueError):
@@ -105,6 +111,17 @@ class Processes(Carrier):
         self._halted.add(worker)
         return was
 
+    def _write(self, worker: Worker, made: _Process) -> None:
+        try:
+            while (message := made.outbox.get()) is not None:
+                made.line.send(message)
+        except OSError:  # it is gone, which its reader sees
+            pass
+        except Exception as error:  # of what cannot be sent
+            if not made.line.closed:
+                words = f"what a worker is to load or to answer cannot be sent to it: {first_line(error)}"
+                self._inbox.put((worker, ("refused", words)))
+
     def _read(self, worker: Worker, made: _Process) -> None:
         with suppress(EOFError, OSError), made.line:
             while True:
@@ -112,12 +129,6 @@ class Processes(Carrier):
         with suppress(subprocess.TimeoutExpired):  # its socket is closed a moment before it is gone
             made.process.wait(1)
         self._inbox.put((worker, None))
-
-
-def _write(made: _Process) -> None:
-    with suppress(OSError, ValueError):  # it is gone, which its reader sees
-        while (message := made.outbox.get()) is not None:
-            made.line.send(message)
 
 
 def _standard_error() -> int:

@@ -26,7 +26,9 @@ LOG = logging.getLogger(__name__)
 
 _PARTS = 4  # that a suspected group is divided in
 _DEATHS_ALONE, _ERRORS_ALONE = 3, 2  # after which an item on its own is given up
-_DEATHS_IN_A_ROW, _ERRORS_IN_A_ROW = 12, 64  # without one answer, beyond which the model is given up
+# Items in a row that did it alone, without one answer in between, after which the model is given up.
+_DEADLY_IN_A_ROW, _FAILING_IN_A_ROW = 4, 64  # of a model that never answered
+_DEADLY_AFTER_ANSWERS = 16  # of one that did; that items fail is then no matter of the model
 _LOADS = 3  # workers in a row that may die while they load the model
 _TICK = 0.5  # seconds between two looks at workers that say nothing
 STALL_SECONDS = 900.0  # without an answer, beyond which a busy worker counts as hanging
@@ -119,6 +121,10 @@ class Carrier(ABC):
     def end(self, worker: Worker) -> str:
         """End a worker, however it is; returns what became of it, for people."""
 
+    def kill(self, worker: Worker) -> None:
+        """Let a worker end soon, without waiting for it."""
+        del worker
+
     def peak_memory(self, worker: Worker) -> float:
         """Bytes that a worker took at its peak; 0 where that is not known."""
         del worker
@@ -148,10 +154,11 @@ class Pool:
         self._end, self._stall = end, stall
         self._calls: dict[int, Call] = {}
         self._numbers = 0
-        self._deaths = self._errors = 0  # since the last answer
+        self._deadly = self._failing = 0  # items that stood alone since the last answer
         self._slowest = 0.0  # seconds that a worker took between two answers
         self._answers = 0
         self._looked = time.monotonic()
+        self.closed = False
         self.workers = [Worker(number) for number in range(carrier.count)]
         try:
             for worker in self.workers:
@@ -196,6 +203,9 @@ class Pool:
     def close(self) -> None:
         """End all workers; nothing of them is left."""
         workers, self.workers = self.workers, []
+        self.closed = True
+        for worker in workers:
+            self._carrier.kill(worker)
         for worker in workers:
             self._carrier.end(worker)
 
@@ -252,13 +262,7 @@ class Pool:
         if not self.workers:
             raise LostError("the model's workers were ended in the middle of a call")
         before = time.monotonic()
-        for worker, message in self._carrier.receive(list(self.workers), left):
-            if worker not in self.workers:
-                continue
-            if message is None:
-                self._lose(worker, self._carrier.end(worker))
-            else:
-                self._take(worker, message)
+        self.take_in(left)
         now = time.monotonic()
         if now - before > _TICK + 5:  # this very process was halted: what the others have told is still to be read
             for worker in self.workers:
@@ -268,6 +272,16 @@ class Pool:
             self._looked = now
             for worker in list(self.workers):
                 self._look_after(worker, now)
+
+    def take_in(self, seconds: float = 0.0) -> None:
+        """Deal with what workers have told, after waiting so long for it at most; errors as of `listen`."""
+        for worker, message in self._carrier.receive(list(self.workers), seconds):
+            if worker not in self.workers:
+                continue
+            if message is None:
+                self._lose(worker, self._carrier.end(worker))
+            else:
+                self._take(worker, message)
 
     def _look_after(self, worker: Worker, now: float) -> None:
         limit = self._patience() if worker.ready else _LOADING_SECONDS
@@ -300,7 +314,7 @@ class Pool:
             self._slowest = max(self._slowest, now - worker.since)
             self._answers += len(answers)
             worker.since = now
-            self._deaths = self._errors = 0
+            self._deadly = self._failing = 0
             call = self._calls.get(number)
             for key, answer in answers:
                 item = worker.asked.pop((number, key), None)
@@ -358,18 +372,19 @@ class Pool:
 
     def _suspect(self, items: list[Item], words: str, *, died: bool) -> None:
         """Ask items again that a worker had when it was lost or failed, in smaller groups."""
-        if not items:
-            return
-        self._deaths += died
-        self._errors += not died
-        if self._deaths > _DEATHS_IN_A_ROW or self._errors > _ERRORS_IN_A_ROW:
-            raise HopelessError(words)
         by_call: dict[int, list[Item]] = {}
         for item in items:
             by_call.setdefault(item.call, []).append(item)
         for number, group in by_call.items():
-            if (call := self._calls.get(number)) is not None:
-                call.suspect(group, words, died=died)
+            call = self._calls.get(number)
+            if call is not None and call.suspect(group, words, died=died):
+                self._deadly += died
+                self._failing += not died
+        never = self._answers == 0
+        if self._deadly >= (_DEADLY_IN_A_ROW if never else _DEADLY_AFTER_ANSWERS) or (
+            never and self._failing >= _FAILING_IN_A_ROW
+        ):
+            raise HopelessError(words)
 
 
 class Call:
@@ -397,6 +412,16 @@ class Call:
     def pending(self) -> list[Any]:
         """What has no result yet."""
         return [item.content for item in self._open.values()]
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether something has no result yet, or results wait to be taken."""
+        return bool(self._open or self._results)
+
+    @property
+    def pool(self) -> Pool:
+        """The workers that it is asked of; it is `closed` when another call gave the model up."""
+        return self._pool
 
     @property
     def has_room(self) -> bool:
@@ -437,19 +462,20 @@ class Call:
         if self._open.pop(item.key, None) is not None:
             self._results.append((item.content, answer, seconds))
 
-    def suspect(self, group: list[Item], words: str, *, died: bool) -> None:
-        """One of these items did harm."""
+    def suspect(self, group: list[Item], words: str, *, died: bool) -> bool:
+        """One of these items did harm; whether it is known by now which one."""
         if len(group) > 1:
             size = -(-len(group) // _PARTS)
             self.suspects.extend(reversed([group[at : at + size] for at in range(0, len(group), size)]))
-            return
+            return False
         (item,) = group
         item.deaths += died
         item.errors += not died
         if item.deaths >= _DEATHS_ALONE or item.errors >= _ERRORS_ALONE:
             self.finish(item, Failure(words), 0.0)
-        else:
-            self.suspects.append(group)
+            return True
+        self.suspects.append(group)
+        return False
 
     def close(self) -> None:
         """Give up what has no result."""

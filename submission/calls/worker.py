@@ -97,6 +97,14 @@ class Outbox:
         self._events.put(None)
         self._thread.join()
 
+    def _send_answers(self, call: Call, answers: list[tuple[Any, ...]]) -> None:
+        try:
+            self._send(("answers", call, answers))
+        except OSError:
+            raise
+        except Exception as error:  # of what cannot be sent
+            self._send(("trouble", call, first_line(error)))
+
     def _tell(self) -> None:
         with suppress(OSError):  # nobody listens any more
             event = self._events.get()
@@ -114,7 +122,7 @@ class Outbox:
                             break
                         answers.append(event[2:])
                         event = None
-                self._send(("answers", call, answers))
+                self._send_answers(call, answers)
                 if event is None:
                     event = self._events.get()
 

@@ -78,7 +78,9 @@ def _known(made: Plan) -> set[str]:
     """Rows whose answers are in the log."""
     with open_models(made.roles, Log(log_path(made.config.output), read_only=True), compute=False) as models:
         answers = answer_all(made.strategy, made.pairs, models, Budget())
-        return {answer.id for answer in answers if answer.status == "ok"}
+        known = {answer.id for answer in answers if answer.status == "ok"}
+        # Only where a row is one call does an answer tell that nothing of it is missing.
+        return known if isinstance(made.strategy, Ask) or not models.missing else set()
 
 
 def _count(made: Plan, spec: ModelSpec, pairs: Iterator[Pair]) -> tuple[array[int], int, int]:

@@ -18,8 +18,9 @@ from submission.backends.hardware import Fleet
 from submission.calls.log import Log, log_path
 from submission.calls.models import Asked, Models, encode, open_models
 from submission.data.outputs import manifest_path, read_manifest
-from submission.data.tables import PREDICTION_COLUMNS, stream_table
+from submission.data.tables import PREDICTION_COLUMNS, says_something, stream_table
 from submission.errors import UserError, first_line
+from submission.predict.outcome import BLANK_INPUT
 from submission.predict.plan import RunConfig, plan
 from submission.types import Budget, Completion, Failure, LogLikelihood, Prediction, Request, Sampling
 
@@ -57,8 +58,10 @@ def inspect_row(row_id: str, output: Path) -> str:
             answer = None
         answer = None if models.missing else answer
         sections += _calls(asked, models)
-    if answer is None:
-        sections.append(("status", "not finished: not all of its calls are in the log"))
+    if not says_something(pair.rewritten_text):
+        sections.append(("status", f"failed: {BLANK_INPUT}"))
+    elif answer is None:
+        sections.append(("status", "not all of its calls are in the log: it was not finished, or time was short"))
     else:
         sections.append(("parsed answer", answer.text))
         sections.append(("status", answer.status + (f": {answer.reason}" if answer.reason else "")))

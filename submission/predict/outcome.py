@@ -99,6 +99,7 @@ def finish(
     seconds: float,
     computing_seconds: float,
     late: bool,
+    lost: str = "",
     humbler: Sequence[str] = (),
 ) -> Summary:
     """Write the output for all `ids` and validate it by reading it back.
@@ -109,13 +110,14 @@ def finish(
         fallback: takes the place of failed and missing answers.
         max_failures: the share of tried rows, 0 to 1, above which too many failed.
         late: whether the deadline came before all rows were tried.
+        lost: why rows without an answer have none, where no model is left.
         humbler: how models were held after trouble, in words.
 
     Raises:
         PromptRecoveryError: what was read back is not valid (a fault of the disk or of this program).
         OSError: the file could not be written.
     """
-    count = _Count(finished, fallback, late=late)
+    count = _Count(finished, fallback, late=late, lost=lost)
     write_predictions(output, count.rows(ids))
     problems = validate(output, ids)
     if problems:
@@ -137,8 +139,8 @@ def finish(
 class _Count:
     """Goes through the rows once, so that what is written and what is told agree while more answers come."""
 
-    def __init__(self, finished: Mapping[str, Prediction], fallback: str, *, late: bool) -> None:
-        self._finished, self._fallback, self._late = finished, fallback, late
+    def __init__(self, finished: Mapping[str, Prediction], fallback: str, *, late: bool, lost: str) -> None:
+        self._finished, self._fallback, self._late, self._lost = finished, fallback, late, lost
         self.reasons: Counter[str] = Counter()
         self.written = self.truncated = self.asked = self.failed = 0
 
@@ -148,7 +150,7 @@ class _Count:
             self.written += 1
             prediction = self._finished.get(row_id)
             if prediction is None:
-                self.reasons[DEADLINE if self._late else NO_ANSWER] += 1
+                self.reasons[DEADLINE if self._late else self._lost or NO_ANSWER] += 1
                 self.asked += not self._late
                 self.failed += not self._late
                 yield row_id, self._fallback

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from submission.calls.log import Log, log_path
 from submission.calls.models import Limits, Models, open_models
-from submission.calls.supervisor import DeadlineReached
+from submission.calls.supervisor import DeadlineReached, LostError
 from submission.data.files import check_writable, remove_leftovers
 from submission.data.outputs import check_free, manifest_path, write_manifest
 from submission.data.pairs import Pairs
@@ -64,7 +64,10 @@ class Answers(Mapping[str, Prediction]):
 
     def put(self, answer: Prediction) -> bool:
         """Take a row's answer, in place of one that it had; whether it had none."""
-        new = answer.id not in self
+        before = self.get(answer.id)
+        if before is not None and before.status == "ok" != answer.status:
+            return False  # the best known answer counts
+        new = before is None
         cells = (key_of(answer.id), answer.text, answer.status, answer.reason, answer.truncated)
         self._rows.execute("REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", cells)
         return new
@@ -107,6 +110,7 @@ class _Run:
         self._computing_seconds = 0.0
         self._finishing = threading.Lock()
         self._taken_over = False
+        self._lost = ""  # why no model is left
 
     def run(self) -> Summary:
         deadline = self._config.deadline
@@ -178,6 +182,11 @@ class _Run:
                             break
                 except DeadlineReached:
                     late = True
+                except LostError as error:  # what is known is written
+                    if not self._answers:
+                        raise
+                    LOG.error("%s", error)
+                    self._lost = str(error).splitlines()[0]
                 self._stop_clock()
             log.tell_damaged(damaged)
         return late
@@ -216,6 +225,7 @@ class _Run:
             seconds=time.monotonic() - self._started,
             computing_seconds=self._computing_seconds,
             late=late,
+            lost=self._lost,
             humbler=self._models.humbler if self._models else (),
         )
         if self._manifest is not None:

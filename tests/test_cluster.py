@@ -127,7 +127,6 @@ def test_workers_that_find_room_begin(
         with opened(slow, tmp_path / "b") as second:
             assert numbers(second) == list(range(300))
     assert "has no room for worker" in caplog.text
-    assert "1 workers are left" in caplog.text
 
 
 def test_kills_of_anything_lose_no_row(nodes: Any, tmp_path: Path) -> None:

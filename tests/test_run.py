@@ -373,3 +373,40 @@ class Slow:
     assert done.summary["seconds"] < 4
     assert "Traceback" not in done.err
     assert cli("validate", "s.csv", pairs_csv).code == 0
+
+
+def test_what_is_known_is_written_when_no_worker_is_left(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        """import os, time
+from submission import UserError
+from submission.backends.scripted import Options, Scripted
+from submission.predict.strategies import Ask
+
+class Mortal(Scripted):
+    def generate(self, requests):
+        for key, answer in super().generate(requests):
+            if key == "10":
+                time.sleep(0.3)
+                os._exit(7)
+            yield key, answer
+
+class Once:
+    def fingerprint(self):
+        return {"model": "once"}
+    def load(self):
+        if os.path.exists("mark"):
+            raise UserError("there is no second time")
+        open("mark", "w").close()
+        return Mortal(None, Options(seconds_per_row=0.02))
+
+class OnceOnly(Ask):
+    roles = {"generator": Once()}
+"""
+    )
+    done = cli("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, "--recover", "own:OnceOnly", "--json")
+    assert done.code == 3, done.err
+    assert "there is no second time" in done.err
+    assert "Traceback" not in done.err
+    assert done.summary["computed"] == 10
+    assert "there is no second time" in "".join(done.summary["reasons"])
+    assert cli("validate", "s.csv", pairs_csv).code == 0

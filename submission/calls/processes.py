@@ -61,7 +61,8 @@ class Processes(Carrier):
         )
         there.close()
         worker.handle = made = _Process(process, line, SimpleQueue())
-        made.outbox.put((what, list(sys.path)))
+        made.outbox.put(("path", list(sys.path)))  # first: what is loaded may be of a module that lies there
+        made.outbox.put(("load", what))
         threading.Thread(target=self._write, args=(worker, made), daemon=True).start()
         threading.Thread(target=self._read, args=(worker, made), daemon=True).start()
 

@@ -161,16 +161,27 @@ def main() -> None:
     if os.getppid() != parent:  # it ended before it could be noticed
         os._exit(1)
     with suppress(EOFError, OSError):
-        what, sys.path[:] = line.recv()
+        _, sys.path[:] = line.recv()
+        backend, wrong = _received(line)
         inbox = Inbox()
         threading.Thread(target=_read, args=(line, inbox), daemon=True).start()
-        backend, wrong = load(what)
         outbox = Outbox(line.send)
         outbox.put(("refused", wrong) if wrong else ("ready", os.getpid()))
         if not wrong:
             work(backend, inbox, outbox.put)
         outbox.close()
     os._exit(0)  # freeing a large model takes seconds, and some libraries hang when they are unloaded
+
+
+def _received(line: Connection) -> tuple[Any, str]:
+    """The model that the parent names, or why it cannot be loaded."""
+    try:
+        _, what = line.recv()
+    except (EOFError, OSError):
+        raise
+    except Exception as error:  # its module cannot be imported here
+        return None, f"a worker cannot make what it is to load: {first_line(error)}"
+    return load(what)
 
 
 def _read(line: Connection, inbox: Inbox) -> None:

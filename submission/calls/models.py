@@ -384,7 +384,7 @@ class _Answering:
             self._failed += [(item, Failure(str(error))) for item in self._call.pending]
             self._call.close()
             self._call = None
-            if self._model.step_down(str(error)):
+            if self._run.limits.max_failures < 1 and self._model.step_down(str(error)):
                 self._ask_again()
                 return
             if isinstance(error, HopelessError):

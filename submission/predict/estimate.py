@@ -54,6 +54,9 @@ def estimate(config: RunConfig) -> dict[str, float]:
     if not made.roles:
         LOG.info("no model is used: the run takes no time to speak of")
         return figures
+    if not rows_left:
+        LOG.info("every answer is in the log: the run computes nothing")
+        return figures
     lengths = array("I", (len(pair.original_text) + len(pair.rewritten_text) for pair in left()))
     spec = made.roles.get(GENERATOR)
     if isinstance(made.strategy, Ask) and isinstance(spec, ModelSpec):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,7 +64,7 @@ class best_of:
 
     def __init__(self, setup: Setup) -> None:
         self._options, self._sources, self._models = _parse(setup.config)
-        plain = _without_a_model(setup.config)
+        plain = _without_a_model(self._sources, setup.config)
         self._layouts = {
             source.name: (setup.template, [])
             if source.name in plain and not (source.template or source.shots)
@@ -195,11 +195,9 @@ def _roles(options: Options, models: Mapping[str, Model]) -> list[str]:
     return sorted(with_gate(roles_needed([options.selector])) & set(models))
 
 
-def _without_a_model(config: Mapping[str, Any]) -> set[str]:
+def _without_a_model(sources: Sequence[Source], config: Mapping[str, Any]) -> set[str]:
     """Names of the sources that leave the model to `predict`."""
-    entries = config.get("source", [{}])
-    names = [source.name for source in parse_sources(entries, _WHAT)]
-    return {name for name, entry in zip(names, entries, strict=True)
+    return {source.name for source, entry in zip(sources, config.get("source", [{}]), strict=True)
             if not {"backend", "model", "adapter", "settings", "workers"} & set(entry)}  # fmt: skip
 
 

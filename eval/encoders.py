@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from submission.backends import require
 from submission.backends.common import thread_count
@@ -30,6 +30,7 @@ from submission.data.files import cache_folder, read_json
 from submission.data.hashing import content_hash
 from submission.data.tables import some
 from submission.errors import BackendError, MissingExtra, UserError, first_line
+from submission.types import Model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,14 +41,6 @@ _LOG_BYTES = 2 << 30  # beyond which the shared log of embeddings begins anew
 _BATCH_TOKENS = 4096  # padding included
 _PADDING = 0.05  # of a batch at most: padding is computed like text
 _T5_BASE = {"model_type": "t5", "d_model": 768, "num_layers": 12}
-
-
-class Embeds(Protocol):
-    """A handle to an encoder; see `submission.calls.models.Model`."""
-
-    def embed(self, texts: Sequence[str], *, keep: bool = True) -> NDArray[np.float32]:
-        """Embeddings of texts, shape (texts, dim)."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +83,13 @@ class Encoder:
         cached: write new embeddings to the log.
     """
 
-    def __init__(self, name: str, folder: Path, model: Embeds | None = None, *, cached: bool = True) -> None:
+    def __init__(self, name: str, folder: Path, model: Model | None = None, *, cached: bool = True) -> None:
         self.name = name
         self.folder = folder
         self.spec = EncoderSpec(folder)
         self._given, self._cached = model, cached
 
-    def asked_through(self, model: Embeds) -> Encoder:
+    def asked_through(self, model: Model) -> Encoder:
         """The same encoder, by a handle of a run."""
         return Encoder(self.name, self.folder, model)
 
@@ -132,7 +125,7 @@ class Encoder:
             raise UserError(f"encoder {self.folder}: {error}") from None
 
     @cached_property
-    def _model(self) -> Embeds:
+    def _model(self) -> Model:
         if self._given is not None:
             return self._given
         require("sentence_transformers", "eval", "a score")
@@ -140,7 +133,7 @@ class Encoder:
 
 
 @cache
-def _shared(spec: EncoderSpec) -> Embeds:
+def _shared(spec: EncoderSpec) -> Model:
     """A handle to an encoder for the rest of this process, for what is no run."""
     models = Models({"encoder": spec}, _shared_log())
     atexit.register(models.close)

@@ -171,15 +171,8 @@ def predict(
 
 def take(place: Path, output: Path) -> None:
     """Copy a submission to where Kaggle looks for it; log and manifest go with it if there is room."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.is_dir() and not output.is_symlink():
-        output.rename(output.with_name(output.name + ".was"))  # whoever made a folder of it
-    part = output.with_name(output.name + ".part")
-    try:
+    with placed(output) as part:
         shutil.copyfile(place, part)
-        part.replace(output)
-    finally:
-        part.unlink(missing_ok=True)
     for ending in (".run.json", ".calls.jsonl"):
         beside = output.with_name(output.name + ending)
         try:
@@ -438,16 +431,22 @@ def make_up(output: Path, ids: list[str], fallback: str) -> None:
 
 def write(output: Path, rows: list[tuple[str, str]]) -> None:
     """Write a submission, whole or not at all."""
+    with placed(output) as part, part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        plain = csv.writer(file, lineterminator="\n")
+        # The csv module leaves a lone carriage return bare, which reads back as a line break.
+        quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        plain.writerow(("id", "rewrite_prompt"))
+        for row in rows:
+            (quoted if any("\r" in cell for cell in row) else plain).writerow(row)
+
+
+@contextlib.contextmanager
+def placed(output: Path) -> Iterator[Path]:
+    """A file beside the output that takes its place when the block ends well."""
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(output.name + ".part")
     try:
-        with part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            plain = csv.writer(file, lineterminator="\n")
-            # The csv module leaves a lone carriage return bare, which reads back as a line break.
-            quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
-            plain.writerow(("id", "rewrite_prompt"))
-            for row in rows:
-                (quoted if any("\r" in cell for cell in row) else plain).writerow(row)
+        yield part
         if output.is_dir() and not output.is_symlink():
             output.rename(output.with_name(output.name + ".was"))  # whoever made a folder of it
         part.replace(output)

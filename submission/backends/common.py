@@ -6,14 +6,15 @@ import hashlib
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from submission.prompts.encoding import EncodedPrompt
-from submission.types import Completion, Request
+from submission.errors import BackendError, first_line
+from submission.prompts.encoding import ChatEncoder, EncodedPrompt
+from submission.types import Chat, Completion, Failure, LogLikelihood, Request
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +34,38 @@ class Asked:
         there = [completion for completion in self.completions if completion is not None]
         if len(there) == len(self.completions):
             yield self.request.key, there
+
+
+def scorable(
+    items: Iterable[tuple[str, Chat, str]],
+    encoder: ChatEncoder,
+    without: list[tuple[str, LogLikelihood | Failure]],
+) -> Iterator[tuple[str, NDArray[np.int32], int]]:
+    """Yield key, token ids, and where the continuation begins in them, of items whose likelihood is to be computed.
+
+    Args:
+        items: as `loglikelihood` of a backend takes them.
+        encoder: of the model.
+        without: takes the results of the others: continuations of no tokens, and those that do not fit the context.
+    """
+    import numpy as np
+
+    for key, chat, continuation in items:
+        try:
+            ids, scored_from = encoder.encode_scored(chat, continuation)
+        except BackendError as error:
+            without.append((key, Failure(first_line(error))))
+            continue
+        if scored_from < len(ids):
+            yield key, np.array(ids, np.int32), scored_from
+        else:
+            without.append((key, LogLikelihood(0.0, 0)))
+
+
+def package_path() -> dict[str, str]:
+    """The environment in which another Python finds this very package, whatever its folder."""
+    root = str(Path(__file__).resolve().parents[2])
+    return {"PYTHONPATH": os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)}
 
 
 def thread_count(wanted: int) -> int:

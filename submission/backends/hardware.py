@@ -46,15 +46,10 @@ class Fleet:
     cpus: int = 0
 
     @property
-    def alone(self) -> bool:
-        """Whether the model is held by this very process."""
-        return not self.ray and self.count == 1
-
-    @property
     def count(self) -> int:
         """Copies on this machine."""
         return self.workers or max(1, len(visible_gpus()))
 
 
 ALONE = Fleet()
-"""One copy, in this very process."""
+"""One copy, on this machine."""

@@ -75,7 +75,3 @@ class Likelihoods:
             self._known[missing[int(key)]] = known
             done()
         return [self._known[question] for question in asked]
-
-    def forget(self) -> None:
-        """Let go of what is kept; the log still has it."""
-        self._known.clear()

@@ -62,7 +62,7 @@ class Log:
         fresh: bool = False,
         shared: bool = False,
         read_only: bool = False,
-        before_writing: Callable[[], None] | None = None,
+        before_writing: Callable[[], object] | None = None,
     ) -> None:
         self.path = path
         self._before_writing = before_writing

@@ -128,7 +128,10 @@ class Models(Mapping[str, "Model"]):
 
     def _model(self, spec: Spec) -> Model:
         """Roles may share a model."""
-        return self._by_spec.setdefault(repr(spec), Model(spec, self))
+        key = repr(spec)
+        if key not in self._by_spec:
+            self._by_spec[key] = Model(spec, self)
+        return self._by_spec[key]
 
 
 @contextmanager
@@ -213,28 +216,23 @@ class Model:
         Raises:
             BackendError: a text has none.
         """
+        return self._embed(texts, keep=keep, look_up=True)
+
+    def _embed(self, texts: Sequence[str], *, keep: bool, look_up: bool) -> NDArray[np.float32]:
         import numpy as np
 
         numbers = {text: str(number) for number, text in enumerate(dict.fromkeys([*texts] or [""]))}
         found: dict[str, Any] = {}
         items = ((number, text) for text, number in numbers.items())
-        for key, vector in _Answering(self, self._run, EMBED, items, keep=keep):
+        for key, vector in _Answering(self, self._run, EMBED, items, keep=keep, look_up=look_up):
             if isinstance(vector, Failure):
                 raise BackendError(f"a text has no embedding: {vector.reason}")
             found[key] = vector
-        if len({len(vector) for vector in found.values()}) > 1:  # somebody's own line in the log
-            return self.embed_anew(list(texts))
+        if look_up and len({len(vector) for vector in found.values()}) > 1:  # somebody's own line in the log
+            return self._embed(texts, keep=False, look_up=False)
         if not texts:  # of the right width nevertheless
             return np.zeros((0, len(found["0"])), np.float32)
         return np.stack([found[numbers[text]] for text in texts])
-
-    def embed_anew(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """As `embed`, whatever the log says; nothing is kept."""
-        import numpy as np
-
-        items = ((str(number), text) for number, text in enumerate(texts))
-        found = dict(_Answering(self, self._run, EMBED, items, keep=False, look_up=False))
-        return np.stack([found[str(number)] for number in range(len(texts))])
 
     def peak_memory(self) -> float:
         """See `Models.peak_memory`."""

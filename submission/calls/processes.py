@@ -18,11 +18,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
+from submission.backends.common import package_path
 from submission.calls.supervisor import Carrier, Message, Worker
 from submission.calls.worker import Loadable
 from submission.errors import first_line
 
-_ROOT = Path(__file__).resolve().parents[2]
 _END_SECONDS = 10.0  # that a killed process may take to be gone; one that waits for a broken GPU may never be
 
 
@@ -50,11 +50,10 @@ class Processes(Carrier):
         """See `Carrier`."""
         what, more = self._shares[worker.number]
         line, there = Pipe()
-        path = os.pathsep.join(part for part in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if part)
         process = subprocess.Popen(
             # -P: nothing in the current folder takes the place of a package.
             [sys.executable, "-P", "-m", "submission.calls.worker", str(there.fileno()), str(os.getpid())],
-            env={**os.environ, "PYTHONPATH": path, **more},
+            env={**os.environ, **package_path(), **more},
             stdin=subprocess.DEVNULL,
             stdout=_standard_error(),  # standard output may be read by a program
             pass_fds=(there.fileno(),),

@@ -16,13 +16,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, TextIO, cast
 
 from submission.backends import ModelSpec
 from submission.backends.hardware import Fleet
-from submission.calls.shares import divided
+from submission.calls.shares import one_of
 from submission.calls.supervisor import Carrier, Message, Worker
 from submission.calls.worker import Inbox, Outbox, load, work
 from submission.errors import MissingExtra, UserError, first_line
@@ -101,9 +101,7 @@ class Actors(Carrier):
                     f"{there.get(name, 0):g}: lower --workers or the {name}s of each"
                 )
         self._takes = f"{cpus} CPUs, {gpus:g} GPUs each"
-        self._spec = divided(spec, 1, cpus)
-        options = {"threads": cpus} if hasattr(spec.options, "threads") and not spec.options.threads else {}
-        self._spec = replace(self._spec, options=replace(self._spec.options, **options))
+        self._spec = one_of(spec, threads=cpus)
         # `serve` never ends; the others come in beside it.
         self._make = ray.remote(num_cpus=cpus, num_gpus=gpus, max_concurrency=4, max_restarts=0)(ActorBody)
 

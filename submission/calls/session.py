@@ -43,7 +43,7 @@ def session(output: Path, roles: Mapping[str, Spec], *, fresh: bool = False) -> 
     path = log_path(output)
     if not is_log(path):
         check_free(output, [path])
-    log = Log(path, fresh=fresh, before_writing=lambda: _claim(output, path))
+    log = Log(path, fresh=fresh, before_writing=lambda: claim(output, [path]))
     damaged = log.tell_damaged()
     with _signals_as_interrupts(), open_models(roles, log) as models:
         try:
@@ -52,10 +52,6 @@ def session(output: Path, roles: Mapping[str, Spec], *, fresh: bool = False) -> 
         except KeyboardInterrupt:
             LOG.info("stopped: what was computed is safe in %s; the same command goes on", path)
             raise
-
-
-def _claim(output: Path, path: Path) -> None:
-    claim(output, [path])
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,27 @@ class Worker:
     alone: bool = False
     loads: int = 0
     tries: dict[int, int] = field(default_factory=dict)
+
+    def take(self, items: Iterable[Item]) -> None:
+        """It is asked these."""
+        for item in items:
+            self.asked[item.call, item.key] = item
+            self.load += item.size
+
+    def drop(self, call: int, key: str) -> Item | None:
+        """It has this no longer; None if it had not."""
+        item = self.asked.pop((call, key), None)
+        if item is not None:
+            self.load -= item.size
+        self.alone = self.alone and bool(self.asked)
+        return item
+
+    def leave(self, call: int | None = None) -> list[Item]:
+        """Drop all that it has, or all of one call."""
+        gone = [item for item in self.asked.values() if call in (None, item.call)]
+        for item in gone:
+            self.drop(item.call, item.key)
+        return gone
 
     def asks(self, call: int) -> tuple[int, int]:
         """How a call is named to the worker: its number and the try."""
@@ -194,10 +215,7 @@ class Pool:
         if self._calls.pop(call.number, None) is None:
             return
         for worker in self.workers:
-            if gone := [key for key in worker.asked if key[0] == call.number]:
-                for key in gone:
-                    self._drop(worker, key)
-                worker.alone = worker.alone and bool(worker.asked)
+            if worker.leave(call.number):
                 self._carrier.send(worker, ("stop", worker.asks(call.number)))
 
     def close(self) -> None:
@@ -234,9 +252,7 @@ class Pool:
     def _give(self, worker: Worker, call: Call, items: list[Item]) -> None:
         if not worker.asked:
             worker.since = time.monotonic()
-        for item in items:
-            worker.asked[item.call, item.key] = item
-            worker.load += item.size
+        worker.take(items)
         self._carrier.send(
             worker, ("ask", worker.asks(call.number), call.kind.method, [item.content for item in items])
         )
@@ -317,13 +333,9 @@ class Pool:
             self._deadly = self._failing = 0
             call = self._calls.get(number)
             for key, answer in answers:
-                item = worker.asked.pop((number, key), None)
-                if item is None:
-                    continue
-                worker.load -= item.size
-                if call is not None:
+                item = worker.drop(number, key)
+                if item is not None and call is not None:
                     call.finish(item, answer, gap)
-            worker.alone = worker.alone and bool(worker.asked)
         else:
             (number, attempt), words = told
             if attempt != worker.tries.get(number, 0):
@@ -331,20 +343,13 @@ class Pool:
             worker.since = now
             self._carrier.send(worker, ("stop", (number, attempt)))  # what is on its way to it is asked anew
             worker.tries[number] = attempt + 1
-            items = [self._drop(worker, key) for key in list(worker.asked) if key[0] == number]
-            worker.alone = worker.alone and bool(worker.asked)
-            self._suspect(items, words, died=False)
-
-    def _drop(self, worker: Worker, key: tuple[int, str]) -> Item:
-        item = worker.asked.pop(key)
-        worker.load -= item.size
-        return item
+            self._suspect(worker.leave(number), words, died=False)
 
     # -- losses -----------------------------------------------------------------------------------------------
 
     def _lose(self, worker: Worker, words: str) -> None:
         """A worker is gone: another takes its place, and what it had is asked again."""
-        items = [self._drop(worker, key) for key in list(worker.asked)]
+        items = worker.leave()
         loads = 0 if worker.ready else worker.loads + 1
         if loads == _LOADS:
             self._leave_out(

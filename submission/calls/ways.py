@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from submission.backends import ModelSpec
-from submission.backends.common import thread_count
+from submission.backends.common import memory_budget, thread_count
 from submission.backends.hardware import ALONE, visible_gpus
 from submission.calls.processes import Processes
-from submission.calls.shares import divided
+from submission.calls.shares import one_of
 from submission.calls.supervisor import Carrier
 from submission.calls.worker import Loadable
 from submission.errors import BackendError, first_line
@@ -49,7 +49,13 @@ class Way:
             return Actors(spec, spec.fleet)
         gpus = [] if "CUDA_VISIBLE_DEVICES" in self.environment else visible_gpus()
         count = spec.fleet.count
-        share = divided(spec, count, thread_count(0))
+        share = (
+            one_of(spec)
+            if count == 1
+            else one_of(
+                spec, threads=max(1, thread_count(0) // count), memory=max(64, memory_budget() // count // 1_000_000)
+            )
+        )
         return Processes([
             (share, {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else self.environment)
             for number in range(count)
@@ -86,7 +92,7 @@ class Tokenizing:
             self._encoder = spec.load_encoder()
 
         def encode(self, items: Iterator[tuple[str, Chat | str, int]]) -> Iterator[tuple[str, Any]]:
-            """See `submission.calls.models.Model.encode`."""
+            """See `submission.calls.models.encode`."""
             encoder = self._encoder
             for key, asked, new_tokens in items:
                 try:

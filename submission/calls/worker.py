@@ -37,7 +37,7 @@ class Inbox:
     """What a worker has been asked. It takes messages at any time, so that nobody waits for a busy worker."""
 
     def __init__(self) -> None:
-        self._blocks: SimpleQueue[_Block | None] = SimpleQueue()
+        self._blocks: SimpleQueue[_Block] = SimpleQueue()
         self._returned: _Block | None = None
         self._stopped: set[Call] = set()
 
@@ -48,15 +48,11 @@ class Inbox:
         else:
             self._blocks.put((message[1], message[2], message[3]))
 
-    def close(self) -> None:
-        """There will be no more."""
-        self._blocks.put(None)
-
-    def next(self) -> _Block | None:
-        """The next block of a call that is wanted, after waiting for it; None when there will be no more."""
+    def next(self) -> _Block:
+        """The next block of a call that is wanted, after waiting for it."""
         while True:
             block, self._returned = self._returned or self._blocks.get(), None
-            if block is None or block[0] not in self._stopped:
+            if block[0] not in self._stopped:
                 return block
 
     def stopped(self, call: Call) -> bool:
@@ -71,10 +67,8 @@ class Inbox:
                 block = self._blocks.get_nowait()
             except Empty:
                 return
-            if block is None or block[:2] != (call, method):
+            if block[:2] != (call, method):
                 self._returned = block
-                if block is None:
-                    self._blocks.put(None)  # for `next` to see
                 return
             yield from block[2]
 

@@ -86,13 +86,7 @@ def is_folder(path: Path) -> bool:
     """
     if not on_store(path):
         return path.is_dir()
-    from pyarrow import fs
-
-    store, name = _store(path)
-    try:
-        return bool(store.get_file_info(name).type == fs.FileType.Directory)
-    except OSError as error:
-        raise UserError(f"{shown(path)} cannot be read: {first_line(error)}") from error
+    return _kind_on_store(path) == "Directory"
 
 
 def exists(path: Path) -> bool:
@@ -103,11 +97,14 @@ def exists(path: Path) -> bool:
     """
     if not on_store(path):
         return os.path.lexists(path)
-    from pyarrow import fs
+    return _kind_on_store(path) != "NotFound"
 
+
+def _kind_on_store(path: Path) -> str:
+    """What an object store has under a name: Directory, File or NotFound."""
     store, name = _store(path)
     try:
-        return bool(store.get_file_info(name).type != fs.FileType.NotFound)
+        return str(store.get_file_info(name).type.name)
     except OSError as error:
         raise UserError(f"{shown(path)} cannot be read: {first_line(error)}") from error
 

@@ -20,7 +20,7 @@ from submission.errors import UserError
 from submission.predict.asking import answer_all
 from submission.predict.plan import Plan, RunConfig, plan
 from submission.predict.strategies import GENERATOR, Ask
-from submission.types import Budget, Failure, Pair, Prediction
+from submission.types import Budget, Failure, Pair
 
 LOG = logging.getLogger(__name__)
 
@@ -57,7 +57,6 @@ def estimate(config: RunConfig) -> dict[str, float]:
     if not rows_left:
         LOG.info("every answer is in the log: the run computes nothing")
         return figures
-    lengths = array("I", (len(pair.original_text) + len(pair.rewritten_text) for pair in left()))
     spec = made.roles.get(GENERATOR)
     if isinstance(made.strategy, Ask) and isinstance(spec, ModelSpec):
         lengths, truncated, context = _count(made, spec, left())
@@ -65,6 +64,8 @@ def estimate(config: RunConfig) -> dict[str, float]:
         LOG.info(f"tokens     {sum(lengths)} in the prompts, {max(lengths, default=0)} in the longest, up to "
             f"{config.sampling.max_new_tokens * rows_left} new ones")  # fmt: skip
         LOG.info(f"truncated  {truncated} rows have texts cut to fit a context of {context} tokens")
+    else:
+        lengths = array("I", (len(pair.original_text) + len(pair.rewritten_text) for pair in left()))
     by_length = sorted(range(rows_left), key=lengths.__getitem__)
     step = max(1, rows_left // _SAMPLE)
     chosen = set(by_length[step // 2 :: step][:_SAMPLE])
@@ -104,10 +105,8 @@ def _time(made: Plan, sample: list[Pair]) -> tuple[float, float, float]:
     """Seconds of loading, seconds a row, and the peak of the workers' memory in bytes, of rows that are answered."""
     with tempfile.TemporaryDirectory() as folder, \
             open_models(made.roles, Log(Path(folder) / "sample.calls.jsonl")) as models:  # fmt: skip
-        first: list[Prediction] = []
         began = time.monotonic()
-        for answer in answer_all(made.strategy, sample[:1], models, Budget()):
-            first.append(answer)
+        list(answer_all(made.strategy, sample[:1], models, Budget()))
         with_loading = time.monotonic() - began
         began = time.monotonic()
         rest = list(answer_all(made.strategy, sample[1:], models, Budget()))

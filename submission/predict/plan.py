@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -72,12 +72,12 @@ class Plan:
         return dict(describe()) if describe else {"model": str(self.roles[role])}
 
 
-def plan(config: RunConfig, pairs: Pairs | None = None, *, writes: bool = True) -> Plan:
+def plan(config: RunConfig, read: Callable[[Pairs], object] = lambda _: None, *, writes: bool = True) -> Plan:
     """Check all that was asked for, before any model is loaded.
 
     Args:
         config: what to do.
-        pairs: of the input, if they were read already.
+        read: takes the pairs as soon as they were read, before the strategy is made.
         writes: False for a run that is only looked at: its output may be anything.
 
     Raises:
@@ -99,7 +99,8 @@ def plan(config: RunConfig, pairs: Pairs | None = None, *, writes: bool = True) 
         )
     template = choose_template(config.template, config.model, config.adapter, shots=config.shots is not None)
     recover_config = read_toml(config.recover_config, "--recover-config") if config.recover_config else {}
-    pairs = pairs or Pairs(config.input, config.encoding, config.limit)
+    pairs = Pairs(config.input, config.encoding, config.limit)
+    read(pairs)
     shots = read_triplets(config.shots, config.encoding)[: config.n_shots] if config.shots else []
     setup = Setup(cache(lambda: _model(config)), template, shots, config.sampling, recover_config, config.fleet)
     strategy = recover.make(setup)

@@ -22,7 +22,7 @@ from typing import NoReturn
 from submission.calls.log import Log, log_path
 from submission.calls.models import Limits, Models, open_models
 from submission.calls.supervisor import DeadlineReached, LostError
-from submission.data.files import check_writable, remove_leftovers
+from submission.data.files import remove_leftovers
 from submission.data.outputs import check_free, manifest_path, write_manifest
 from submission.data.pairs import Pairs
 from submission.data.scratch import key_of, scratch, text_of
@@ -120,9 +120,7 @@ class _Run:
         )
         try:
             with watchdog, self._held_while_taken_over():
-                check_writable(self._config.output)
-                self._pairs = Pairs(self._config.input, self._config.encoding, self._config.limit)
-                made = self._plan = plan(self._config, self._pairs)
+                made = self._plan = plan(self._config, self._keep_pairs)
                 if self._config.shots and len(made.shots) < self._config.n_shots:
                     LOG.info("%s has %d examples of the %d asked for", self._config.shots, len(made.shots),
                              self._config.n_shots)  # fmt: skip
@@ -139,6 +137,10 @@ class _Run:
                 self._manifest.write("interrupted")
             tell(self._how_to_resume(), sys.stderr)
             raise
+
+    def _keep_pairs(self, pairs: Pairs) -> None:
+        """From here on a file can be written, whatever the strategy does while it is made."""
+        self._pairs = pairs
 
     @contextmanager
     def _held_while_taken_over(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from submission.backends.common import Asked, memory_budget, thread_count
+from submission.backends.common import Asked, memory_budget, scorable, thread_count
 from submission.backends.embedded import fast_embedded
 from submission.backends.llama.drawing import Drawer
 from submission.backends.llama.library import (
@@ -28,7 +28,7 @@ from submission.backends.llama.tokenizer import GgufTokenizer
 from submission.backends.models import PACKAGED, TUNED, adapter_of, check_gguf_adapter, resolve_gguf
 from submission.backends.schedule import Limits, Prompt, Scheduler, Shape, Text
 from submission.data.hashing import content_hash
-from submission.errors import BackendError, UserError, first_line
+from submission.errors import UserError
 from submission.prompts.encoding import ChatEncoder
 from submission.types import Chat, Completion, Failure, LogLikelihood, Request
 
@@ -147,23 +147,9 @@ class LlamaCpp:
 
     def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood | Failure]]:
         """See `submission.types.Backend`."""
-        import numpy as np
-
         without: list[tuple[str, LogLikelihood | Failure]] = []  # what needs no computing
-
-        def texts() -> Iterator[Text]:
-            for key, chat, continuation in items:
-                try:
-                    ids, scored_from = self.encoder.encode_scored(chat, continuation)
-                except BackendError as error:
-                    without.append((key, Failure(first_line(error))))
-                    continue
-                if scored_from < len(ids):
-                    yield Text(np.array(ids, np.int32), scored_from, key)
-                else:
-                    without.append((key, LogLikelihood(0.0, 0)))
-
-        for text in self._scheduler.score(texts(), self._drawer.log_probabilities):
+        texts = (Text(ids, scored_from, key) for key, ids, scored_from in scorable(items, self.encoder, without))
+        for text in self._scheduler.score(texts, self._drawer.log_probabilities):
             yield text.payload, LogLikelihood(text.total, len(text.ids) - text.scored_from, text.scored_from)
         yield from without
 

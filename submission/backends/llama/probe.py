@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from submission.backends.common import package_path
 from submission.backends.models import embedded_gguf, tuned_adapter
 from submission.data.files import cache_folder
 from submission.data.hashing import recall, remember
@@ -45,11 +46,10 @@ def probe(model: Path, adapter: Path | None = None) -> None:
         str(model),
         *([str(adapter)] if adapter else []),
     ]
-    path = os.pathsep.join(part for part in (str(_root()), os.environ.get("PYTHONPATH", "")) if part)
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False,
-            env={**os.environ, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env={**os.environ, **package_path(), "GGML_NO_BACKTRACE": "1", "CUDA_VISIBLE_DEVICES": ""},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise UserError(f"{what} cannot be loaded by llama.cpp: it did not finish in {_SECONDS:.0f} s") from None
@@ -71,10 +71,6 @@ def _is_packaged(path: Path) -> bool:
 def _reason(said: str) -> str:
     lines = [line.strip() for line in said.splitlines() if any(mark in line for mark in _MARKS)]
     return f" ({lines[-1][-200:]})" if lines else ""
-
-
-def _root() -> Path:
-    return Path(__file__).resolve().parents[3]
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from submission.backends.common import Asked, stop_at, stream_seed, thread_count
+from submission.backends.common import Asked, scorable, stop_at, stream_seed, thread_count
 from submission.backends.models import check_peft_adapter, resolve_folder
 from submission.backends.transformers.drawing import Drawer, Stopper
 from submission.backends.transformers.loading import (
@@ -234,23 +234,9 @@ class Transformers:
 
     def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood | Failure]]:
         """See `submission.types.Backend`."""
-        import numpy as np
-
         without: list[tuple[str, LogLikelihood | Failure]] = []  # what needs no computing
-
-        def texts() -> Iterator[_Text]:
-            for key, chat, continuation in items:
-                try:
-                    ids, scored_from = self.encoder.encode_scored(chat, continuation)
-                except BackendError as error:
-                    without.append((key, Failure(first_line(error))))
-                    continue
-                if scored_from < len(ids):
-                    yield _Text(np.array(ids, np.int32), scored_from, key)
-                else:
-                    without.append((key, LogLikelihood(0.0, 0)))
-
-        for text in self._in_batches(texts(), self._score):
+        texts = (_Text(ids, scored_from, key) for key, ids, scored_from in scorable(items, self.encoder, without))
+        for text in self._in_batches(texts, self._score):
             yield text.key, LogLikelihood(text.total, text.outputs, text.scored_from)
         yield from without
 

@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: submission test check format examples data kill-loop deadline-loop fleet-kills fuzz throughput study clean
+.PHONY: submission test check format examples data kill-loop deadline-loop ray-kills fuzz throughput study clean
 .DELETE_ON_ERROR:
 
 submission: .venv/.submission
@@ -46,8 +46,8 @@ kill-loop: .venv/.all
 deadline-loop: .venv/.all
 	$(BIN)/python -m tests.bench.deadline_loop --tries 10
 
-fleet-kills: .venv/.all
-	$(BIN)/python -m tests.bench.fleet_kills --runs 10
+ray-kills: .venv/.all
+	$(BIN)/python -m tests.bench.ray_kills --runs 10
 
 # Damaged, hostile and random files: 5,000 of each kind, for at most half an hour a kind; prints the seed.
 fuzz: .venv/.all

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,9 @@ from submission.commands import RayCpusOption, RayGpusOption, RayOption, Workers
 from submission.config import split_list
 from submission.errors import UserError
 from submission.predict.strategies import DEFAULT_PROMPT
-from submission.progress import say, tell
+from submission.progress import print_line
+
+LOG = logging.getLogger(__name__)
 
 app = new_app("Try to beat one answer: sample many, let selectors choose, measure whether and why it helps.")
 
@@ -66,12 +69,12 @@ def sample(
     from ensemble.sample import sample as draw
     from ensemble.sources import read_sources
     from eval.encoders import find_encoder
-    from submission.backends.hardware import Fleet
+    from submission.backends.hardware import Placement
     from submission.data.tables import read_pairs
 
     _check_apart(output, pairs=pairs, sources=sources)
     listed = read_sources(sources, settings or [])
-    fleet = Fleet(workers, ray, ray_gpus, ray_cpus)
+    placement = Placement(workers, ray, ray_gpus, ray_cpus)
     rows = read_pairs(pairs)
     if not rows:
         raise UserError(f"{pairs} has a header and no row")
@@ -81,7 +84,7 @@ def sample(
         output,
         None if near == 1 else find_encoder(encoder),
         near,
-        fleet=fleet,
+        placement=placement,
         fresh=fresh,
     )
 
@@ -110,15 +113,15 @@ def select(
     from ensemble.models import read_models
     from ensemble.select import select as choose
     from eval.encoders import find_encoder
-    from submission.backends.hardware import Fleet
+    from submission.backends.hardware import Placement
 
     _check_apart(output, models=models)
     known = read_models(models, {"target": target, "judge": judge, "gate": gate})
     counts = choose(
         candidates, output, selector, known, find_encoder(encoder), weights=weights or [], rotations=rotations,
-        concat=concat, constant=constant, fleet=Fleet(workers, ray, ray_gpus, ray_cpus), fresh=fresh,
+        concat=concat, constant=constant, placement=Placement(workers, ray, ray_gpus, ray_cpus), fresh=fresh,
     )  # fmt: skip
-    say(
+    LOG.info(
         f"written to {output}: {counts['rows']} rows, {counts['without']} without a candidate (default prompt), "
         f"{counts['undecided']} of which {selector} said nothing (first candidate)"
     )
@@ -146,7 +149,7 @@ def experiment(
 
     Writes report.html, experiment.json and figures. Models' answers are logged in the folder.
     """
-    from ensemble.experiment import ALL, Config, lines_of
+    from ensemble.experiment import ALL, ExperimentConfig, lines_of
     from ensemble.models import read_models
     from ensemble.report import experiment_with_page
     from eval.encoders import find_encoder
@@ -155,13 +158,13 @@ def experiment(
         raise UserError(f"output {output} is a file: name a folder")
     names = split_list(selectors) or list(ALL)
     known = read_models(models, {"target": target, "judge": judge, "gate": gate})
-    config = Config(
+    config = ExperimentConfig(
         candidates, truth, output, names, known, constant, concat_by=concat_by, weights=weights or [],
         rotations=rotations, by=by, fresh=fresh,
     )  # fmt: skip
     for line in lines_of(experiment_with_page(config, find_encoder(encoder))):
-        tell(line, sys.stdout)
-    say(f"written to {output / 'report.html'}")
+        print_line(line, sys.stdout)
+    LOG.info(f"written to {output / 'report.html'}")
 
 
 @app.command()
@@ -216,8 +219,8 @@ def trial(
     from eval.encoders import find_encoder
 
     for line in lines_of(run(output, find_encoder(encoder), NEAR, fresh=fresh)):
-        tell(line, sys.stdout)
-    say(f"written to {output / 'report.html'}")
+        print_line(line, sys.stdout)
+    LOG.info(f"written to {output / 'report.html'}")
 
 
 def _check_apart(output: Path, **inputs: Path | None) -> None:

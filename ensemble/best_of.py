@@ -20,21 +20,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ensemble.candidates import NEAR, Draw, Row, merge
+from ensemble.candidates import NEAR, CandidateRow, Draw, merge
 from ensemble.choose import answer_of, best, score_rows
-from ensemble.models import Model, likelihoods, parse_models, roles_needed, tools, with_gate
+from ensemble.models import RoleModel, likelihoods, parse_models, roles_needed, tools, with_gate
 from ensemble.sample import read, requests
 from ensemble.selectors import Selector, make_selectors
-from ensemble.sources import Source, parse_sources
+from ensemble.sources import CandidateSource, parse_sources
 from eval.encoders import Encoder, find_encoder
 from submission.backends.hardware import visible_gpus
 from submission.calls.likelihoods import Likelihoods
 from submission.calls.models import Spec
 from submission.config import from_mapping
 from submission.predict.strategies import Setup
-from submission.progress import tell
-from submission.types import Budget, Failure, Pair, Prediction
-from submission.types import Model as Handle
+from submission.progress import print_line
+from submission.types import Budget, Failure, Model, Pair, Prediction
 
 _WHAT = "recover ensemble.best_of:best_of"
 _TOGETHER = 16  # rows between two looks at the clock
@@ -44,7 +43,7 @@ _RESERVE = 0.9  # of the time that is left is planned with
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class BestOfOptions:
     """Settings beside [[source]], [target], [judge] and [gate].
 
     selector: as `python -m ensemble select` takes it.
@@ -79,11 +78,11 @@ class best_of:
             "encoder": self._encoder.spec,
         }
 
-    def __call__(self, pairs: Iterable[Pair], models: Mapping[str, Handle], budget: Budget) -> Iterator[Prediction]:
+    def __call__(self, pairs: Iterable[Pair], models: Mapping[str, Model], budget: Budget) -> Iterator[Prediction]:
         """See `submission.types.Recover`."""
         todo = list(pairs)  # their number is needed to share out the time
         kit = _Kit(self._options, self._encoder.asked_through(models["encoder"]), likelihoods(models, self._judges))
-        pace = _Pace(budget, max(source.n for source in self._sources))
+        pace = _SampleBudget(budget, max(source.n for source in self._sources))
         start = 0
         while start < len(todo):
             share = pace.share(len(todo) - start)
@@ -97,7 +96,7 @@ class best_of:
                 pace.took(time.monotonic() - began, len(some), share)
             start += len(some)
 
-    def _draw(self, pairs: list[Pair], share: float, models: Mapping[str, Handle], kit: _Kit) -> list[Row]:
+    def _draw(self, pairs: list[Pair], share: float, models: Mapping[str, Model], kit: _Kit) -> list[CandidateRow]:
         """Candidates of some pairs; `share` of the samples are drawn, and none at 0."""
         drawn: dict[str, list[tuple[str, Draw]]] = {pair.id: [] for pair in pairs}
         for number, full in enumerate(self._sources):
@@ -112,9 +111,9 @@ class best_of:
         names = [source.name for source in self._sources]
         for answers in drawn.values():  # requests are finished in any order
             answers.sort(key=lambda one: (names.index(one[1].source), one[1].number))
-        return [Row(pair, tuple(merge(drawn[pair.id], kit.encoder, self._options.near))) for pair in pairs]
+        return [CandidateRow(pair, tuple(merge(drawn[pair.id], kit.encoder, self._options.near))) for pair in pairs]
 
-    def _select(self, rows: list[Row], share: float, kit: _Kit) -> Iterator[Prediction]:
+    def _select(self, rows: list[CandidateRow], share: float, kit: _Kit) -> Iterator[Prediction]:
         chosen = {"it": kit.selector} if share > 0 else {}
         scores = score_rows(rows, chosen, quiet=True) if chosen else {}
         for number, row in enumerate(rows):
@@ -131,13 +130,13 @@ class best_of:
 class _Kit:
     """What rows are selected with, once the models are there."""
 
-    def __init__(self, options: Options, encoder: Encoder, opened: Mapping[str, Likelihoods]) -> None:
+    def __init__(self, options: BestOfOptions, encoder: Encoder, opened: Mapping[str, Likelihoods]) -> None:
         self.encoder = encoder
         made = make_selectors([options.selector], tools(encoder, opened, rotations=options.rotations))
         self.selector: Selector = made[options.selector]
 
 
-class _Pace:
+class _SampleBudget:
     """How many samples a row may have, so that all rows are answered in time."""
 
     def __init__(self, budget: Budget, most: int) -> None:
@@ -168,7 +167,7 @@ class _Pace:
             what = (
                 "all samples" if share == 1 else "greedy answers only" if share == 0 else f"{share:.0%} of the samples"
             )
-            tell(f"time: {left:.0f} s for {rows} rows: {what} from here on", sys.stderr)
+            print_line(f"time: {left:.0f} s for {rows} rows: {what} from here on", sys.stderr)
         self._last = share
         return share
 
@@ -178,7 +177,7 @@ class _Pace:
             self._seconds = seconds / rows / max(share, 1 / self._most)
 
 
-def _reduced(source: Source, share: float) -> Source:
+def _reduced(source: CandidateSource, share: float) -> CandidateSource:
     """The source with this share of its samples, at least one of them; with a greedy answer alone at 0."""
     if share == 0:
         return replace(source, greedy=True, n=0)
@@ -191,19 +190,19 @@ def _short(share: float) -> str:
     return "time was short: greedy answer only" if share == 0 else f"time was short: {share:.0%} of the samples"
 
 
-def _roles(options: Options, models: Mapping[str, Model]) -> list[str]:
+def _roles(options: BestOfOptions, models: Mapping[str, RoleModel]) -> list[str]:
     return sorted(with_gate(roles_needed([options.selector])) & set(models))
 
 
-def _without_a_model(sources: Sequence[Source], config: Mapping[str, Any]) -> set[str]:
+def _without_a_model(sources: Sequence[CandidateSource], config: Mapping[str, Any]) -> set[str]:
     """Names of the sources that leave the model to `predict`."""
     return {source.name for source, entry in zip(sources, config.get("source", [{}]), strict=True)
             if not {"backend", "model", "adapter", "settings", "workers"} & set(entry)}  # fmt: skip
 
 
-def _parse(config: Mapping[str, Any]) -> tuple[Options, list[Source], dict[str, Model]]:
+def _parse(config: Mapping[str, Any]) -> tuple[BestOfOptions, list[CandidateSource], dict[str, RoleModel]]:
     rest = {key: value for key, value in config.items() if key not in ("source", "target", "judge", "gate")}
-    options = from_mapping(Options, rest, _WHAT)
+    options = from_mapping(BestOfOptions, rest, _WHAT)
     sources = parse_sources(config.get("source", [{}]), _WHAT)
     models = parse_models({role: config[role] for role in ("target", "judge", "gate") if role in config})
     return options, sources, models

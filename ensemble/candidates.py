@@ -56,7 +56,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class CandidateRow:
     """A pair with its candidates, in the order in which they were first drawn."""
 
     pair: Pair
@@ -88,12 +88,12 @@ def merge(drawn: Sequence[tuple[str, Draw]], encoder: Encoder | None = None, nea
     return [Candidate(group[0][0], tuple(draw for _, draw in group)) for group in groups.values()]
 
 
-def write_candidates(path: Path, rows: Iterable[Row]) -> None:
+def write_candidates(path: Path, rows: Iterable[CandidateRow]) -> None:
     """Write a Parquet file, whole or not at all."""
     write_table(path, COLUMNS, _cells(rows))
 
 
-def _cells(rows: Iterable[Row]) -> Iterator[tuple[str, ...]]:
+def _cells(rows: Iterable[CandidateRow]) -> Iterator[tuple[str, ...]]:
     for row in rows:
         pair = (row.pair.id, row.pair.original_text, row.pair.rewritten_text)
         for candidate in row.candidates or (Candidate("", ()),):
@@ -101,7 +101,7 @@ def _cells(rows: Iterable[Row]) -> Iterator[tuple[str, ...]]:
             yield (*pair, candidate.text, json.dumps(draws, ensure_ascii=False))
 
 
-def read_candidates(path: Path) -> list[Row]:
+def read_candidates(path: Path) -> list[CandidateRow]:
     """Read what `write_candidates` wrote, or any CSV or Parquet file like it; rows of a pair stand together or not.
 
     Raises:
@@ -124,7 +124,7 @@ def read_candidates(path: Path) -> list[Row]:
             candidates.append(Candidate(text, _draws(draws, f"{path}: {row.where}")))
     if not pairs:
         raise UserError(f"{path} has a header and no row")
-    return [Row(pair, tuple(found[row_id])) for row_id, pair in pairs.items()]
+    return [CandidateRow(pair, tuple(found[row_id])) for row_id, pair in pairs.items()]
 
 
 def _draws(cell: str, where: str) -> tuple[Draw, ...]:

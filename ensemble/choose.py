@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ensemble.candidates import Candidate, Draw, Row
+from ensemble.candidates import Candidate, CandidateRow, Draw
 from ensemble.selectors import Selector
 from ensemble.selectors.asking import ask_ahead
 from submission.errors import UserError
@@ -18,7 +18,7 @@ LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class SelectorScores:
     """What one selector says about every candidate of every row.
 
     Attributes:
@@ -37,7 +37,9 @@ class Scores:
         return sum(bool(row) and all(value != value for value in row) for row in self.values)
 
 
-def score_rows(rows: Sequence[Row], selectors: Mapping[str, Selector], *, quiet: bool = False) -> dict[str, Scores]:
+def score_rows(
+    rows: Sequence[CandidateRow], selectors: Mapping[str, Selector], *, quiet: bool = False
+) -> dict[str, SelectorScores]:
     """Let selectors score the candidates of all rows; questions to models are asked together, first.
 
     Args:
@@ -65,7 +67,7 @@ def score_rows(rows: Sequence[Row], selectors: Mapping[str, Selector], *, quiet:
     return {name: _score(name, selector, rows) for name, selector in selectors.items()}
 
 
-def _score(name: str, selector: Selector, rows: Sequence[Row]) -> Scores:
+def _score(name: str, selector: Selector, rows: Sequence[CandidateRow]) -> SelectorScores:
     values = []
     for row in rows:
         scores = [float(score) for score in selector(row.pair, row.candidates)] if row.candidates else []
@@ -78,7 +80,7 @@ def _score(name: str, selector: Selector, rows: Sequence[Row]) -> Scores:
         for known in model.of(questions):
             tokens += known.prompt_tokens + known.tokens
             seconds += known.seconds
-    return Scores(values, tokens / max(1, len(rows)), seconds / max(1, len(rows)))
+    return SelectorScores(values, tokens / max(1, len(rows)), seconds / max(1, len(rows)))
 
 
 def best(scores: Sequence[float]) -> int:
@@ -92,7 +94,7 @@ def order(scores: Sequence[float]) -> list[int]:
     return sorted(range(len(scores)), key=lambda place: (-known[place], place))
 
 
-def answer_of(row: Row, scores: Sequence[float], concat: int = 1, constant: str = "") -> str:
+def answer_of(row: CandidateRow, scores: Sequence[float], concat: int = 1, constant: str = "") -> str:
     """The answer to a row.
 
     Args:
@@ -108,9 +110,11 @@ def answer_of(row: Row, scores: Sequence[float], concat: int = 1, constant: str 
     return texts[0] if len(texts) == 1 else " ".join(_sentence(text) for text in texts)
 
 
-def or_fallback(row: Row) -> Row:
+def or_fallback(row: CandidateRow) -> CandidateRow:
     """The row, with the default prompt as its candidate if it has none."""
-    return row if row.candidates else Row(row.pair, (Candidate(DEFAULT_PROMPT, (Draw("fallback", 0, 0.0, 1),)),))
+    return (
+        row if row.candidates else CandidateRow(row.pair, (Candidate(DEFAULT_PROMPT, (Draw("fallback", 0, 0.0, 1),)),))
+    )
 
 
 def _sentence(text: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from ensemble.choose import Scores
+from ensemble.choose import SelectorScores
 from eval.intervals import Interval, bootstrap, bootstrap_of
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class Knowledge:
 
 
 def knowledge(
-    truths: Sequence[Sequence[float]], said: Scores, clusters: NDArray[np.integer] | None = None
+    truths: Sequence[Sequence[float]], said: SelectorScores, clusters: NDArray[np.integer] | None = None
 ) -> Knowledge | None:
     """None if there is no row with three candidates of different scores on both sides."""
     import numpy as np

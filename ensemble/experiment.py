@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ensemble import diagnosis, fitting
-from ensemble.candidates import Row, read_candidates
-from ensemble.choose import Scores, answer_of, or_fallback, score_rows
-from ensemble.measure import CONSTANT, FIRST, ORACLE, WORST, Line, chance, measure
-from ensemble.models import Model, open_models, roles_needed, tools
+from ensemble.candidates import CandidateRow, read_candidates
+from ensemble.choose import SelectorScores, answer_of, or_fallback, score_rows
+from ensemble.measure import CONSTANT, FIRST, ORACLE, WORST, SelectorResult, chance, measure
+from ensemble.models import RoleModel, open_models, roles_needed, tools
 from ensemble.selectors import SELECTORS, make_selectors
 from eval.encoders import Encoder
 from eval.intervals import Interval
@@ -34,14 +34,14 @@ FIGURES, REPORT = "experiment.json", "report.html"
 
 
 @dataclass(frozen=True)
-class Config:
+class ExperimentConfig:
     """What is compared; see `experiment --help`."""
 
     candidates: Path
     truth: Path
     output: Path
     selectors: Sequence[str] = ALL
-    models: Mapping[str, Model] = field(default_factory=dict)
+    models: Mapping[str, RoleModel] = field(default_factory=dict)
     constant: str = DEFAULT_PROMPT
     concat: Sequence[int] = (2, 3)
     concat_by: str = "consensus"
@@ -67,13 +67,13 @@ class Experiment:
         kinds: kind of prompt of each row.
     """
 
-    rows: list[Row]
+    rows: list[CandidateRow]
     truths: list[list[float]]
     truth: Truth
     encoder: Encoder
-    scores: dict[str, Scores]
-    lines: list[Line]
-    joined: list[Line]
+    scores: dict[str, SelectorScores]
+    lines: list[SelectorResult]
+    joined: list[SelectorResult]
     chance: float
     without: int
     variance: diagnosis.Variance
@@ -82,12 +82,12 @@ class Experiment:
     knowledge: dict[str, diagnosis.Knowledge]
     kinds: list[str]
 
-    def line(self, name: str) -> Line:
+    def line(self, name: str) -> SelectorResult:
         """The line of that name."""
         return next(line for line in [*self.lines, *self.joined] if line.name == name)
 
     @property
-    def best_selector(self) -> Line | None:
+    def best_selector(self) -> SelectorResult | None:
         """Of those that do not see the truth, the one with the highest mean; None if there is only the first answer."""
         blind = [line for line in self.lines if line.name not in (ORACLE, WORST, CONSTANT, FIRST)]
         return blind[0] if blind else None
@@ -112,7 +112,7 @@ class Experiment:
         }  # fmt: skip
 
 
-def run_experiment(config: Config, encoder: Encoder) -> Experiment:
+def run_experiment(config: ExperimentConfig, encoder: Encoder) -> Experiment:
     """Score candidates by the truth and by all selectors, compare, and write experiment.json; `ensemble.report` writes
     the page.
 
@@ -156,8 +156,8 @@ def run_experiment(config: Config, encoder: Encoder) -> Experiment:
 
 
 def fit_weights(
-    candidates: Path, truth_file: Path, output: Path, name: str, selectors: Sequence[str], models: Mapping[str, Model],
-    encoder: Encoder, *, rotations: int = 0, fresh: bool = False,
+    candidates: Path, truth_file: Path, output: Path, name: str, selectors: Sequence[str],
+    models: Mapping[str, RoleModel], encoder: Encoder, *, rotations: int = 0, fresh: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Fit a weighted sum of selectors and write it; see `ensemble.fitting`.
 
@@ -177,7 +177,7 @@ def fit_weights(
     return weights
 
 
-def true_scores(rows: Sequence[Row], prompts: Sequence[str], encoder: Encoder) -> list[list[float]]:
+def true_scores(rows: Sequence[CandidateRow], prompts: Sequence[str], encoder: Encoder) -> list[list[float]]:
     """The score of every candidate of every row."""
     texts = [candidate.text for row in rows for candidate in row.candidates]
     wanted = [prompt for row, prompt in zip(rows, prompts, strict=True) for _ in row.candidates]
@@ -236,14 +236,14 @@ def sentences(experiment: Experiment) -> Iterator[str]:
             yield f"{line.name} said nothing of {line.undecided} rows; their first candidate was taken."
 
 
-def _in_order(candidates: Path, truth: Truth) -> list[Row]:
+def _in_order(candidates: Path, truth: Truth) -> list[CandidateRow]:
     """The rows of a file in the truth's order."""
     found = {row.pair.id: row for row in read_candidates(candidates)}
     check_same_ids(candidates, found, truth)
     return [found[row_id] for row_id in truth.ids]
 
 
-def _by_source(rows: Sequence[Row], truths: Sequence[Sequence[float]]) -> dict[str, list[list[float]]]:
+def _by_source(rows: Sequence[CandidateRow], truths: Sequence[Sequence[float]]) -> dict[str, list[list[float]]]:
     names = list(dict.fromkeys(draw.source for row in rows for draw, _ in row.draws if draw.source != "fallback"))
     return {
         name: [[scores[place] for draw, place in row.draws if draw.source == name]
@@ -253,7 +253,11 @@ def _by_source(rows: Sequence[Row], truths: Sequence[Sequence[float]]) -> dict[s
 
 
 def _joined(
-    config: Config, rows: Sequence[Row], truth: Truth, encoder: Encoder, scores: Mapping[str, Scores]
+    config: ExperimentConfig,
+    rows: Sequence[CandidateRow],
+    truth: Truth,
+    encoder: Encoder,
+    scores: Mapping[str, SelectorScores],
 ) -> dict[str, NDArray[np.float64]]:
     """Scores of answers that join several candidates, or put the constant behind one, by name."""
     by = config.concat_by if config.concat_by in scores else FIRST

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ensemble.candidates import Row
-from ensemble.choose import Scores
+from ensemble.candidates import CandidateRow
+from ensemble.choose import SelectorScores
 from ensemble.selectors.combine import standardised
 from eval.grouping import plain_text
 from eval.scoring import Truth
@@ -22,7 +22,7 @@ from submission.errors import UserError
 _RIDGE = 1e-3
 
 
-def fit(truths: Sequence[Sequence[float]], scores: Mapping[str, Scores]) -> dict[str, float]:
+def fit(truths: Sequence[Sequence[float]], scores: Mapping[str, SelectorScores]) -> dict[str, float]:
     """Weights of at least 0 that predict the true scores within rows, by least squares.
 
     Args:
@@ -47,14 +47,16 @@ def fit(truths: Sequence[Sequence[float]], scores: Mapping[str, Scores]) -> dict
     return {name: float(weight) / total if total else 1 / size for name, weight in zip(scores, weights, strict=True)}
 
 
-def write(path: Path, name: str, weights: Mapping[str, float], rows: Sequence[Row], truth: Truth) -> None:
+def write(path: Path, name: str, weights: Mapping[str, float], rows: Sequence[CandidateRow], truth: Truth) -> None:
     """Write weights with the marks of the rows that they were fitted on."""
     content = {"name": name, "weights": dict(weights), "seen": _marks(rows, truth)}
     with made_files(path, [path], {"weights": dict(weights)}):
         write_json(path, content)
 
 
-def read(paths: Sequence[Path], rows: Sequence[Row], truth: Truth | None = None) -> dict[str, dict[str, float]]:
+def read(
+    paths: Sequence[Path], rows: Sequence[CandidateRow], truth: Truth | None = None
+) -> dict[str, dict[str, float]]:
     """Weights by name, for these rows.
 
     Raises:
@@ -89,7 +91,7 @@ def _listed(seen: Any, what: str) -> list[str]:
     return [mark for mark in listed if isinstance(mark, str)] if isinstance(listed, list) else []
 
 
-def _marks(rows: Sequence[Row], truth: Truth | None) -> dict[str, list[str]]:
+def _marks(rows: Sequence[CandidateRow], truth: Truth | None) -> dict[str, list[str]]:
     """Hashes, so that the file holds no text of the data."""
     marks = {"pairs": [_hash(row.pair.original_text, row.pair.rewritten_text) for row in rows]}
     if truth is not None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ensemble.choose import Scores, best
+from ensemble.choose import SelectorScores, best
 from eval.intervals import Interval, bootstrap, bootstrap_of
 from eval.scoring import interval_figures
 
@@ -23,7 +23,7 @@ _EQUAL = 1e-9  # scores that are no further apart are one
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class SelectorResult:
     """A way of choosing, over all rows.
 
     Attributes:
@@ -68,7 +68,7 @@ def best_places(row: Sequence[float]) -> list[int]:
     return [place for place, value in enumerate(row) if value >= max(row) - _EQUAL]
 
 
-def chosen(truths: Sequence[Sequence[float]], scores: Mapping[str, Scores]) -> dict[str, NDArray[np.float64]]:
+def chosen(truths: Sequence[Sequence[float]], scores: Mapping[str, SelectorScores]) -> dict[str, NDArray[np.float64]]:
     """True scores of what each selector chose, of the oracle and of its contrary; shape (rows,) each."""
     import numpy as np
 
@@ -82,11 +82,11 @@ def chosen(truths: Sequence[Sequence[float]], scores: Mapping[str, Scores]) -> d
 
 def measure(
     truths: Sequence[Sequence[float]],
-    scores: Mapping[str, Scores],
+    scores: Mapping[str, SelectorScores],
     constant: NDArray[np.float64],
     clusters: NDArray[np.integer] | None = None,
     more: Mapping[str, NDArray[np.float64]] | None = None,
-) -> list[Line]:
+) -> list[SelectorResult]:
     """A line for each selector, for the oracle, its contrary and the constant, the best mean first.
 
     Args:
@@ -109,7 +109,7 @@ def measure(
         share = bootstrap_of(_ratio, np.stack([values - first, oracle - first], axis=1), clusters)[0]
         top = bootstrap((values >= oracle - _EQUAL).astype(float)[:, None], clusters)[0] if name in selectors else None
         said = scores.get(name)
-        lines.append(Line(
+        lines.append(SelectorResult(
             name, mean, over_first, over_constant, share, regret, top, said.undecided if said else 0,
             said.tokens if said else 0.0, said.seconds if said else 0.0,
         ))  # fmt: skip

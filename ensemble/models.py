@@ -11,19 +11,19 @@ from typing import Any
 from ensemble.selectors import SELECTORS, Tools
 from eval.encoders import Encoder
 from submission.backends import ModelSpec, model_spec
-from submission.backends.hardware import ALONE, Fleet
+from submission.backends.hardware import ALONE, Placement
 from submission.backends.models import EMBEDDED
 from submission.calls.likelihoods import Likelihoods
 from submission.calls.session import session
 from submission.config import from_mapping, read_toml
 from submission.errors import UserError
-from submission.types import Model as Handle
+from submission.types import Model
 
 ROLES = ("target", "judge", "gate")
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class RoleModel:
     """A model by path; `backend` of "" is transformers for a folder without GGUF files, llama_cpp for the rest."""
 
     model: str = EMBEDDED
@@ -37,10 +37,10 @@ class Model:
         path = Path(self.model).expanduser()
         backend = self.backend or ("transformers" if (path / "config.json").is_file() else "llama_cpp")
         adapter = Path(self.adapter).expanduser() if self.adapter else None
-        return model_spec(backend, self.model, adapter, list(self.settings), Fleet(self.workers))
+        return model_spec(backend, self.model, adapter, list(self.settings), Placement(self.workers))
 
 
-def read_models(path: Path | None, given: Mapping[str, str]) -> dict[str, Model]:
+def read_models(path: Path | None, given: Mapping[str, str]) -> dict[str, RoleModel]:
     """Models by role.
 
     Args:
@@ -53,17 +53,17 @@ def read_models(path: Path | None, given: Mapping[str, str]) -> dict[str, Model]
     return parse_models(read_toml(path, "--models") if path else {}, given)
 
 
-def parse_models(content: Mapping[str, Any], given: Mapping[str, str] | None = None) -> dict[str, Model]:
+def parse_models(content: Mapping[str, Any], given: Mapping[str, str] | None = None) -> dict[str, RoleModel]:
     """Models from tables; target and judge are the embedded model unless they say otherwise."""
     unknown = [role for role in content if role not in ROLES]
     if unknown:
         raise UserError(f"unknown model [{unknown[0]}]; there are: {', '.join(ROLES)}")
-    models = {"target": Model(), "judge": Model()}
+    models = {"target": RoleModel(), "judge": RoleModel()}
     for role, table in content.items():
         if not isinstance(table, Mapping):
             raise UserError(f"[{role}] must be a table")
-        models[role] = from_mapping(Model, table, f"[{role}]")
-    return models | {role: Model(model=name) for role, name in (given or {}).items() if name}
+        models[role] = from_mapping(RoleModel, table, f"[{role}]")
+    return models | {role: RoleModel(model=name) for role, name in (given or {}).items() if name}
 
 
 def roles_needed(selectors: list[str]) -> set[str]:
@@ -79,19 +79,19 @@ def with_gate(roles: set[str]) -> set[str]:
 
 @contextmanager
 def open_models(
-    models: Mapping[str, Model], roles: set[str], output: Path, *, fleet: Fleet = ALONE, fresh: bool = False
+    models: Mapping[str, RoleModel], roles: set[str], output: Path, *, placement: Placement = ALONE, fresh: bool = False
 ) -> Iterator[dict[str, Likelihoods]]:
     """Likelihoods by role, with one log beside `output`; roles that name one model share it.
 
     Raises:
         UserError: a model is missing or wrong; said before any is loaded.
     """
-    specs = {role: model.spec().held_by(fleet) for role, model in models.items() if role in with_gate(roles)}
+    specs = {role: model.spec().held_by(placement) for role, model in models.items() if role in with_gate(roles)}
     with session(output, specs, fresh=fresh) as opened:
         yield likelihoods(opened, specs)
 
 
-def likelihoods(models: Mapping[str, Handle], roles: Iterable[str]) -> dict[str, Likelihoods]:
+def likelihoods(models: Mapping[str, Model], roles: Iterable[str]) -> dict[str, Likelihoods]:
     """Likelihoods by role; roles that share a model share them too."""
     by_model: dict[int, Likelihoods] = {}
     return {role: by_model.setdefault(id(models[role]), Likelihoods(models[role])) for role in roles}

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 from ensemble import charts
 from ensemble.choose import best
-from ensemble.experiment import REPORT, Config, Experiment, run_experiment, sentences
-from ensemble.measure import FIRST, Line
+from ensemble.experiment import REPORT, Experiment, ExperimentConfig, run_experiment, sentences
+from ensemble.measure import FIRST, SelectorResult
 from ensemble.selectors import SELECTORS
 from eval.charts import intervals
 from eval.encoders import Encoder
 from eval.intervals import Interval, bootstrap
-from eval.report import Example, Figure, Section, Table, Words, write_report
+from eval.report import Figure, ReportExample, Section, Table, Words, write_report
 from eval.sections import marked
 
 _KINDS = 6
@@ -26,7 +26,7 @@ _HEAD = (
 )  # fmt: skip
 
 
-def experiment_with_page(config: Config, encoder: Encoder) -> Experiment:
+def experiment_with_page(config: ExperimentConfig, encoder: Encoder) -> Experiment:
     """Run an experiment and write its page beside its figures; errors as of `run_experiment`."""
     experiment = run_experiment(config, encoder)
     title = "Ensemble: can a choice beat the first answer?"
@@ -123,7 +123,7 @@ def _gain(e: Experiment, name: str) -> list[float]:
     return [row[best(said)] - row[0] for row, said in zip(e.truths, e.scores[name].values, strict=True)]
 
 
-def _examples(e: Experiment, name: str) -> Iterator[Example]:
+def _examples(e: Experiment, name: str) -> Iterator[ReportExample]:
     """Rows where the selector lost most against the first answer, and where it gained most."""
     gain = _gain(e, name)
     order = sorted(range(len(gain)), key=lambda row: gain[row])
@@ -140,10 +140,10 @@ def _examples(e: Experiment, name: str) -> Iterator[Example]:
                 answers.append((mark, candidate.text, f"{e.truths[row][place]:.3f}", f"{said[place]:.3f}",
                                 str(len(candidate.draws))))  # fmt: skip
             head = ("", "prompt", "true score", f"by {name}", "draws")
-            yield Example(f"{title}: id {e.truth.ids[row]}", texts, Table(head, answers))
+            yield ReportExample(f"{title}: id {e.truth.ids[row]}", texts, Table(head, answers))
 
 
-def _cells(line: Line) -> tuple[str, ...]:
+def _cells(line: SelectorResult) -> tuple[str, ...]:
     known = SELECTORS.get(line.name)
     cost = (f"{line.tokens:.0f}", f"{line.seconds:.2f}") if known and known.needs else ("", "")
     return (

@@ -9,14 +9,14 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ensemble.candidates import Draw, Row, merge, write_candidates
-from ensemble.sources import Source
+from ensemble.candidates import CandidateRow, Draw, merge, write_candidates
+from ensemble.sources import CandidateSource
 from eval.encoders import Encoder
-from submission.backends.hardware import ALONE, Fleet
+from submission.backends.hardware import ALONE, Placement
 from submission.calls.session import answer, session
 from submission.data.outputs import check_output, made_files
-from submission.data.tables import says_something
-from submission.prompts.answers import is_blank, storable
+from submission.data.tables import has_text
+from submission.prompts.answers import is_blank, strip_invalid_utf8
 from submission.prompts.templates import Template
 from submission.types import Completion, Pair, Request, Triplet
 
@@ -28,14 +28,14 @@ Drawn = dict[str, list[tuple[str, Draw]]]
 
 def sample(
     pairs: Sequence[Pair],
-    sources: Sequence[Source],
+    sources: Sequence[CandidateSource],
     output: Path,
     encoder: Encoder | None,
     near: float,
     *,
-    fleet: Fleet = ALONE,
+    placement: Placement = ALONE,
     fresh: bool = False,
-) -> list[Row]:
+) -> list[CandidateRow]:
     """Draw from all sources and write the candidates; what the log knows is not drawn again.
 
     Args:
@@ -44,17 +44,17 @@ def sample(
         output: Parquet file; the log lies beside it.
         encoder: puts near-duplicates together; None leaves it at case and punctuation.
         near: see `ensemble.candidates.NEAR`.
-        fleet: copies of each source's model.
+        placement: copies of each source's model.
         fresh: forget what the log holds.
 
     Raises:
         UserError: something is missing or wrong; said before anything is drawn.
     """
     check_output(output)
-    prepared = [(source, source.spec().held_by(fleet), source.layout()) for source in sources]
+    prepared = [(source, source.spec().held_by(placement), source.layout()) for source in sources]
     drawn: Drawn = {pair.id: [] for pair in pairs}
     # A rewrite of blanks tells nothing of its prompt: such a pair has no candidate.
-    asked = [pair for pair in pairs if says_something(pair.rewritten_text)]
+    asked = [pair for pair in pairs if has_text(pair.rewritten_text)]
     with session(output, {source.name: spec for source, spec, _ in prepared}, fresh=fresh) as models:
         for source, _, (template, shots) in prepared:
             LOG.info(
@@ -66,7 +66,7 @@ def sample(
                 drawn[row_id] += answers_read
             if answers.failed:
                 LOG.info(f"{source.name}: {len(answers.failed)} requests failed: {next(iter(answers.failed.values()))}")
-    rows = [Row(pair, tuple(merge(drawn[pair.id], encoder, near))) for pair in pairs]
+    rows = [CandidateRow(pair, tuple(merge(drawn[pair.id], encoder, near))) for pair in pairs]
     with made_files(output, [output], {"sources": [source.name for source in sources], "rows": len(rows)}):
         write_candidates(output, rows)
     draws = sum(len(row.draws) for row in rows)
@@ -78,7 +78,9 @@ def sample(
     return rows
 
 
-def requests(pairs: Iterable[Pair], source: Source, template: Template, shots: Sequence[Triplet]) -> Iterator[Request]:
+def requests(
+    pairs: Iterable[Pair], source: CandidateSource, template: Template, shots: Sequence[Triplet]
+) -> Iterator[Request]:
     """A greedy request and one for all samples of each pair, side by side: the second takes over the first's prompt."""
     for pair in pairs:
         chat = template.render(pair, shots)
@@ -87,7 +89,7 @@ def requests(pairs: Iterable[Pair], source: Source, template: Template, shots: S
 
 
 def read(
-    key: str, completions: Sequence[Completion], source: Source, template: Template
+    key: str, completions: Sequence[Completion], source: CandidateSource, template: Template
 ) -> tuple[str, list[tuple[str, Draw]]]:
     """The id of the pair that a request of `requests` was about, and its parsed answers with their draws.
 
@@ -96,7 +98,7 @@ def read(
     row_id, _, first = key.rpartition("/")
     found = []
     for number, completion in enumerate(completions, start=int(first)):
-        text = storable(template.parse(completion.text))
+        text = strip_invalid_utf8(template.parse(completion.text))
         if not is_blank(text):
             found.append((text, Draw(source.name, number, completion.logprob, completion.tokens)))
     return row_id, found

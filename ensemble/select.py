@@ -11,10 +11,10 @@ from pathlib import Path
 from ensemble import fitting
 from ensemble.candidates import read_candidates
 from ensemble.choose import answer_of, score_rows
-from ensemble.models import Model, open_models, roles_needed, tools
+from ensemble.models import RoleModel, open_models, roles_needed, tools
 from ensemble.selectors import make_selectors
 from eval.encoders import Encoder
-from submission.backends.hardware import ALONE, Fleet
+from submission.backends.hardware import ALONE, Placement
 from submission.data.hashing import content_hash
 from submission.data.outputs import check_output, made_files
 from submission.data.tables import write_predictions
@@ -24,14 +24,14 @@ def select(
     candidates: Path,
     output: Path,
     selector: str,
-    models: Mapping[str, Model],
+    models: Mapping[str, RoleModel],
     encoder: Encoder,
     *,
     weights: Sequence[Path] = (),
     rotations: int = 0,
     concat: int = 1,
     constant: str = "",
-    fleet: Fleet = ALONE,
+    placement: Placement = ALONE,
     fresh: bool = False,
 ) -> dict[str, int]:
     """Choose and write; answers of models are logged beside `output`.
@@ -47,7 +47,7 @@ def select(
     rows = read_candidates(candidates)
     known = fitting.read(weights, rows)
     parts = list(known.get(selector, {selector: 1.0}))
-    with open_models(models, roles_needed(parts), output, fleet=fleet, fresh=fresh) as opened:
+    with open_models(models, roles_needed(parts), output, placement=placement, fresh=fresh) as opened:
         made = make_selectors([selector], tools(encoder, opened, rotations=rotations, weights=known))
         scores = score_rows(rows, made)[selector]
     answers = [(row.pair.id, answer_of(row, said, concat, constant))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from submission.backends import ModelSpec, model_spec
-from submission.backends.hardware import Fleet
+from submission.backends.hardware import Placement
 from submission.backends.models import TUNED
 from submission.config import from_mapping, read_toml, split_settings
 from submission.data.tables import read_triplets
@@ -31,7 +31,7 @@ from submission.types import Sampling, Triplet
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class CandidateSource:
     """One way of drawing candidates.
 
     Attributes:
@@ -68,7 +68,7 @@ class Source:
 
     def spec(self) -> ModelSpec:
         """Check the model; see `submission.backends.model_spec`."""
-        return model_spec(self.backend, self.model, self._adapter, list(self.settings), Fleet(self.workers))
+        return model_spec(self.backend, self.model, self._adapter, list(self.settings), Placement(self.workers))
 
     def layout(self) -> tuple[Template, list[Triplet]]:
         """Template and shots.
@@ -91,7 +91,7 @@ class Source:
         return found
 
 
-def read_sources(path: Path | None, settings: Sequence[str] = ()) -> list[Source]:
+def read_sources(path: Path | None, settings: Sequence[str] = ()) -> list[CandidateSource]:
     """Sources of a TOML file; None for the embedded model alone.
 
     Args:
@@ -105,14 +105,14 @@ def read_sources(path: Path | None, settings: Sequence[str] = ()) -> list[Source
     return parse_sources(content.get("source", []), str(path or "--set"), settings)
 
 
-def parse_sources(entries: Any, where: str, settings: Sequence[str] = ()) -> list[Source]:
+def parse_sources(entries: Any, where: str, settings: Sequence[str] = ()) -> list[CandidateSource]:
     """Sources from tables; see `read_sources`."""
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{where} names no source: write each as [[source]]")
     given = split_settings(settings)
     sources = []
     for number, entry in enumerate(entries, start=1):
-        source = from_mapping(Source, {**entry, **given}, f"{where}: source {number}")
+        source = from_mapping(CandidateSource, {**entry, **given}, f"{where}: source {number}")
         if not (source.n or source.greedy):
             raise UserError(f"{where}: source {number} draws nothing: n = 0 and no greedy answer")
         if source.n > 1 and source.temperature == 0:
@@ -128,5 +128,5 @@ def parse_sources(entries: Any, where: str, settings: Sequence[str] = ()) -> lis
     return sources
 
 
-def _name(source: Source) -> str:
+def _name(source: CandidateSource) -> str:
     return Path(source.adapter or source.model).stem

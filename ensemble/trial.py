@@ -8,19 +8,21 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from ensemble.experiment import ALL, Config, Experiment
+from ensemble.experiment import ALL, Experiment, ExperimentConfig
 from ensemble.models import read_models
 from ensemble.report import experiment_with_page
 from ensemble.sample import sample
-from ensemble.sources import Source
+from ensemble.sources import CandidateSource
 from eval.encoders import Encoder
 from submission.backends.models import EMBEDDED
 from submission.data.tables import read_pairs
 from submission.errors import UserError
 
 _SOURCES = (
-    Source(name="tuned", n=4, temperature=0.8, max_new_tokens=32),
-    Source(name="untuned", model=EMBEDDED, template="detailed", n=3, greedy=False, temperature=0.8, max_new_tokens=32),
+    CandidateSource(name="tuned", n=4, temperature=0.8, max_new_tokens=32),
+    CandidateSource(
+        name="untuned", model=EMBEDDED, template="detailed", n=3, greedy=False, temperature=0.8, max_new_tokens=32
+    ),
 )
 
 
@@ -45,7 +47,7 @@ def trial(output: Path, encoder: Encoder, near: float, *, fresh: bool = False) -
     output.mkdir(parents=True, exist_ok=True)
     candidates = output / "candidates.parquet"
     sample(read_pairs(pairs), _SOURCES, candidates, encoder, near, fresh=fresh)
-    config = Config(
+    config = ExperimentConfig(
         candidates, truth, output, list(ALL), read_models(None, {}), rotations=4,
         fresh=fresh,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from submission.commands import new_app, run_command
-from submission.progress import tell
+from submission.progress import print_line
 
 app = new_app("Measure predictions and the speed of predicting (eval).")
 
@@ -119,11 +119,11 @@ def baselines(
 
     Finished rows are kept; the same command again goes on.
     """
-    from eval.baselines import BASELINES, Config, run_baselines
+    from eval.baselines import BASELINES, BaselinesConfig, run_baselines
     from eval.encoders import find_encoder
     from submission.predict.deadline import Interrupted
 
-    config = Config(
+    config = BaselinesConfig(
         train=train, test=test, output=output, ood=ood, only=only or BASELINES, reference=reference, backend=backend,
         model=model, adapter=adapter, tuned_model=tuned_model, tuned_adapter=tuned_adapter, settings=settings or [],
         shots=shots, max_new_tokens=max_new_tokens, limit=limit, fresh=fresh,
@@ -215,7 +215,7 @@ def report(
     chosen = find_encoder(encoder)
     subject = Subject.read(runs, truth, chosen, by=by, reference=reference, exploits=exploit or [])
     for path in write_report(output, title, list(sections(subject))):
-        tell(f"written to {path}", sys.stdout)
+        print_line(f"written to {path}", sys.stdout)
 
 
 @app.command()
@@ -242,10 +242,10 @@ def throughput(
     as_json: JsonOption = False,
 ) -> None:
     """Time this program beside llama-cpp-python, llama-server, transformers and a bare loop of llama_decode."""
-    from eval.throughput import SCENARIOS, Config, measure
+    from eval.throughput import SCENARIOS, ThroughputConfig, measure
 
     results = measure(
-        Config(
+        ThroughputConfig(
             input=input, rows=rows, shots=shots, model=model, threads=threads, new_tokens=max_new_tokens,
             repeats=repeats, scenarios=scenario or SCENARIOS, llama_server=llama_server, transformers=transformers,
             plot=plot,
@@ -258,7 +258,7 @@ def throughput(
 def _show(lines: Any, figures: Any, *, as_json: bool) -> None:
     """Lines for people, on standard error when a program reads standard output."""
     for line in lines:
-        tell(line, sys.stderr if as_json else sys.stdout)
+        print_line(line, sys.stderr if as_json else sys.stdout)
     if as_json:
         print(json.dumps(figures()))
 

@@ -27,7 +27,7 @@ from submission.data.tables import read_triplets
 from submission.errors import UserError
 from submission.predict.plan import RunConfig
 from submission.predict.run import predict
-from submission.prompts.answers import storable
+from submission.prompts.answers import strip_invalid_utf8
 from submission.types import Sampling
 
 LOG = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ BASELINES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class BaselinesConfig:
     """What is run; see `baselines --help`. `tuned` takes part if `tuned_model` or `tuned_adapter` is given."""
 
     train: Path
@@ -84,7 +84,7 @@ class Result:
             yield from table(comparison)
 
 
-def run_baselines(config: Config, encoder: Encoder) -> Result:
+def run_baselines(config: BaselinesConfig, encoder: Encoder) -> Result:
     """Predict with every baseline on every set, and compare.
 
     Raises:
@@ -128,7 +128,7 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def _run_and_compare(
-    config: Config, name: str, path: Path, truth: Truth, systems: dict[str, RunConfig], encoder: Encoder,
+    config: BaselinesConfig, name: str, path: Path, truth: Truth, systems: dict[str, RunConfig], encoder: Encoder,
 ) -> Comparison:  # fmt: skip
     runs = []
     for system, run in systems.items():
@@ -140,7 +140,7 @@ def _run_and_compare(
     return compare(runs, truth, encoder, config.reference)
 
 
-def _systems(config: Config, constants: Sequence[FittedConstant], encoder: Encoder) -> dict[str, RunConfig]:
+def _systems(config: BaselinesConfig, constants: Sequence[FittedConstant], encoder: Encoder) -> dict[str, RunConfig]:
     """What each baseline asks of `predict`; input and output are still to come."""
     asked = RunConfig(
         input=Path(), output=Path(), backend=config.backend, model=config.model, adapter=config.adapter,
@@ -171,7 +171,7 @@ def _systems(config: Config, constants: Sequence[FittedConstant], encoder: Encod
 
 def write_prompt(path: Path, prompt: str) -> Path:
     """Write a constant prompt as a file for `predict --recover constant --recover-config`."""
-    return _toml(path, {"prompt": storable(prompt)})
+    return _toml(path, {"prompt": strip_invalid_utf8(prompt)})
 
 
 def _toml(path: Path, values: dict[str, str | int]) -> Path:

@@ -50,7 +50,7 @@ class System:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class ComparedSystem:
     """A system beside the reference.
 
     Attributes:
@@ -86,7 +86,7 @@ class Comparison:
     """Systems on one set of rows."""
 
     truth: Truth
-    lines: list[Line]
+    lines: list[ComparedSystem]
     encoder: Encoder
 
     @property
@@ -168,7 +168,7 @@ def compare(systems: Sequence[System], truth: Truth, encoder: Encoder, reference
         difference = None if system is base else intervals[len(systems) + column]
         gap = differences[:, column]
         lines.append(
-            Line(
+            ComparedSystem(
                 system, intervals[column], difference,
                 int((gap > _TIE).sum()), int((np.abs(gap) <= _TIE).sum()), int((gap < -_TIE).sum()),
                 rows_needed(difference, len(gap)) if difference else None,
@@ -199,7 +199,7 @@ def headings(comparison: Comparison) -> tuple[str, ...]:
     return ("system", "mean [95 %]", "as an exploit", f"minus {reference}", "won/tied/lost", "rows/s", "fallbacks")
 
 
-def sentence(line: Line, comparison: Comparison) -> str:
+def sentence(line: ComparedSystem, comparison: Comparison) -> str:
     """What may be said of a system beside the reference, and what it would take to say more."""
     said = f"{line.verdict}" + (f" than {comparison.reference}" if line.verdict in ("better", "worse") else "")
     if line.needed is not None and line.difference is not None:
@@ -211,7 +211,7 @@ def sentence(line: Line, comparison: Comparison) -> str:
     return said
 
 
-def cells(line: Line) -> tuple[str, ...]:
+def cells(line: ComparedSystem) -> tuple[str, ...]:
     """The cells of a table's row."""
     system = line.system
     mean = line.mean.shown(".3f")

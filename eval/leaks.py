@@ -11,7 +11,7 @@ from pathlib import Path
 
 from eval.encoders import Encoder
 from eval.grouping import NEAR, NEAR_TEXTS, near_pairs, plain_text
-from submission.data.tables import TRIPLET_COLUMNS, has_columns, read_table, says_something
+from submission.data.tables import TRIPLET_COLUMNS, has_columns, has_text, read_table
 
 _COLUMNS = {"rewrite_prompt": "prompts", "original_text": "original texts", "rewritten_text": "rewritten texts"}
 
@@ -66,7 +66,7 @@ def figures(found: Mapping[str, Shared]) -> dict[str, dict[str, int]]:
 
 
 def _count(train: Sequence[str], test: Sequence[str], encoder: Encoder, near: float) -> Shared:
-    train, test = ([text for text in texts if says_something(text)] for texts in (train, test))
+    train, test = ([text for text in texts if has_text(text)] for texts in (train, test))
     known = {plain_text(text) for text in train}
     exact = {index for index, text in enumerate(test) if plain_text(text) in known}
     nearly, _ = near_pairs(test, list(dict.fromkeys(train)), encoder, near)

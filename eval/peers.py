@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from submission.backends.llama.library import library
 from submission.backends.llama.streams import LlamaStreams
-from submission.backends.schedule import PAD, Shape, Text
+from submission.backends.schedule import PAD, QueuedText, Shape
 from submission.backends.window import common_length, in_order
 from submission.errors import UserError
 
@@ -180,7 +180,7 @@ class BareLoop:
         finally:
             context.close()
 
-    def score(self, texts: Sequence[Text]) -> None:
+    def score(self, texts: Sequence[QueuedText]) -> None:
         """Compute texts, one after the other, with logits where they are scored; a shared beginning is kept."""
         context = self._backend.new_context(Shape(1, -(-max(text.need for text in texts) // PAD) * PAD))
         try:

@@ -50,7 +50,7 @@ class Words:
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class ReportExample:
     """A row: texts side by side, and what was answered.
 
     Attributes:
@@ -72,7 +72,7 @@ class Section:
     text: Sequence[str] = ()
     tables: Sequence[Table] = ()
     figures: Sequence[Figure] = ()
-    examples: Sequence[Example] = ()
+    examples: Sequence[ReportExample] = ()
 
     @property
     def anchor(self) -> str:

@@ -41,7 +41,7 @@ _WEIGHTS = {"rewritten": 1.0, "difference": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class RetrievalOptions:
     """Settings of both ways.
 
     train: CSV or Parquet of triplets.
@@ -158,8 +158,8 @@ class NearestShots(_FromExamples):
         yield from self._ask.behind(shown, models, budget)
 
 
-def _options(config: Mapping[str, Any], what: str) -> Options:
-    options = from_mapping(Options, config, what)
+def _options(config: Mapping[str, Any], what: str) -> RetrievalOptions:
+    options = from_mapping(RetrievalOptions, config, what)
     if not options.train:
         raise UserError(f'{what} needs examples: --recover-config FILE with the line train = "train.csv"')
     if not 0 <= options.diversity <= 1:

@@ -16,7 +16,7 @@ from eval.encoders import Encoder
 from eval.grouping import near_duplicate_groups
 from eval.intervals import Interval, bootstrap
 from eval.metric import sharpened_cosine
-from submission.data.tables import PREDICTION_COLUMNS, Row, check_ids, read_table, says_something, some
+from submission.data.tables import PREDICTION_COLUMNS, Row, check_ids, has_text, read_table, some
 from submission.errors import UserError
 from submission.prompts.answers import is_blank
 
@@ -112,7 +112,7 @@ def read_truth(path: Path, encoder: Encoder, by: str = "") -> Truth:
     """
     rows = read_table(path, (*PREDICTION_COLUMNS, *([by] if by else [])))
     _check_rows(path, rows)
-    blank = [row.where for row in rows if not says_something(row.cells[1])]
+    blank = [row.where for row in rows if not has_text(row.cells[1])]
     if blank:
         raise UserError(f"{path}: blank rewrite_prompt on {some(blank)}\nA row without a truth cannot be scored.")
     prompts = [row.cells[1] for row in rows]
@@ -175,7 +175,7 @@ def score_texts(predicted: Sequence[str], true: Sequence[str], encoder: Encoder)
         return np.zeros(0)
     vectors = encoder.embed([*predicted, *true])
     scores = sharpened_cosine(vectors[: len(predicted)], vectors[len(predicted) :])
-    said = [says_something(a) and says_something(b) for a, b in zip(predicted, true, strict=True)]
+    said = [has_text(a) and has_text(b) for a, b in zip(predicted, true, strict=True)]
     return np.where(said, scores, 0.0)
 
 

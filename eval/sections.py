@@ -14,7 +14,7 @@ from eval import charts
 from eval.compare import Comparison, cells, compare, headings, read_system, sentence
 from eval.encoders import Encoder
 from eval.grouping import unit_vectors
-from eval.report import Example, Figure, Section, Table, Words
+from eval.report import Figure, ReportExample, Section, Table, Words
 from eval.scoring import read_truth
 from submission.data.tables import PAIR_COLUMNS, has_columns, read_pairs
 from submission.types import Pair
@@ -131,7 +131,7 @@ def marked(original: str, rewritten: str) -> tuple[list[Words], list[Words]]:
     return [w for w in left if w.text], [w for w in right if w.text]
 
 
-def _examples(subject: Subject) -> Iterator[Example]:
+def _examples(subject: Subject) -> Iterator[ReportExample]:
     """Rows that the best system does best and worst, and those where it differs most from the reference."""
     lines = subject.comparison.lines
     plain = [line for line in lines if not line.system.exploit and line.difference is not None] or lines
@@ -155,7 +155,7 @@ def _first_new(order: NDArray[np.float64], shown: set[int]) -> Iterator[int]:
     yield from rows
 
 
-def _example(subject: Subject, title: str, row: int) -> Example:
+def _example(subject: Subject, title: str, row: int) -> ReportExample:
     truth = subject.comparison.truth
     systems = [line.system for line in subject.comparison.lines]
     answers = [("true prompt", truth.prompts[row], "")]
@@ -164,4 +164,4 @@ def _example(subject: Subject, title: str, row: int) -> Example:
     if subject.pairs is not None:
         original, rewritten = marked(subject.pairs[row].original_text, subject.pairs[row].rewritten_text)
         texts = [("original text", original), ("rewritten text", rewritten)]
-    return Example(f"{title}: id {truth.ids[row]}", texts, Table(("who", "prompt", "score"), answers))
+    return ReportExample(f"{title}: id {truth.ids[row]}", texts, Table(("who", "prompt", "score"), answers))

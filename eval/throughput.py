@@ -22,7 +22,7 @@ from submission.backends import model_spec
 from submission.backends.common import thread_count
 from submission.backends.llama.backend import LlamaCpp, weights
 from submission.backends.models import EMBEDDED
-from submission.backends.schedule import Text
+from submission.backends.schedule import QueuedText
 from submission.backends.transformers.loading import stay_offline_and_quiet
 from submission.data.files import atomic_path
 from submission.data.outputs import check_output, made_files
@@ -43,7 +43,7 @@ _STREAMS = (4, 8, 16, 32)
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class ThroughputConfig:
     """What is measured; see `throughput --help`."""
 
     input: Path
@@ -104,8 +104,8 @@ class Measured:
 Ways = Mapping[str, Callable[[], object]]
 
 
-def measure(config: Config) -> dict[str, Measured]:
-    """Run every scenario; see `Config`.
+def measure(config: ThroughputConfig) -> dict[str, Measured]:
+    """Run every scenario; see `ThroughputConfig`.
 
     Raises:
         UserError: something is missing or wrong.
@@ -143,7 +143,7 @@ def table(scenario: str, measured: Measured) -> Iterator[str]:
 class _Bench:
     """The models, loaded when a scenario asks for them, and the rows."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: ThroughputConfig) -> None:
         unknown = [name for name in config.scenarios if name not in SCENARIOS]
         if unknown:
             raise UserError(f"unknown scenario {unknown[0]!r}; there are: {', '.join(SCENARIOS)}")
@@ -285,12 +285,12 @@ class _Bench:
         prompts = self._load(chats).prompts
         return Measured(len(chats), statistics.mean(map(len, prompts)), statistics.mean(answered))
 
-    def _texts(self, items: Sequence[tuple[str, Chat, str]]) -> Iterator[Text]:
+    def _texts(self, items: Sequence[tuple[str, Chat, str]]) -> Iterator[QueuedText]:
         import numpy as np
 
         for _, chat, continuation in items:
             ids, scored_from = self._ours.encoder.encode_scored(chat, continuation)
-            yield Text(np.array(ids, np.int32), scored_from)
+            yield QueuedText(np.array(ids, np.int32), scored_from)
 
 
 def _time(run: Callable[[], object]) -> float:

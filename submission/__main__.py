@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from submission.commands import RayCpusOption, RayGpusOption, RayOption, WorkersOption, new_app, run_command
-from submission.progress import tell
+from submission.progress import print_line
 from submission.publish.commands import add_to
 
 app = new_app("Work out which prompt made a language model rewrite one text into another. Works offline.")
@@ -94,7 +94,7 @@ def predict(
     2 wrong input or option, 3 too many rows failed (the file is written), 130 and 143 stopped by a signal.
     """
     from submission import STARTED
-    from submission.backends.hardware import Fleet
+    from submission.backends.hardware import Placement
     from submission.config import parse_duration
     from submission.predict.deadline import Interrupted
     from submission.predict.outcome import print_summary
@@ -106,7 +106,7 @@ def predict(
     config = RunConfig(
         input=input, output=output, encoding=encoding, limit=limit, backend=backend, model=model, adapter=adapter,
         settings=[*(settings or []), *(["load_in_4bit=true"] if load_in_4bit else [])],
-        fleet=Fleet(workers, ray, ray_gpus, ray_cpus), template=template, shots=shots, n_shots=n_shots,
+        placement=Placement(workers, ray, ray_gpus, ray_cpus), template=template, shots=shots, n_shots=n_shots,
         recover=recover, recover_config=recover_config,
         sampling=Sampling(1, temperature, top_p, min_p, max_new_tokens, seed),
         fallback=DEFAULT_PROMPT if fallback is None else fallback,
@@ -134,19 +134,19 @@ def validate(
     encoding: Annotated[str, typer.Option(help="Of INPUT.")] = "utf-8",
 ) -> None:
     """Check a submission: ids and order of INPUT, nothing null, blank or twice. Exit code 0 or 1."""
-    from submission.data.files import shown
+    from submission.data.files import display_path
     from submission.data.pairs import Pairs
     from submission.data.validation import validate as problems_of
 
     pairs = Pairs(input, encoding, limit)
     problems = problems_of(submission, pairs.ids)
     for problem in problems[:50]:
-        tell(problem, sys.stdout)
+        print_line(problem, sys.stdout)
     if len(problems) > 50:
-        tell(f"and {len(problems) - 50} more", sys.stdout)
+        print_line(f"and {len(problems) - 50} more", sys.stdout)
     if problems:
         raise typer.Exit(1)
-    tell(f"{shown(submission)} is valid: {len(pairs)} rows", sys.stdout)
+    print_line(f"{display_path(submission)} is valid: {len(pairs)} rows", sys.stdout)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})  # an id may be -1
@@ -157,7 +157,7 @@ def inspect(
     """Show one row of a run: texts, exact prompt with its token count, raw answer, parsed answer, status."""
     from submission.predict.inspect import inspect_row
 
-    tell(inspect_row(row_id, run), sys.stdout)
+    print_line(inspect_row(row_id, run), sys.stdout)
 
 
 @app.command()
@@ -165,7 +165,7 @@ def doctor() -> None:
     """Say what is installed, which models, encoders, GPUs and threads would be used, and what is missing."""
     from submission.predict.doctor import report
 
-    tell(report(), sys.stdout)
+    print_line(report(), sys.stdout)
 
 
 add_to(app)

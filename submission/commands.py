@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from submission.errors import PromptRecoveryError, UserError
-from submission.progress import tell
+from submission.progress import print_line
 
 WorkersOption = Annotated[
     int, typer.Option("--workers", min=0, help="Copies of the model, in processes of their own; 0: one for each GPU.")
@@ -75,11 +75,11 @@ def _show_log() -> None:
 class _ToStandardError(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print a line."""
-        tell(record.getMessage(), sys.stderr)
+        print_line(record.getMessage(), sys.stderr)
 
 
 def _fail(words: str, code: int) -> None:
-    tell(f"error: {words}", sys.stderr)
+    print_line(f"error: {words}", sys.stderr)
     sys.exit(code)
 
 

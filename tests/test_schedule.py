@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from submission.backends.schedule import ContextFailed, Limits, Prompt, Scheduler, Shape, Text
+from submission.backends.schedule import ContextFailed, ContextLimits, QueuedPrompt, QueuedText, Scheduler, Shape
 from submission.backends.window import in_order
 from submission.errors import UserError
 
@@ -103,7 +103,7 @@ class FakeContexts:
 
 @dataclass
 class Answer:
-    prompt: Prompt
+    prompt: QueuedPrompt
     number: int
     tokens: list[int] = field(default_factory=list)
 
@@ -111,7 +111,7 @@ class Answer:
 class Draw:
     """Each number of a sample draws in its own way; a multiple of 6 ends an answer."""
 
-    def begin(self, prompt: Prompt, number: int) -> Answer:
+    def begin(self, prompt: QueuedPrompt, number: int) -> Answer:
         return Answer(prompt, number)
 
     def extend(self, states: Sequence[Answer], logits: NDArray[np.float32]) -> list[int | None]:
@@ -124,7 +124,7 @@ class Draw:
         return drawn
 
 
-def alone(prompt: Prompt, number: int) -> list[int]:
+def alone(prompt: QueuedPrompt, number: int) -> list[int]:
     """What one answer is when nothing else runs."""
     state = Draw().begin(prompt, number)
     content = prompt.ids.tolist()
@@ -148,7 +148,7 @@ def sequences(draw: st.DrawFn) -> list[list[int]]:
     return [[*stem, *tail] for stem, tail in draw(st.lists(tails, max_size=25))]
 
 
-limits = st.builds(Limits, tokens=st.integers(256, 8000), streams=st.integers(1, 9))
+limits = st.builds(ContextLimits, tokens=st.integers(256, 8000), streams=st.integers(1, 9))
 
 
 @settings(max_examples=150)
@@ -157,10 +157,12 @@ limits = st.builds(Limits, tokens=st.integers(256, 8000), streams=st.integers(1,
     st.booleans(), st.integers(1, 200),
 )  # fmt: skip
 def test_every_sample_is_answered_once_as_if_it_were_alone(
-    rows: list[list[int]], wanted: list[tuple[int, int]], limits: Limits, can_trim: bool, batch: int
+    rows: list[list[int]], wanted: list[tuple[int, int]], limits: ContextLimits, can_trim: bool, batch: int
 ) -> None:
     contexts = FakeContexts(batch, can_trim)
-    prompts = [Prompt(np.array(ids, np.int32), new, copies) for ids, (new, copies) in zip(rows, wanted, strict=False)]
+    prompts = [
+        QueuedPrompt(np.array(ids, np.int32), new, copies) for ids, (new, copies) in zip(rows, wanted, strict=False)
+    ]
     answers = list(Scheduler(contexts, limits).generate(iter(prompts), Draw()))
     assert Counter((id(a.prompt), a.number) for a in answers) == Counter(
         (id(prompt), number) for prompt in prompts for number in range(prompt.copies)
@@ -175,11 +177,11 @@ def test_every_sample_is_answered_once_as_if_it_were_alone(
 @settings(max_examples=150)
 @given(sequences(), st.data(), limits, st.booleans(), st.integers(1, 200))
 def test_every_text_is_scored_once_as_if_it_were_alone(
-    rows: list[list[int]], data: st.DataObject, limits: Limits, can_trim: bool, batch: int
+    rows: list[list[int]], data: st.DataObject, limits: ContextLimits, can_trim: bool, batch: int
 ) -> None:
     contexts = FakeContexts(batch, can_trim)
     rows = [ids for ids in rows if len(ids) > 1]
-    texts = [Text(np.array(ids, np.int32), data.draw(st.integers(1, len(ids) - 1)), number)
+    texts = [QueuedText(np.array(ids, np.int32), data.draw(st.integers(1, len(ids) - 1)), number)
              for number, ids in enumerate(rows)]  # fmt: skip
     scored = list(Scheduler(contexts, limits).score(iter(texts), score))
     assert sorted(text.payload for text in scored) == list(range(len(rows)))
@@ -196,22 +198,25 @@ def test_a_context_that_fails_costs_streams_and_no_answer(
 ) -> None:
     contexts = FakeContexts(fail_at=fail_at)
     rows = 8 * [[1, 2], *rows]  # enough for eight streams, which three failures bring down to one
-    prompts = [Prompt(np.array(ids, np.int32), 5, copies) for ids in rows]
-    answers = list(Scheduler(contexts, Limits(9000, 8)).generate(iter(prompts), Draw()))
+    prompts = [QueuedPrompt(np.array(ids, np.int32), 5, copies) for ids in rows]
+    answers = list(Scheduler(contexts, ContextLimits(9000, 8)).generate(iter(prompts), Draw()))
     assert len(answers) == len(prompts) * copies
     assert all(answer.tokens == alone(answer.prompt, answer.number) for answer in answers)
-    texts = [Text(prompt.ids, 1) for prompt in prompts if len(prompt.ids) > 1]
+    texts = [QueuedText(prompt.ids, 1) for prompt in prompts if len(prompt.ids) > 1]
     contexts.calls[0] = 0
-    assert len(list(Scheduler(contexts, Limits(9000, 8)).score(iter(texts), score))) == len(texts)
+    assert len(list(Scheduler(contexts, ContextLimits(9000, 8)).score(iter(texts), score))) == len(texts)
 
 
-def prompts_of(*lengths: int, new_tokens: int = 4) -> list[Prompt]:
-    return [Prompt(np.arange(length, dtype=np.int32) % 5 + number, new_tokens) for number, length in enumerate(lengths)]
+def prompts_of(*lengths: int, new_tokens: int = 4) -> list[QueuedPrompt]:
+    return [
+        QueuedPrompt(np.arange(length, dtype=np.int32) % 5 + number, new_tokens)
+        for number, length in enumerate(lengths)
+    ]
 
 
 def test_a_single_stream_that_fails_is_an_error_and_the_limits_come_back() -> None:
     contexts = FakeContexts(fail_at=set(range(1, 5)))
-    scheduler = Scheduler(contexts, Limits(9000, 8))
+    scheduler = Scheduler(contexts, ContextLimits(9000, 8))
     with pytest.raises(ContextFailed, match="told to fail"):
         list(scheduler.generate(prompts_of(*range(40, 60)), Draw()))
     assert [context.shape.streams for context in contexts.made] == [8, 4, 2, 1]
@@ -227,40 +232,40 @@ def test_no_memory_for_a_single_stream_is_an_error_at_once() -> None:
         raise ContextFailed(f"no context for {shape.streams} streams")
 
     with pytest.raises(UserError, match="no context for 1 streams\nAsk for less"):
-        list(Scheduler(none, Limits(9000, 8)).generate(prompts_of(*range(40, 60)), Draw()))
+        list(Scheduler(none, ContextLimits(9000, 8)).generate(prompts_of(*range(40, 60)), Draw()))
     assert [shape.streams for shape in asked] == [8, 4, 2, 1]
     with pytest.raises(UserError):
-        list(Scheduler(none, Limits(9000, 8)).score([Text(np.arange(9, dtype=np.int32), 3)], score))
+        list(Scheduler(none, ContextLimits(9000, 8)).score([QueuedText(np.arange(9, dtype=np.int32), 3)], score))
 
 
 def test_what_all_prompts_share_is_computed_once() -> None:
     contexts = FakeContexts()
     shared = list(range(20)) * 10
     rows = [[*shared, *[number % 7] * 40, number] for number in range(50)]
-    prompts = [Prompt(np.array(ids, np.int32), 1) for ids in rows]
-    assert len(list(Scheduler(contexts, Limits(20_000, 10)).generate(prompts, Draw()))) == 50
+    prompts = [QueuedPrompt(np.array(ids, np.int32), 1) for ids in rows]
+    assert len(list(Scheduler(contexts, ContextLimits(20_000, 10)).generate(prompts, Draw()))) == 50
     (context,) = contexts.made
     assert context.computed <= 200 + 50 * 41
 
 
 def test_samples_share_one_prompt_even_when_they_outnumber_the_streams() -> None:
     contexts = FakeContexts()
-    prompt = Prompt(np.arange(100, dtype=np.int32) % 9, 1, copies=20)
-    assert len(list(Scheduler(contexts, Limits(2000, 4)).generate([prompt], Draw()))) == 20
+    prompt = QueuedPrompt(np.arange(100, dtype=np.int32) % 9, 1, copies=20)
+    assert len(list(Scheduler(contexts, ContextLimits(2000, 4)).generate([prompt], Draw()))) == 20
     assert contexts.made[0].computed == 100
 
 
 def test_candidates_about_one_pair_share_it() -> None:
     contexts = FakeContexts()
-    texts = [Text(np.array([*([pair] * 200), *([candidate] * 10)], np.int32), 200)
+    texts = [QueuedText(np.array([*([pair] * 200), *([candidate] * 10)], np.int32), 200)
              for candidate in range(5) for pair in range(10, 16)]  # fmt: skip
-    assert len(list(Scheduler(contexts, Limits(20_000, 8)).score(texts, score))) == 30
+    assert len(list(Scheduler(contexts, ContextLimits(20_000, 8)).score(texts, score))) == 30
     assert contexts.made[0].computed <= 6 * 200 + 30 * 10
 
 
 def test_a_long_row_does_not_take_streams_from_the_short_ones_for_ever() -> None:
     contexts = FakeContexts(batch=512)
-    answers = list(Scheduler(contexts, Limits(6 * 512, 6)).generate(prompts_of(1500, *[300] * 30), Draw()))
+    answers = list(Scheduler(contexts, ContextLimits(6 * 512, 6)).generate(prompts_of(1500, *[300] * 30), Draw()))
     assert len(answers) == 31
     assert [context.shape for context in contexts.made] == [Shape(2, 1536), Shape(6, 512)]
 
@@ -268,30 +273,30 @@ def test_a_long_row_does_not_take_streams_from_the_short_ones_for_ever() -> None
 def test_requests_are_taken_as_they_are_needed() -> None:
     taken = 0
 
-    def source() -> Iterator[Prompt]:
+    def source() -> Iterator[QueuedPrompt]:
         nonlocal taken
         while True:
             taken += 1
             yield prompts_of(50)[0]
 
-    stream = Scheduler(FakeContexts(), Limits(4000, 4)).generate(source(), Draw())
+    stream = Scheduler(FakeContexts(), ContextLimits(4000, 4)).generate(source(), Draw())
     for _ in range(1000):
         next(stream)
     assert taken < 1000 + 300
 
 
 def test_an_error_of_the_source_comes_after_the_answers_to_what_it_gave() -> None:
-    def source() -> Iterator[Prompt]:
+    def source() -> Iterator[QueuedPrompt]:
         yield from prompts_of(50, 60, 70)
         raise ValueError("no more")
 
     answers: list[Any] = []
     with pytest.raises(ValueError, match="no more"):
-        answers.extend(Scheduler(FakeContexts(), Limits(4000, 4)).generate(source(), Draw()))
+        answers.extend(Scheduler(FakeContexts(), ContextLimits(4000, 4)).generate(source(), Draw()))
     assert len(answers) == 3
 
 
 def test_what_shares_much_comes_together_and_the_longest_first() -> None:
     ids = [[1] * 10 + [2] * 50 + [3], [1] * 10 + [4] * 90, [1] * 10 + [2] * 50 + [5, 5], [1] * 10 + [6] * 20]
-    ordered = [prompt.ids.tolist() for prompt in in_order(Prompt(np.array(row, np.int32), 1) for row in ids)]
+    ordered = [prompt.ids.tolist() for prompt in in_order(QueuedPrompt(np.array(row, np.int32), 1) for row in ids)]
     assert ordered == [ids[1], ids[0], ids[2], ids[3]]

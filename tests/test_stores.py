@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from submission.data.files import beside, on_store, shown
+from submission.data.files import display_path, on_store, sidecar_path
 from submission.data.tables import header_of, read_table, write_table
 from submission.errors import UserError
 from tests.conftest import ROOT, Cli, runner
@@ -32,9 +32,9 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[Objects]:
 
 
 def test_a_path_is_told_from_a_store() -> None:
-    assert shown(Path("s3://bucket/folder/a.csv")) == "s3://bucket/folder/a.csv"
+    assert display_path(Path("s3://bucket/folder/a.csv")) == "s3://bucket/folder/a.csv"
     assert [on_store(Path(name)) for name in ("gs://b/x", "s3/b/x", "/s3:/x", "x.csv")] == [True, False, False, False]
-    assert beside(Path("s3://bucket/folder/a.csv"), ".run.json") == Path("a.csv.run.json")
+    assert sidecar_path(Path("s3://bucket/folder/a.csv"), ".run.json") == Path("a.csv.run.json")
 
 
 @pytest.mark.parametrize("name", ["a.csv", "folder/a.parquet"])

@@ -22,12 +22,12 @@ from submission.data.tables import read_triplets
 from submission.errors import UserError
 from submission.types import Backend, Pair, Sampling
 from tests.conftest import ROOT, Cli, command, environment, read_csv, runner, write_csv
-from train.cleaning import Cleaner, Cleaning, Row, clean_prompt
-from train.prompts import Prompt, generate, read_grammar, take, take_distinct, without_near_duplicates
+from train.cleaning import Cleaner, Cleaning, DataRow, clean_prompt
+from train.prompts import MadePrompt, generate, read_grammar, take, take_distinct, without_near_duplicates
 from train.rewrites import pair_up
 from train.screens import Screens, by_embedding, by_likelihood, by_text, is_refusal, leaks_prompt
 from train.splits import Splitting, connected, group_rows, shared, split
-from train.texts import TOPICS, Limits, is_loop, requests, select, tidy
+from train.texts import TOPICS, WordLimits, is_loop, requests, select, tidy
 
 TRIPLETS = ("id", "original_text", "rewritten_text", "rewrite_prompt")
 
@@ -98,7 +98,7 @@ def test_a_wrong_grammar_is_refused_by_name(content: str, said: str, tmp_path: P
 def test_of_a_chain_of_near_duplicates_one_stays(encoder: Encoder) -> None:
     texts = ["Rewrite the essay as a poem", "Please rewrite the essay as a poem",
              "Please rewrite the whole essay as a poem", "Make it sound like a pirate"]  # fmt: skip
-    kept = without_near_duplicates([Prompt(text, "", "") for text in texts], encoder, 0.7)
+    kept = without_near_duplicates([MadePrompt(text, "", "") for text in texts], encoder, 0.7)
     assert [prompt.text for prompt in kept] == [texts[0], texts[3]]
 
 
@@ -144,7 +144,7 @@ def test_loops_are_told_from_prose(example_pairs: list[Pair]) -> None:
 def test_near_copies_of_texts_go(encoder: Encoder) -> None:
     text = "The council met on Monday to talk about the leaking roof of the library and the price of slate in winter."
     kept = select([text, text + " It rained.", "Whales sing. Nobody knows why, but many have tried to find out " * 2],
-                  Limits(5, 100), encoder)  # fmt: skip
+                  WordLimits(5, 100), encoder)  # fmt: skip
     assert kept.texts[0] == text
     assert kept.dropped["near-duplicate"] == 1
 
@@ -163,7 +163,7 @@ def test_every_topic_comes_before_any_comes_again() -> None:
 
 @given(st.integers(1, 60), st.integers(1, 40), st.integers(1, 12), st.integers(0, 5))
 def test_pairs_can_always_be_split(prompts: int, texts: int, styles: int, seed: int) -> None:
-    asked = [Prompt(f"prompt {number}", "k", f"style {number % styles}") for number in range(prompts)]
+    asked = [MadePrompt(f"prompt {number}", "k", f"style {number % styles}") for number in range(prompts)]
     tasks = pair_up(asked, [f"text {number}" for number in range(texts)], seed=seed)
     assert sorted(task.prompt.text for task in tasks) == sorted(prompt.text for prompt in asked)
     assert len({task.id for task in tasks}) == prompts
@@ -183,7 +183,7 @@ def test_pairs_can_always_be_split(prompts: int, texts: int, styles: int, seed: 
 
 
 def test_more_triplets_than_prompts_use_other_texts() -> None:
-    asked = [Prompt(f"prompt {number}", "k", f"style {number}") for number in range(4)]
+    asked = [MadePrompt(f"prompt {number}", "k", f"style {number}") for number in range(4)]
     tasks = pair_up(asked, [f"text {number}" for number in range(12)], size=10)
     assert len({(task.prompt.text, task.text) for task in tasks}) == 10
     with pytest.raises(UserError, match="make 12 pairs"):
@@ -263,8 +263,8 @@ def test_prompts_are_cleaned_as_the_seed_did() -> None:
     assert clean_prompt("as  it is . ", nothing) == "as  it is . "
 
 
-def row(number: int, original: str = "", rewritten: str = "", prompt: str = "", style: str = "") -> Row:
-    return Row(
+def row(number: int, original: str = "", rewritten: str = "", prompt: str = "", style: str = "") -> DataRow:
+    return DataRow(
         str(number), original or f"original {number}", rewritten or f"rewritten {number}", prompt or f"prompt {number}",
         style=style,
     )  # fmt: skip

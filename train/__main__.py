@@ -5,6 +5,7 @@ python -m train prepare triplets.csv -o data/mine
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,9 @@ import typer
 from submission.commands import RayCpusOption, RayGpusOption, RayOption, WorkersOption, new_app, run_command
 from submission.config import split_list
 from submission.errors import UserError
-from submission.progress import say, tell
+from submission.progress import print_line
+
+LOG = logging.getLogger(__name__)
 
 app = new_app("Make training sets and weights (train).")
 
@@ -115,11 +118,11 @@ def rewrites(
     Prompts of one style meet texts of their own, so the triplets can be split with no style or text on two sides.
     """
     from submission.backends import model_spec
-    from submission.backends.hardware import Fleet
+    from submission.backends.hardware import Placement
     from train.stages import Rewrites, make_rewrites
 
     config = Rewrites(size, temperature, top_p, min_p, length_factor, max_new_tokens, keep_cut, seed)
-    spec = model_spec(backend, model, adapter, settings, Fleet(workers, ray, ray_gpus, ray_cpus))
+    spec = model_spec(backend, model, adapter, settings, Placement(workers, ray, ray_gpus, ray_cpus))
     make_rewrites(config, prompts, texts, output, spec, fresh=fresh)
 
 
@@ -206,7 +209,7 @@ def sweep(
     from train.sweep import sweep as run_all
 
     for line in lines(run_all(recipe, output, grid, settings or [])):
-        tell(line, sys.stdout)
+        print_line(line, sys.stdout)
 
 
 @app.command()
@@ -232,7 +235,7 @@ def cut(
     from train.bases import cut_layers
 
     kept = cut_layers(model, layers, output)
-    say(f"written to {output}: layers {', '.join(map(str, kept))}")
+    LOG.info(f"written to {output}: layers {', '.join(map(str, kept))}")
 
 
 @app.command()
@@ -259,7 +262,7 @@ def gguf(
         return
     files = {name: output if len(names) == 1 else output.with_name(f"{output.stem}-{name}.gguf") for name in names}
     for line in table(make_gguf(model, files, find_converter(llama_cpp))):
-        tell(line, sys.stdout)
+        print_line(line, sys.stdout)
 
 
 def main() -> None:

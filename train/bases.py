@@ -11,7 +11,7 @@ from submission.data.files import atomic_folder, cache_folder
 from submission.data.hashing import content_hash
 from submission.data.outputs import check_apart, check_folder, made_folder, write_manifest
 from submission.errors import UserError, first_line
-from submission.progress import tell
+from submission.progress import print_line
 
 
 def base_folder(model: str) -> Path:
@@ -29,7 +29,7 @@ def base_folder(model: str) -> Path:
     folder = cache_folder("bases") / f"{path.stem}-{content_hash(path)[:12]}"
     if (folder / "config.json").is_file():
         return folder
-    tell(f"{path.name} is dequantised for training, once: {folder}", sys.stderr)
+    print_line(f"{path.name} is dequantised for training, once: {folder}", sys.stderr)
     stay_offline_and_quiet()
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:

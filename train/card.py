@@ -10,7 +10,7 @@ from pathlib import Path
 
 from eval.scoring import one_line
 from submission.data.files import atomic_path, atomic_writer
-from train.cleaning import Row
+from train.cleaning import DataRow
 
 NAME, PLOT = "README.md", "lengths.png"
 _EXAMPLES = 3
@@ -19,7 +19,7 @@ _TEXTS = ("rewrite_prompt", "original_text", "rewritten_text")
 
 
 @dataclass(slots=True)
-class Prepared:
+class PreparedData:
     """What came out of `prepare`.
 
     Attributes:
@@ -29,14 +29,20 @@ class Prepared:
         files: hash by file of the sources.
     """
 
-    splits: dict[str, list[Row]] = field(default_factory=dict)
+    splits: dict[str, list[DataRow]] = field(default_factory=dict)
     read: Counter[str] = field(default_factory=Counter)
-    dropped: list[tuple[Row, str, str]] = field(default_factory=list)
+    dropped: list[tuple[DataRow, str, str]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
 
 
 def write(
-    folder: Path, made: Prepared, hashes: Mapping[str, str], licences: Mapping[str, str], *, groups: int, encoder: str
+    folder: Path,
+    made: PreparedData,
+    hashes: Mapping[str, str],
+    licences: Mapping[str, str],
+    *,
+    groups: int,
+    encoder: str,
 ) -> None:
     """Write README.md and lengths.png into the folder."""
     plot_lengths(folder / PLOT, made.splits)
@@ -44,7 +50,7 @@ def write(
         file.write("\n".join(_lines(made, hashes, licences, groups, encoder)) + "\n")
 
 
-def plot_lengths(path: Path, splits: Mapping[str, Sequence[Row]]) -> None:
+def plot_lengths(path: Path, splits: Mapping[str, Sequence[DataRow]]) -> None:
     """Distributions of the lengths in words, by split."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -64,7 +70,7 @@ def plot_lengths(path: Path, splits: Mapping[str, Sequence[Row]]) -> None:
 
 
 def _lines(
-    made: Prepared, hashes: Mapping[str, str], licences: Mapping[str, str], groups: int, encoder: str
+    made: PreparedData, hashes: Mapping[str, str], licences: Mapping[str, str], groups: int, encoder: str
 ) -> Iterator[str]:
     rows = [row for part in made.splits.values() for row in part]
     yield "# Data card"
@@ -114,7 +120,7 @@ def _lines(
         yield f"  - rewritten: {_plain(row.rewritten_text, 200)}"
 
 
-def _length_rows(rows: Sequence[Row]) -> Iterator[tuple[object, ...]]:
+def _length_rows(rows: Sequence[DataRow]) -> Iterator[tuple[object, ...]]:
     for column in _TEXTS:
         lengths = [len(getattr(row, column).split()) for row in rows]
         yield (

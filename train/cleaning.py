@@ -11,13 +11,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from submission.data.tables import says_something
+from submission.data.tables import has_text
 
 _BEFORE_MARK = re.compile(r"\s+([?.!,':;])")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class DataRow:
     """A triplet with its provenance; `kind` and `style` are blank where the source does not tell them."""
 
     id: str
@@ -85,7 +85,7 @@ class Cleaner:
         self._seen = seen
         self._kept = 0
 
-    def __call__(self, row: Row) -> tuple[Row, str]:
+    def __call__(self, row: DataRow) -> tuple[DataRow, str]:
         """The cleaned row, and why it is dropped; "" if it stays."""
         row = replace(row, rewrite_prompt=clean_prompt(row.rewrite_prompt, self._rules))
         reason = next(self._reasons(row), "")
@@ -94,12 +94,12 @@ class Cleaner:
             self._seen.add((row.original_text, row.rewritten_text, row.rewrite_prompt))
         return row, reason
 
-    def _reasons(self, row: Row) -> Iterator[str]:
+    def _reasons(self, row: DataRow) -> Iterator[str]:
         rules = self._rules
         cells = {"original_text": row.original_text, "rewritten_text": row.rewritten_text,
                  "rewrite_prompt": row.rewrite_prompt}  # fmt: skip
         if rules.blanks:
-            yield from (f"blank {name}" for name, text in cells.items() if not says_something(text))
+            yield from (f"blank {name}" for name, text in cells.items() if not has_text(text))
         if rules.ascii_prompts and not row.rewrite_prompt.isascii():
             yield "prompt has characters beyond ASCII"
         for name, most in (("rewrite_prompt", rules.max_prompt_chars), ("original_text", rules.max_original_chars),

@@ -18,7 +18,7 @@ from submission.data.files import atomic_folder, cache_folder
 from submission.data.hashing import content_hash
 from submission.data.outputs import installed_version
 from submission.errors import MissingExtra, UserError
-from submission.progress import tell
+from submission.progress import print_line
 
 _MODEL, _LORA = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 _NEEDED = (_MODEL, _LORA, "conversion", "gguf-py", "LICENSE")
@@ -76,7 +76,9 @@ def find_converter(llama_cpp: Path | None = None) -> Converter:
 
 
 def _download(version: str, folder: Path) -> None:
-    tell(f"llama.cpp's converter is taken from the source of llama-cpp-python {version}, once: {folder}", sys.stderr)
+    print_line(
+        f"llama.cpp's converter is taken from the source of llama-cpp-python {version}, once: {folder}", sys.stderr
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as name:
         temporary = Path(name)

@@ -12,10 +12,10 @@ from typing import Any
 from submission.backends.transformers.loading import load_config, stay_offline_and_quiet
 from submission.backends.transformers.tokenizer import HfTokenizer
 from submission.errors import UserError, first_line
-from submission.progress import spelled_out, tell
+from submission.progress import print_line, spelled_out
 from train.bases import base_folder
-from train.encoding import Example
-from train.sft import Prepared, check_installed, prepare
+from train.encoding import TrainingExample
+from train.sft import PreparedTuning, check_installed, prepare
 from train.sft_config import Sft
 from train.trainer import device_count, lora_config, training_dtype
 
@@ -51,12 +51,12 @@ def look(config: Sft) -> None:
     stay_offline_and_quiet()
     ready = prepare(config, base_folder(config.base))
     for line in lines(config, ready):
-        tell(line, sys.stdout)
-    tell("", sys.stdout)
+        print_line(line, sys.stdout)
+    print_line("", sys.stdout)
     show_example(ready)
 
 
-def lines(config: Sft, ready: Prepared) -> Iterator[str]:
+def lines(config: Sft, ready: PreparedTuning) -> Iterator[str]:
     """For people.
 
     Raises:
@@ -83,7 +83,7 @@ def lines(config: Sft, ready: Prepared) -> Iterator[str]:
     )
 
 
-def measure(config: Sft, base: Path, train: Sequence[Example]) -> Size:
+def measure(config: Sft, base: Path, train: Sequence[TrainingExample]) -> Size:
     """Count parameters on a model without weights, and estimate bytes.
 
     Raises:
@@ -120,7 +120,7 @@ def measure(config: Sft, base: Path, train: Sequence[Example]) -> Size:
     )  # fmt: skip
 
 
-def show_example(ready: Prepared) -> None:
+def show_example(ready: PreparedTuning) -> None:
     """Print the first example; what the loss counts is green, and between ⟦ ⟧ where there is no colour."""
     from rich.console import Console
     from rich.text import Text

@@ -20,7 +20,7 @@ _ANSWER = "\ue000"
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class TrainingExample:
     """Token ids of a prompt and its answer, which begins at index `answer_from`."""
 
     ids: tuple[int, ...]
@@ -47,7 +47,7 @@ class AnswerEncoder:
         self._max_tokens = max_tokens
         self.end = end_of_answer(tokenizer)
 
-    def encode(self, triplet: Triplet, shots: Sequence[Triplet] = ()) -> Example | None:
+    def encode(self, triplet: Triplet, shots: Sequence[Triplet] = ()) -> TrainingExample | None:
         """Encode a triplet; None if it does not fit, or if the template begins answers otherwise than this prompt."""
         chat = self._template.render(triplet.pair, shots)
         answer = triplet.rewrite_prompt
@@ -60,7 +60,7 @@ class AnswerEncoder:
             prompt = self._encoder.encode_for(chat, len(ids)).ids
         except BackendError:
             return None
-        return Example((*prompt, *ids), len(prompt))
+        return TrainingExample((*prompt, *ids), len(prompt))
 
 
 def end_of_answer(tokenizer: HfTokenizer) -> int:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from submission.backends import require
 from submission.backends.common import thread_count
 from submission.backends.llama.library import encode_weights, library
-from submission.backends.models import check_peft_adapter, noted_template, resolve_folder
+from submission.backends.models import check_peft_adapter, resolve_folder, template_of
 from submission.backends.transformers.loading import load_model, load_tokenizer, stay_offline_and_quiet
 from submission.data.files import atomic_path
 from submission.data.hashing import content_hash
@@ -174,7 +174,7 @@ def make_gguf(model: str, files: Mapping[str, Path], converter: Converter) -> li
     for one in checked:
         write_manifest(Path(one.file), {
             "model": str(folder), "made_from": _made_from(folder), "converter": converter.fingerprint,
-            "template": noted_template(folder), "logits_apart": apart, **asdict(one),
+            "template": template_of(folder), "logits_apart": apart, **asdict(one),
         })  # fmt: skip
     return checked
 
@@ -222,7 +222,7 @@ def make_adapter(
             )
         claim(output, [output])
     write_manifest(output, {"adapter": str(adapter), "made_from": _made_from(adapter), "base": base,
-                            "template": noted_template(adapter), "converter": converter.fingerprint,
+                            "template": template_of(adapter), "converter": converter.fingerprint,
                             "logits_apart": apart})  # fmt: skip
     LOG.info(f"written to {output}: {output.stat().st_size / 1e6:.1f} MB")
 

@@ -16,7 +16,7 @@ from submission.errors import BackendError, UserError
 from submission.prompts.encoding import ChatEncoder
 from submission.prompts.templates import NO, YES, render_yes_no
 from submission.types import Pair, Triplet
-from train.encoding import Example
+from train.encoding import TrainingExample
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,13 +72,13 @@ class QuestionEncoder:
         self._encoder = ChatEncoder(tokenizer, max_tokens)
         self.yes, self.no = (self._single(word) for word in (YES, NO))
 
-    def encode(self, question: Question) -> Example | None:
+    def encode(self, question: Question) -> TrainingExample | None:
         """Encode a question; None if it does not fit."""
         try:
             prompt = self._encoder.encode_for(render_yes_no(question.pair, question.candidate), 1).ids
         except BackendError:
             return None
-        return Example((*prompt, self.yes if question.yes else self.no), len(prompt))
+        return TrainingExample((*prompt, self.yes if question.yes else self.no), len(prompt))
 
     def _single(self, word: str) -> int:
         ids = self._encoder.encode_continuation(word)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from submission.backends import require
-from submission.backends.models import NOTE, check_peft_adapter, noted_template
+from submission.backends.models import NOTE, check_peft_adapter, template_of
 from submission.backends.transformers.loading import (
     load_config,
     load_model,
@@ -87,7 +87,7 @@ def merge(adapter: Path, output: Path, *, base: str = "", dtype: str = "auto") -
         tokenizer.save_pretrained(part)
         merged.generation_config.save_pretrained(part)
         (part / "README.md").write_text(_card(folder, adapter, dtype), encoding="utf-8")
-        template = noted_template(adapter)
+        template = template_of(adapter)
         if template:
             (part / NOTE).write_text(json.dumps({"template": template, "base": str(folder)}))
     write_manifest(output, {"base": str(folder), "base_hash": content_hash(folder), "adapter": str(adapter),

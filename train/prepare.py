@@ -26,9 +26,9 @@ from submission.data.tables import some, write_table
 from submission.errors import UserError
 from submission.progress import show_progress
 from train import card, screens
-from train.card import Prepared
-from train.cleaning import Cleaner, Row
-from train.recipe import Recipe, Source
+from train.card import PreparedData
+from train.cleaning import Cleaner, DataRow
+from train.recipe import DataSource, Recipe
 from train.sources import read_records, resolve
 from train.splits import SPLITS, group_rows, shared, split
 
@@ -46,7 +46,7 @@ def prepare(recipe: Recipe, output: Path, encoder: Encoder, *, fresh: bool = Fal
     Raises:
         UserError: a source is missing or wrong, no row is left, or too few groups for the splits.
     """
-    made = Prepared()
+    made = PreparedData()
     numbered = [(number, source, path) for number, source in enumerate(recipe.sources) for path in resolve(source.path)]
     files = [(source, path) for _, source, path in numbered]
     made.files = {str(path): content_hash(path) for _, path in files}
@@ -95,8 +95,8 @@ def prepare(recipe: Recipe, output: Path, encoder: Encoder, *, fresh: bool = Fal
     return True
 
 
-def _clean(recipe: Recipe, files: Sequence[tuple[Source, Path]], made: Prepared) -> list[Row]:
-    kept: list[Row] = []
+def _clean(recipe: Recipe, files: Sequence[tuple[DataSource, Path]], made: PreparedData) -> list[DataRow]:
+    kept: list[DataRow] = []
     seen: set[tuple[str, str, str]] = set()
     ids: set[str] = set()
     for source, path in files:
@@ -114,7 +114,7 @@ def _clean(recipe: Recipe, files: Sequence[tuple[Source, Path]], made: Prepared)
     return kept
 
 
-def _rows(source: Source, path: Path, name: str, ids: set[str]) -> Iterator[Row]:
+def _rows(source: DataSource, path: Path, name: str, ids: set[str]) -> Iterator[DataRow]:
     columns = {column: source.columns.get(column, column) for column in (*_NEEDED, *_OPTIONAL)}
     there, records = read_records(path, set(columns.values()))
     missing = [columns[column] for column in _NEEDED if columns[column] not in there]
@@ -133,18 +133,18 @@ def _rows(source: Source, path: Path, name: str, ids: set[str]) -> Iterator[Row]
         while row_id in ids:
             row_id += "'"
         ids.add(row_id)
-        yield Row(row_id, source=name, **cells)
+        yield DataRow(row_id, source=name, **cells)
 
 
 def _screen(
     recipe: Recipe,
-    rows: Sequence[Row],
-    made: Prepared,
+    rows: Sequence[DataRow],
+    made: PreparedData,
     encoder: Encoder,
     output: Path,
     *,
     fresh: bool,
-) -> list[Row]:
+) -> list[DataRow]:
     asked = recipe.screens
     left = _drop(rows, [screens.by_text(row, asked) for row in rows], made)
     LOG.info(f"{len(left)} rows left after screens by text; embedding them")
@@ -162,14 +162,14 @@ def _screen(
     return left
 
 
-def _drop(rows: Sequence[Row], reasons: Sequence[str], made: Prepared) -> list[Row]:
+def _drop(rows: Sequence[DataRow], reasons: Sequence[str], made: PreparedData) -> list[DataRow]:
     made.dropped += [(row, "screen", reason) for row, reason in zip(rows, reasons, strict=True) if reason]
     return [row for row, reason in zip(rows, reasons, strict=True) if not reason]
 
 
-def _mix(recipe: Recipe, rows: Sequence[Row], made: Prepared) -> list[Row]:
+def _mix(recipe: Recipe, rows: Sequence[DataRow], made: PreparedData) -> list[DataRow]:
     """Rows in a seeded order in which every beginning has the sources in their shares, cut to size."""
-    by_source: dict[str, list[Row]] = {}
+    by_source: dict[str, list[DataRow]] = {}
     for row in rows:
         by_source.setdefault(row.source, []).append(row)
     for name, part in by_source.items():
@@ -185,7 +185,7 @@ def _mix(recipe: Recipe, rows: Sequence[Row], made: Prepared) -> list[Row]:
     size = min(recipe.mix.size or len(rows), len(rows), int(most + 1e-6))
     if recipe.mix.size > size:
         raise UserError(f"[mix] size={recipe.mix.size}: the sources give {size} rows in these shares")
-    mixed: list[Row] = []
+    mixed: list[DataRow] = []
     taken = dict.fromkeys(by_source, 0)
     while len(mixed) < size:
         behind = {name: (len(mixed) + 1) * shares[name] / total - taken[name] for name, part in by_source.items()
@@ -198,7 +198,7 @@ def _mix(recipe: Recipe, rows: Sequence[Row], made: Prepared) -> list[Row]:
     return mixed
 
 
-def _write(recipe: Recipe, output: Path, made: Prepared, mark: str, encoder: Encoder, groups: int) -> None:
+def _write(recipe: Recipe, output: Path, made: PreparedData, mark: str, encoder: Encoder, groups: int) -> None:
     output.mkdir(parents=True, exist_ok=True)
     wanted = _files_of(recipe, output)
     for old in claim(output / "data", wanted):  # of another recipe
@@ -238,8 +238,8 @@ def _files_of(recipe: Recipe, output: Path) -> list[Path]:
     return sorted(output / name for name in (*(f"{name}.parquet" for name in names), *_BESIDE))
 
 
-def _write_rows(path: Path, rows: Sequence[Row]) -> None:
-    columns = list(Row.__dataclass_fields__)
+def _write_rows(path: Path, rows: Sequence[DataRow]) -> None:
+    columns = list(DataRow.__dataclass_fields__)
     write_table(path, columns, ([getattr(row, column) for column in columns] for row in rows))
 
 
@@ -250,12 +250,12 @@ def _fingerprint(recipe: Recipe, files: Mapping[str, str], encoder: Encoder) -> 
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _name(source: Source, path: Path) -> str:
+def _name(source: DataSource, path: Path) -> str:
     """The name of a source; the files of a folder or a dataset are one source."""
     asked = Path(source.path.rstrip("/"))
     return source.name or (path.stem if path.stem == asked.stem else asked.name)
 
 
-def _reasons(made: Prepared) -> str:
+def _reasons(made: PreparedData) -> str:
     counts = Counter(reason for _, _, reason in made.dropped).most_common()
     return some([f"{count} x {reason}" for reason, count in counts]) or "the sources are empty"

@@ -37,7 +37,7 @@ _ROUNDS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class MadePrompt:
     """A rewrite prompt, with the kind of instruction that it is and the style that it asks for."""
 
     text: str
@@ -46,7 +46,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class PromptKind:
     """A kind of instruction."""
 
     name: str
@@ -60,7 +60,7 @@ class Kind:
 class Grammar:
     """What prompts are made from."""
 
-    kinds: tuple[Kind, ...]
+    kinds: tuple[PromptKind, ...]
 
     @property
     def capacity(self) -> int:
@@ -95,7 +95,7 @@ def read_grammar(path: Path = GRAMMAR, only: Sequence[str] = ()) -> Grammar:
     return Grammar(tuple(kind for kind in kinds if kind.name in only) if only else kinds)
 
 
-def generate(grammar: Grammar, seed: int = 0) -> Iterator[Prompt]:
+def generate(grammar: Grammar, seed: int = 0) -> Iterator[MadePrompt]:
     """All prompts of a grammar, balanced from the first to the last, no two alike but for case and punctuation."""
     seen = _Filter()
     turns = [_of_kind(kind, seed) for kind in grammar.kinds]
@@ -111,7 +111,7 @@ def generate(grammar: Grammar, seed: int = 0) -> Iterator[Prompt]:
                 yield prompt
 
 
-def take(grammar: Grammar, size: int, seed: int = 0) -> Iterator[Prompt]:
+def take(grammar: Grammar, size: int, seed: int = 0) -> Iterator[MadePrompt]:
     """The first `size` prompts.
 
     Raises:
@@ -125,7 +125,7 @@ def take(grammar: Grammar, size: int, seed: int = 0) -> Iterator[Prompt]:
         raise UserError(f"the grammar makes {made} different prompts, {size} were asked for: add styles or words to it")
 
 
-def take_distinct(grammar: Grammar, size: int, encoder: Encoder, near: float = NEAR, seed: int = 0) -> list[Prompt]:
+def take_distinct(grammar: Grammar, size: int, encoder: Encoder, near: float = NEAR, seed: int = 0) -> list[MadePrompt]:
     """`size` prompts of which no two are near-duplicates; of each component of near-duplicates the first stays.
 
     Raises:
@@ -133,7 +133,7 @@ def take_distinct(grammar: Grammar, size: int, encoder: Encoder, near: float = N
     """
     source = generate(grammar, seed)
     pool = list(islice(source, size))
-    kept: list[Prompt] = []
+    kept: list[MadePrompt] = []
     for _ in range(_ROUNDS):
         kept = without_near_duplicates(pool, encoder, near)
         if len(kept) >= size:
@@ -148,12 +148,12 @@ def take_distinct(grammar: Grammar, size: int, encoder: Encoder, near: float = N
     )
 
 
-def without_near_duplicates(prompts: Sequence[Prompt], encoder: Encoder, near: float) -> list[Prompt]:
+def without_near_duplicates(prompts: Sequence[MadePrompt], encoder: Encoder, near: float) -> list[MadePrompt]:
     """The first prompt of each component of near-duplicates, in order."""
     return [prompts[place] for place in first_of_each([prompt.text for prompt in prompts], encoder, near)]
 
 
-def rows(prompts: Iterable[Prompt]) -> Iterator[tuple[str, str, str, str]]:
+def rows(prompts: Iterable[MadePrompt]) -> Iterator[tuple[str, str, str, str]]:
     """Rows of the table; see `COLUMNS`."""
     for number, prompt in enumerate(prompts, start=1):
         yield f"p{number:07}", prompt.text, prompt.kind, prompt.style
@@ -180,7 +180,7 @@ class _Filter:
         return new
 
 
-def _of_kind(kind: Kind, seed: int) -> Iterator[Prompt]:
+def _of_kind(kind: PromptKind, seed: int) -> Iterator[MadePrompt]:
     draw = random.Random(f"{seed} {kind.name}")
     styles = list(kind.styles)
     draw.shuffle(styles)
@@ -195,7 +195,7 @@ def _of_kind(kind: Kind, seed: int) -> Iterator[Prompt]:
         turns = left
 
 
-def _of_style(kind: Kind, style: str, draw: random.Random) -> Iterator[Prompt]:
+def _of_style(kind: PromptKind, style: str, draw: random.Random) -> Iterator[MadePrompt]:
     patterns = list(kind.patterns)
     draw.shuffle(patterns)
     turns = [_of_pattern(pattern, kind, style, draw) for pattern in patterns]
@@ -204,12 +204,12 @@ def _of_style(kind: Kind, style: str, draw: random.Random) -> Iterator[Prompt]:
         for turn in turns:
             text = next(turn, None)
             if text is not None:
-                yield Prompt(text, kind.name, style)
+                yield MadePrompt(text, kind.name, style)
                 left.append(turn)
         turns = left
 
 
-def _of_pattern(pattern: str, kind: Kind, style: str, draw: random.Random) -> Iterator[str]:
+def _of_pattern(pattern: str, kind: PromptKind, style: str, draw: random.Random) -> Iterator[str]:
     """Every combination of the slots once, in the order of a linear congruence."""
     names = _slots(pattern)
     words = [kind.slots[name] for name in names]
@@ -239,7 +239,7 @@ def _slots(pattern: str) -> list[str]:
     return [name for name in dict.fromkeys(named) if name != "style"]
 
 
-def _kind(entry: Any, shared: Mapping[str, tuple[str, ...]], where: str) -> Kind:
+def _kind(entry: Any, shared: Mapping[str, tuple[str, ...]], where: str) -> PromptKind:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise UserError(f"{where} has no name")
     where = f"{where} ({entry['name']})"
@@ -256,7 +256,7 @@ def _kind(entry: Any, shared: Mapping[str, tuple[str, ...]], where: str) -> Kind
             raise UserError(f"{where}: pattern {pattern!r}: {error}") from None
         if unknown:
             raise UserError(f"{where}: pattern {pattern!r} uses {{{unknown[0]}}}; there are: style, {', '.join(slots)}")
-    return Kind(entry["name"], lists["patterns"], tuple(dict.fromkeys(lists["styles"])), slots, weight)
+    return PromptKind(entry["name"], lists["patterns"], tuple(dict.fromkeys(lists["styles"])), slots, weight)
 
 
 def _words(content: Any, where: str) -> dict[str, tuple[str, ...]]:

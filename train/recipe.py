@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class DataSource:
     """Where triplets come from.
 
     Attributes:
@@ -58,7 +58,7 @@ class Mix:
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class TargetModel:
     """The target model, for screens by likelihood."""
 
     backend: str = "llama_cpp"
@@ -75,16 +75,16 @@ class Model:
 class Recipe:
     """All of it."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[DataSource, ...]
     cleaning: Cleaning = field(default_factory=Cleaning)
     screens: Screens = field(default_factory=Screens)
     split: Splitting = field(default_factory=Splitting)
     mix: Mix = Mix()
-    model: Model = Model()
+    model: TargetModel = TargetModel()
 
 
 _SECTIONS: dict[str, type[Any]] = {
-    "cleaning": Cleaning, "screens": Screens, "split": Splitting, "mix": Mix, "model": Model,
+    "cleaning": Cleaning, "screens": Screens, "split": Splitting, "mix": Mix, "model": TargetModel,
 }  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def parse_recipe(content: Mapping[str, Any], paths: Sequence[str], where: str) -
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{where}: sources are written as [[source]]")
     sources = [_source(entry, f"{where}: source {number}") for number, entry in enumerate(entries, start=1)]
-    sources += [Source(path=path) for path in paths]
+    sources += [DataSource(path=path) for path in paths]
     if all(source.ood for source in sources):
         raise UserError("there is no source to train on: name files, or [[source]] in the recipe")
     shares = [source.share > 0 for source in sources if not source.ood]
@@ -152,11 +152,11 @@ def parse_recipe(content: Mapping[str, Any], paths: Sequence[str], where: str) -
     return Recipe(tuple(sources), **parts)
 
 
-def _source(entry: Mapping[str, Any], where: str) -> Source:
+def _source(entry: Mapping[str, Any], where: str) -> DataSource:
     columns = entry.get("columns", {})
     if not isinstance(columns, dict) or not all(isinstance(name, str) for name in columns.values()):
         raise UserError(f"{where}: columns must be a table of names, as {{ rewrite_prompt = 'prompt' }}")
-    plain = from_mapping(Source, {key: value for key, value in entry.items() if key != "columns"}, where)
+    plain = from_mapping(DataSource, {key: value for key, value in entry.items() if key != "columns"}, where)
     if not plain.path:
         raise UserError(f"{where} has no path")
     return dataclasses.replace(plain, columns=columns)

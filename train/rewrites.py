@@ -17,7 +17,7 @@ from submission.data.tables import has_columns, read_table
 from submission.errors import UserError
 from submission.prompts.templates import render_rewrite
 from submission.types import Encoded, Failure, Request, Sampling
-from train.prompts import Prompt
+from train.prompts import MadePrompt
 
 COLUMNS = ("id", "original_text", "rewritten_text", "rewrite_prompt", "kind", "style")
 _BLOCKS = 50
@@ -33,15 +33,15 @@ class Length:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class RewriteTask:
     """A text to be rewritten under a prompt."""
 
     id: str
     text: str
-    prompt: Prompt
+    prompt: MadePrompt
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(path: Path) -> list[MadePrompt]:
     """Prompts of a table; kind and style are blank where it has no such columns.
 
     Raises:
@@ -53,13 +53,13 @@ def read_prompts(path: Path) -> list[Prompt]:
     for row in rows:
         cells = dict(zip(more, row.cells[1:], strict=True))
         if row.cells[0].strip():
-            found.append(Prompt(row.cells[0].strip(), cells.get("kind", ""), cells.get("style", "")))
+            found.append(MadePrompt(row.cells[0].strip(), cells.get("kind", ""), cells.get("style", "")))
     if not found:
         raise UserError(f"{path} holds no rewrite_prompt")
     return found
 
 
-def pair_up(prompts: Sequence[Prompt], texts: Sequence[str], *, size: int = 0, seed: int = 0) -> list[Task]:
+def pair_up(prompts: Sequence[MadePrompt], texts: Sequence[str], *, size: int = 0, seed: int = 0) -> list[RewriteTask]:
     """Give each prompt a text.
 
     Prompts of one style and a share of the texts form a block, and prompts meet texts of their block only: so the rows
@@ -84,10 +84,10 @@ def pair_up(prompts: Sequence[Prompt], texts: Sequence[str], *, size: int = 0, s
     blocks = min(_BLOCKS, len(styles), len(texts))
     block_of = {style: number % blocks for number, style in enumerate(styles)}
     shares = [texts[number::blocks] for number in range(blocks)]
-    by_block: list[list[Prompt]] = [[] for _ in range(blocks)]
+    by_block: list[list[MadePrompt]] = [[] for _ in range(blocks)]
     for prompt in prompts:
         by_block[block_of[prompt.style or prompt.text]].append(prompt)
-    pairs: list[tuple[Prompt, str]] = []
+    pairs: list[tuple[MadePrompt, str]] = []
     most = max(len(share) for share in shares)
     wanted = size or len(prompts)
     for turn in range(most):
@@ -100,11 +100,11 @@ def pair_up(prompts: Sequence[Prompt], texts: Sequence[str], *, size: int = 0, s
         raise UserError(
             f"these prompts and texts make {len(pairs)} pairs, {wanted} were asked for: add texts or prompts"
         )
-    return [Task(f"r{number:06}", text, prompt) for number, (prompt, text) in enumerate(pairs[:wanted], start=1)]
+    return [RewriteTask(f"r{number:06}", text, prompt) for number, (prompt, text) in enumerate(pairs[:wanted], start=1)]
 
 
 def requests(
-    tasks: Sequence[Task], seen: Mapping[str, Encoded | Failure], sampling: Sampling, length: Length
+    tasks: Sequence[RewriteTask], seen: Mapping[str, Encoded | Failure], sampling: Sampling, length: Length
 ) -> list[Request]:
     """What the model is asked, each with a length that its text bounds.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.baselines import Config, check_names, run_baselines
+from eval.baselines import BaselinesConfig, check_names, run_baselines
 from eval.encoders import Encoder, find_encoder
 from submission.backends import model_spec
 from submission.backends.models import resolve_folder
@@ -177,7 +177,7 @@ def _score(run: Run, score: Score, merged: Path, encoder: Encoder, *, fresh: boo
         assert run.gguf is not None
         model = str(run.output / run.gguf.file(score.quantization or run.gguf.quantizations[0]))
     result = run_baselines(
-        Config(
+        BaselinesConfig(
             train=run.sets / "train.parquet", test=run.sets / "test.parquet", output=run.output / "score",
             only=(*score.baselines, "tuned"), reference="tuned", backend=score.backend,
             model=score.base or run.sft.base, tuned_model=model, max_new_tokens=score.max_new_tokens,

@@ -16,7 +16,7 @@ from eval.metric import sharpened_cosine
 from submission.calls.likelihoods import Likelihoods
 from submission.prompts.templates import render_rewrite
 from submission.types import Chat, Message, Part
-from train.cleaning import Row
+from train.cleaning import DataRow
 
 # How an assistant begins when it declines.
 _REFUSAL = re.compile(
@@ -62,7 +62,7 @@ class Screens:
         return self.naturalness > 0 or self.matters > 0
 
 
-def by_text(row: Row, screens: Screens) -> str:
+def by_text(row: DataRow, screens: Screens) -> str:
     """Why a row is dropped by looking at its words; "" if it stays."""
     if screens.single_line and len(row.rewrite_prompt.strip().splitlines()) > 1:
         return "prompt of more than one line"
@@ -84,7 +84,7 @@ def leaks_prompt(prompt: str, rewritten: str, original: str = "") -> bool:
     return len(wanted) >= _LEAK_CHARS and wanted in plain_text(rewritten) and wanted not in plain_text(original)
 
 
-def by_embedding(rows: Sequence[Row], screens: Screens, encoder: Encoder) -> list[str]:
+def by_embedding(rows: Sequence[DataRow], screens: Screens, encoder: Encoder) -> list[str]:
     """Why each row is dropped by the likeness of its texts; "" if it stays."""
     if not rows or not (screens.unchanged or screens.unrelated):
         return [""] * len(rows)
@@ -102,7 +102,7 @@ def by_embedding(rows: Sequence[Row], screens: Screens, encoder: Encoder) -> lis
 
 
 def by_likelihood(
-    rows: Sequence[Row], screens: Screens, likelihoods: Likelihoods, done: Callable[[], None] = lambda: None
+    rows: Sequence[DataRow], screens: Screens, likelihoods: Likelihoods, done: Callable[[], None] = lambda: None
 ) -> list[str]:
     """Why each row is dropped by what a model finds likely; "" if it stays.
 

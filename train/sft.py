@@ -31,9 +31,9 @@ from submission.progress import show_progress
 from submission.prompts.templates import get_template
 from submission.types import Triplet
 from train.bases import base_folder
-from train.encoding import Example
+from train.encoding import TrainingExample
 from train.sft_config import Sft
-from train.tasks import Task, make_task
+from train.tasks import TuningTask, make_task
 from train.trainer import FSDP, device_count, make_trainer, training_dtype
 from train.watch import watcher
 
@@ -45,14 +45,14 @@ _CURVE, _MARKS = "training.png", "sft.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedTuning:
     """Everything that is known before a model is loaded."""
 
     base: Path
     tokenizer: Any
-    task: Task
-    train: list[Example]
-    validation: list[Example]
+    task: TuningTask
+    train: list[TrainingExample]
+    validation: list[TrainingExample]
     watched: list[Triplet]
     dropped: dict[str, int]
 
@@ -161,7 +161,7 @@ def check_installed(config: Sft) -> None:
         require("bitsandbytes", "train", "train sft in 4 or 8 bits")
 
 
-def prepare(config: Sft, base: Path) -> Prepared:
+def prepare(config: Sft, base: Path) -> PreparedTuning:
     """Read and encode the sets.
 
     Raises:
@@ -171,7 +171,7 @@ def prepare(config: Sft, base: Path) -> Prepared:
     task = make_task(config, tokenizer)
     dropped: dict[str, int] = {}
 
-    def encoded(path: str, limit: int) -> tuple[list[Triplet], list[Example]]:
+    def encoded(path: str, limit: int) -> tuple[list[Triplet], list[TrainingExample]]:
         triplets = read_triplets(Path(path))[: limit or None]
         found = task.examples(triplets)
         kept = [example for example in found if example is not None]
@@ -184,7 +184,7 @@ def prepare(config: Sft, base: Path) -> Prepared:
 
     _, train = encoded(config.train, config.rows)
     watched, validation = encoded(config.validation, config.evaluation_rows) if config.validation else ([], [])
-    return Prepared(base, tokenizer, task, train, validation, watched, dropped)
+    return PreparedTuning(base, tokenizer, task, train, validation, watched, dropped)
 
 
 _MEASURED = {"eval_score": "score of greedy answers", "eval_accuracy": "accuracy", "eval_auc": "area under the curve"}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from eval.encoders import Encoder
 from eval.grouping import NEAR, NEAR_TEXTS, near_duplicate_groups
 from submission.errors import UserError
-from train.cleaning import Row
+from train.cleaning import DataRow
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +49,7 @@ class Splitting:
         return {name: share / sum(shares.values()) for name, share in shares.items()}
 
 
-def group_rows(rows: Sequence[Row], encoder: Encoder, splitting: Splitting) -> NDArray[np.int64]:
+def group_rows(rows: Sequence[DataRow], encoder: Encoder, splitting: Splitting) -> NDArray[np.int64]:
     """A label for each row, shape (rows,): rows with the same label must stay together."""
     import numpy as np
 
@@ -126,7 +126,7 @@ def split(groups: Sequence[int], splitting: Splitting) -> list[str]:
     return [place[group] for group in groups]
 
 
-def shared(rows: Mapping[str, Sequence[Row]]) -> list[str]:
+def shared(rows: Mapping[str, Sequence[DataRow]]) -> list[str]:
     """What two splits have in common to the letter, one sentence each; an empty list means nothing."""
     found = []
     names = list(rows)

@@ -21,7 +21,7 @@ from submission.calls.session import answer, session
 from submission.data.files import on_store
 from submission.data.hashing import content_hash
 from submission.data.outputs import check_output, claim, up_to_date, write_manifest
-from submission.data.tables import read_table, says_something, write_table
+from submission.data.tables import has_text, read_table, write_table
 from submission.errors import UserError
 from submission.types import Sampling
 from train import prompts, rewrites, texts
@@ -119,7 +119,7 @@ def make_texts(config: Texts, output: Path, spec: ModelSpec | None, encoder: Enc
         told = {"failed": answers.failed}
     else:
         found = list(texts.read_texts([Path(path) for path in config.sources]))
-    kept = texts.select(found, texts.Limits(config.min_words, config.max_words), encoder)
+    kept = texts.select(found, texts.WordLimits(config.min_words, config.max_words), encoder)
     if not kept.texts:
         raise UserError(f"no text is left of {len(found)}: {dict(kept.dropped)}")
     stage.write(texts.COLUMNS, ((f"t{number:06}", text) for number, text in enumerate(kept.texts, start=1)))
@@ -137,7 +137,7 @@ def make_rewrites(
     stage = _Stage("rewrites", output, config, {"prompts": prompts_file, "texts": texts_file}, _model_marks(spec))
     if stage.is_finished(fresh=fresh):
         return
-    known = [row.cells[0] for row in read_table(texts_file, ("original_text",)) if says_something(row.cells[0])]
+    known = [row.cells[0] for row in read_table(texts_file, ("original_text",)) if has_text(row.cells[0])]
     tasks = rewrites.pair_up(rewrites.read_prompts(prompts_file), known, size=config.size, seed=config.seed)
     length = rewrites.Length(config.length_factor, at_most=config.max_new_tokens)
     sampling = Sampling(

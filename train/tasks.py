@@ -12,7 +12,7 @@ from submission.backends.transformers.tokenizer import HfTokenizer
 from submission.prompts.encoding import ChatEncoder
 from submission.prompts.templates import get_template
 from submission.types import Triplet
-from train.encoding import AnswerEncoder, Example
+from train.encoding import AnswerEncoder, TrainingExample
 from train.judging import QuestionEncoder, questions
 from train.sft_config import Sft
 
@@ -23,10 +23,10 @@ _NEW_TOKENS = 40
 _SHOWN = 3
 
 
-class Task(Protocol):
+class TuningTask(Protocol):
     """What the trainer is told."""
 
-    def examples(self, triplets: Sequence[Triplet]) -> list[Example | None]:
+    def examples(self, triplets: Sequence[Triplet]) -> list[TrainingExample | None]:
         """Token ids; None for what does not fit."""
         ...
 
@@ -35,7 +35,7 @@ class Task(Protocol):
         ...
 
 
-def make_task(config: Sft, tokenizer: Any) -> Task:
+def make_task(config: Sft, tokenizer: Any) -> TuningTask:
     """The task of a recipe, for one tokenizer."""
     return (_Judge if config.task == "judge" else _Recover)(config, HfTokenizer(tokenizer))
 
@@ -48,7 +48,7 @@ class _Recover:
         self._prompts = ChatEncoder(tokenizer, config.max_tokens)
         self._metric: Encoder | None = None
 
-    def examples(self, triplets: Sequence[Triplet]) -> list[Example | None]:
+    def examples(self, triplets: Sequence[Triplet]) -> list[TrainingExample | None]:
         return [self._answers.encode(triplet) for triplet in triplets]
 
     def measure(self, model: Any, triplets: Sequence[Triplet]) -> tuple[dict[str, float], list[str]]:
@@ -85,9 +85,9 @@ class _Judge:
     def __init__(self, config: Sft, tokenizer: HfTokenizer) -> None:
         self._config = config
         self._encoder = QuestionEncoder(tokenizer, config.max_tokens)
-        self._measured: list[Example | None] = []
+        self._measured: list[TrainingExample | None] = []
 
-    def examples(self, triplets: Sequence[Triplet]) -> list[Example | None]:
+    def examples(self, triplets: Sequence[Triplet]) -> list[TrainingExample | None]:
         from eval.encoders import find_encoder
 
         asked = questions(triplets, find_encoder(self._config.encoder), self._config.hard, self._config.seed)

@@ -21,7 +21,7 @@ from pathlib import Path
 from eval.encoders import Encoder
 from eval.grouping import NEAR_TEXTS, first_of_each
 from submission.config import read_toml
-from submission.data.tables import says_something
+from submission.data.tables import has_text
 from submission.errors import UserError
 from submission.types import Chat, Message, Part, Request, Sampling
 from train.sources import read_records
@@ -35,7 +35,7 @@ _COMPRESSED = 0.25  # of its length: prose is squeezed to about a half
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class WordLimits:
     """Which texts are kept, in words."""
 
     min_words: int = 20
@@ -62,7 +62,7 @@ def read_texts(paths: Sequence[Path]) -> Iterator[str]:
                 content = path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
-            yield from (part for part in re.split(r"\n\s*\n", content) if says_something(part))
+            yield from (part for part in re.split(r"\n\s*\n", content) if has_text(part))
             continue
         there, records = read_records(path, _NAMES)
         name = next((name for name in _NAMES if records and name in there), None)
@@ -72,7 +72,7 @@ def read_texts(paths: Sequence[Path]) -> Iterator[str]:
         yield from (record.get(name, "") for record in records)
 
 
-def select(texts: Sequence[str], limits: Limits, encoder: Encoder | None, near: float = NEAR_TEXTS) -> Kept:
+def select(texts: Sequence[str], limits: WordLimits, encoder: Encoder | None, near: float = NEAR_TEXTS) -> Kept:
     """Drop what is too short, too long, degenerate or there already.
 
     Args:

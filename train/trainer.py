@@ -10,7 +10,7 @@ from typing import Any
 
 from submission.backends.transformers.loading import from_disk
 from submission.errors import UserError, first_line
-from train.encoding import IGNORED, Example
+from train.encoding import IGNORED, TrainingExample
 from train.sft_config import Sft
 
 FSDP = "ACCELERATE_USE_FSDP"  # set by `accelerate launch`
@@ -46,8 +46,8 @@ def make_trainer(
     config: Sft,
     base: Path,
     tokenizer: Any,
-    train: Sequence[Example],
-    validation: Sequence[Example],
+    train: Sequence[TrainingExample],
+    validation: Sequence[TrainingExample],
     folder: Path,
     callbacks: Sequence[Any],
 ) -> Any:
@@ -82,7 +82,7 @@ def make_trainer(
         remove_unused_columns=False, ddp_find_unused_parameters=False if device_count() > 1 else None,
     )  # fmt: skip
 
-    def table(examples: Sequence[Example]) -> Any:
+    def table(examples: Sequence[TrainingExample]) -> Any:
         return Dataset.from_dict({"input_ids": [list(e.ids) for e in examples], "labels": [e.labels for e in examples]})
 
     more = [EarlyStoppingCallback(config.patience)] if config.patience and validation else []

@@ -8,12 +8,12 @@ from typing import Any
 
 from submission.progress import Progress
 from submission.types import Triplet
-from train.tasks import Task
+from train.tasks import TuningTask
 
 LOG = logging.getLogger(__name__)
 
 
-def watcher(progress: Progress, task: Task, validation: Sequence[Triplet]) -> Any:
+def watcher(progress: Progress, task: TuningTask, validation: Sequence[Triplet]) -> Any:
     """A callback of transformers' trainer.
 
     Args:

@@ -43,7 +43,7 @@ class Tools:
 
 
 @dataclass(frozen=True)
-class Known:
+class SelectorEntry:
     """A selector as it is listed.
 
     Attributes:
@@ -69,33 +69,33 @@ def _judge(tools: Tools) -> Likelihoods:
     return tools.judge
 
 
-SELECTORS: dict[str, Known] = {
-    "first": Known("the first draw of the first source, greedy where it has one", lambda _: simple.first),
-    "random": Known("any, by a hash of the id", lambda _: simple.random_choice),
-    "longest": Known("most words", lambda _: simple.longest),
-    "most_frequent": Known("most draws", lambda _: simple.most_frequent),
-    "logprob": Known("the generator's own log-probability of a token", lambda _: simple.logprob),
-    "logprob_total": Known("the generator's own log-probability of the answer", lambda _: simple.logprob_total),
-    "consensus": Known(
+SELECTORS: dict[str, SelectorEntry] = {
+    "first": SelectorEntry("the first draw of the first source, greedy where it has one", lambda _: simple.first),
+    "random": SelectorEntry("any, by a hash of the id", lambda _: simple.random_choice),
+    "longest": SelectorEntry("most words", lambda _: simple.longest),
+    "most_frequent": SelectorEntry("most draws", lambda _: simple.most_frequent),
+    "logprob": SelectorEntry("the generator's own log-probability of a token", lambda _: simple.logprob),
+    "logprob_total": SelectorEntry("the generator's own log-probability of the answer", lambda _: simple.logprob_total),
+    "consensus": SelectorEntry(
         "the medoid of the draws: least expected loss by the metric", lambda tools: consensus.Consensus(tools.encoder)
     ),
-    "likelihood": Known(
+    "likelihood": SelectorEntry(
         "log P(rewrite | candidate, original) of a token, under the target model",
         lambda tools: likelihood.Likelihood(_target(tools)),
         "target",
     ),
-    "likelihood_gain": Known(
+    "likelihood_gain": SelectorEntry(
         "the same, less that under a generic prompt", lambda tools: likelihood.Gain(_target(tools)), "target"
     ),
-    "judge_pick": Known(
+    "judge_pick": SelectorEntry(
         "a judge's probability of the candidate's letter, mean over rotations",
         lambda tools: judges.Pick(_judge(tools), tools.rotations),
         "judge",
     ),
-    "judge_rate": Known(
+    "judge_rate": SelectorEntry(
         "the mean of a judge's rating from 1 to 5", lambda tools: judges.Rate(_judge(tools)), "judge"
     ),
-    "judge_yes_no": Known(
+    "judge_yes_no": SelectorEntry(
         "a judge's log-odds of Yes; the trained one if there is one",
         lambda tools: judges.YesNo(tools.gate or _judge(tools)),
         "judge",

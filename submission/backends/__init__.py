@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from submission.backends.hardware import ALONE, Fleet
+from submission.backends.hardware import ALONE, Placement
 from submission.backends.models import EMBEDDED, PACKAGED, TUNED
 from submission.config import from_settings
 from submission.errors import MissingExtra, UserError
@@ -49,7 +49,7 @@ class ModelSpec:
     model: str
     adapter: Path | None
     options: Any
-    fleet: Fleet = ALONE
+    placement: Placement = ALONE
 
     def load(self) -> Backend:
         """Load the model, in this process; runs have workers do it (`submission.calls`).
@@ -64,9 +64,9 @@ class ModelSpec:
         """Whether answers depend on the keys of requests too, as of a double that answers from a file."""
         return bool(getattr(_module(self.backend), "KEYED", False))
 
-    def held_by(self, fleet: Fleet) -> ModelSpec:
+    def held_by(self, placement: Placement) -> ModelSpec:
         """The same in these copies, if more is asked for than the one that anybody has."""
-        return self if fleet == ALONE else replace(self, fleet=fleet)
+        return self if placement == ALONE else replace(self, placement=placement)
 
     def load_encoder(self) -> ChatEncoder:
         """Load the tokenizer and chat template only."""
@@ -96,7 +96,7 @@ def model_spec(
     model: str = EMBEDDED,
     adapter: Path | None = None,
     settings: list[str] | None = None,
-    fleet: Fleet = ALONE,
+    placement: Placement = ALONE,
 ) -> ModelSpec:
     """Check that a backend, its packages, the model files and the options are there. Loads nothing.
 
@@ -105,7 +105,7 @@ def model_spec(
         model: file, folder, `embedded`, or `embedded-tuned`, which with an adapter of one's own is `embedded`.
         adapter: file or folder.
         settings: `key=value` for the backend's options.
-        fleet: copies of it, and where they are.
+        placement: copies of it, and where they are.
 
     Raises:
         UserError: what is missing or wrong, with what exists or the pip command.
@@ -117,12 +117,14 @@ def model_spec(
     module = _module(backend)
     if model == TUNED and adapter is not None:
         model = EMBEDDED
-    most = _MOST_ACTORS if fleet.ray else max(_MOST_WORKERS, os.cpu_count() or 1)
-    if fleet.workers > most:
-        raise UserError(f"workers={fleet.workers} is too many: at most {most} {'actors' if fleet.ray else 'here'}")
+    most = _MOST_ACTORS if placement.ray else max(_MOST_WORKERS, os.cpu_count() or 1)
+    if placement.workers > most:
+        raise UserError(
+            f"workers={placement.workers} is too many: at most {most} {'actors' if placement.ray else 'here'}"
+        )
     options = from_settings(module.Options, settings or [], f"backend {backend}")
-    spec = ModelSpec(backend, model, adapter, options, fleet)
-    if fleet.ray:
+    spec = ModelSpec(backend, model, adapter, options, placement)
+    if placement.ray:
         require("ray", "ray", "--ray")
     module.check(spec)
     return spec

@@ -28,7 +28,7 @@ from submission.backends.llama.library import encode_weights, library
 from submission.backends.models import EMBEDDED, resolve_gguf
 from submission.data.files import atomic_path, atomic_writer, cache_folder, remove_leftovers
 from submission.data.hashing import content_hash
-from submission.progress import tell
+from submission.progress import print_line
 
 _FILE_TYPES = {"BF16": 32, "F16": 1}  # llama_ftype in llama.h
 
@@ -60,7 +60,7 @@ def fast_embedded(adapter: Path | None = None) -> tuple[Path, Path | None]:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target, idle=600)  # two first runs at once do not take each other's away
         what = "the embedded model with its adapter" if adapter else "the embedded model"
-        tell(f"{what} is encoded as {name}, once, which this CPU computes faster: {target}", sys.stderr)
+        print_line(f"{what} is encoded as {name}, once, which this CPU computes faster: {target}", sys.stderr)
         with atomic_path(target) as temporary:
             if not encode_weights(source, temporary, _FILE_TYPES[name], thread_count(0)):
                 raise OSError("llama.cpp could not encode it")
@@ -69,10 +69,12 @@ def fast_embedded(adapter: Path | None = None) -> tuple[Path, Path | None]:
         with atomic_writer(mark) as file:
             file.write(content_hash(target))
     except ImportError as error:
-        tell(f"the adapter is computed beside the embedded model, which is slower: {error}", sys.stderr)
+        print_line(f"the adapter is computed beside the embedded model, which is slower: {error}", sys.stderr)
         return fast_embedded()[0], adapter
     except OSError as error:
-        tell(f"the packaged weights of the embedded model are used as they are, which is slower: {error}", sys.stderr)
+        print_line(
+            f"the packaged weights of the embedded model are used as they are, which is slower: {error}", sys.stderr
+        )
         return source, adapter
     return target, None
 

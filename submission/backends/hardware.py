@@ -30,7 +30,7 @@ def nvidia_smi(query: str) -> list[str] | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Fleet:
+class Placement:
     """How many copies of a model there are, and where.
 
     Attributes:
@@ -51,5 +51,5 @@ class Fleet:
         return self.workers or max(1, len(visible_gpus()))
 
 
-ALONE = Fleet()
+ALONE = Placement()
 """One copy, on this machine."""

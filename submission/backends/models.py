@@ -150,7 +150,7 @@ def check_peft_adapter(adapter: Path | None) -> None:
         raise UserError(f"adapter {adapter} has no adapter_model.safetensors (pickled *.bin is not loaded)")
 
 
-def noted_template(*paths: Path | None) -> str:
+def template_of(*paths: Path | None) -> str:
     """The template that the first of these adapters or models was trained on; "" if none says so.
 
     Training notes it in its folders, and in the manifests of the GGUF files made from them.

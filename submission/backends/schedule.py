@@ -78,7 +78,7 @@ class Context(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ContextLimits:
     """What a context may be.
 
     Attributes:
@@ -97,7 +97,7 @@ class Limits:
 
 
 @dataclass(slots=True, eq=False)
-class Prompt:
+class QueuedPrompt:
     """Something to be answered `copies` times, with up to `new_tokens` tokens each time."""
 
     ids: NDArray[np.int32]
@@ -117,7 +117,7 @@ class Prompt:
 
 
 @dataclass(slots=True, eq=False)
-class Text:
+class QueuedText:
     """Tokens whose probabilities are wanted from index `scored_from` (at least 1) on."""
 
     ids: NDArray[np.int32]
@@ -130,10 +130,10 @@ class Text:
         return len(self.ids)
 
 
-class Answers(Protocol):
+class AnswerSampler(Protocol):
     """Draws tokens; a state is whatever it keeps of one answer."""
 
-    def begin(self, prompt: Prompt, number: int) -> Any:
+    def begin(self, prompt: QueuedPrompt, number: int) -> Any:
         """The state of the answer of that number to a prompt."""
         ...
 
@@ -152,7 +152,7 @@ class Scorer(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Running:
-    prompt: Prompt
+    prompt: QueuedPrompt
     number: int
     state: Any
     token: int
@@ -166,12 +166,12 @@ class Scheduler:
         limits: of the contexts.
     """
 
-    def __init__(self, new_context: Callable[[Shape], Context], limits: Limits) -> None:
+    def __init__(self, new_context: Callable[[Shape], Context], limits: ContextLimits) -> None:
         self._new_context = new_context
         self._limits = self._asked = limits
         self._streams: Streams | None = None
 
-    def generate(self, prompts: Iterable[Prompt], answers: Answers) -> Iterator[Any]:
+    def generate(self, prompts: Iterable[QueuedPrompt], answers: AnswerSampler) -> Iterator[Any]:
         """Yield the state of every answer as it is completed, in any order.
 
         Raises:
@@ -197,7 +197,7 @@ class Scheduler:
             yield from finished
         pending.complain()
 
-    def score(self, texts: Iterable[Text], scorer: Scorer) -> Iterator[Text]:
+    def score(self, texts: Iterable[QueuedText], scorer: Scorer) -> Iterator[QueuedText]:
         """Yield every text with its `total` set, in any order.
 
         Raises:
@@ -279,7 +279,7 @@ class Scheduler:
 
 def _count(pending: Window[Any]) -> int:
     """Sequences that wait, as far as they have been looked at."""
-    return sum(len(item.waiting) if isinstance(item, Prompt) else 1 for item in pending.items)
+    return sum(len(item.waiting) if isinstance(item, QueuedPrompt) else 1 for item in pending.items)
 
 
 class Streams:
@@ -444,15 +444,15 @@ class Streams:
 
 def _admit(
     streams: Streams,
-    pending: Window[Prompt],
+    pending: Window[QueuedPrompt],
     running: dict[int, _Running],
-    answers: Answers,
+    answers: AnswerSampler,
     finished: list[Any],
 ) -> None:
     """Compute prompts into all free streams and draw the first token of each answer."""
-    together: list[tuple[int, Prompt, int, int]] = []  # stream, prompt, number, start
+    together: list[tuple[int, QueuedPrompt, int, int]] = []  # stream, prompt, number, start
 
-    def begin(stream: int, prompt: Prompt, number: int, logits: NDArray[np.float32]) -> None:
+    def begin(stream: int, prompt: QueuedPrompt, number: int, logits: NDArray[np.float32]) -> None:
         state = answers.begin(prompt, number)
         (token,) = answers.extend([state], logits)
         if prompt.waiting and prompt.logits is None:
@@ -503,7 +503,7 @@ def _admit(
     flush()
 
 
-def _step(streams: Streams, running: dict[int, _Running], answers: Answers, finished: list[Any]) -> None:
+def _step(streams: Streams, running: dict[int, _Running], answers: AnswerSampler, finished: list[Any]) -> None:
     """Add a token to every answer."""
     for hole in range(len(running)):
         if hole not in running:  # neighbouring streams step in one call, others each in a call of its own
@@ -519,7 +519,7 @@ def _step(streams: Streams, running: dict[int, _Running], answers: Answers, fini
             running[stream].token = token
 
 
-def _put_back(pending: Window[Prompt], prompt: Prompt, number: int) -> None:
+def _put_back(pending: Window[QueuedPrompt], prompt: QueuedPrompt, number: int) -> None:
     prompt.waiting.appendleft(number)
     prompt.logits = None
     if all(item is not prompt for item in pending.items):
@@ -531,9 +531,9 @@ def _put_back(pending: Window[Prompt], prompt: Prompt, number: int) -> None:
 _TRUNK = 0  # the stream that texts are computed in one after the other; short ends branch off it
 
 
-def _next_group(streams: Streams, pending: Window[Text]) -> list[Text]:
+def _next_group(streams: Streams, pending: Window[QueuedText]) -> list[QueuedText]:
     """The next text, with those behind it that differ from what the trunk holds by short ends only."""
-    group: list[Text] = []
+    group: list[QueuedText] = []
     widths: list[int] = []
     starts: list[int] = []
     scored = 0
@@ -550,7 +550,7 @@ def _next_group(streams: Streams, pending: Window[Text]) -> list[Text]:
     return group or [pending.items.popleft()]
 
 
-def _score(streams: Streams, group: Sequence[Text], scorer: Scorer) -> None:
+def _score(streams: Streams, group: Sequence[QueuedText], scorer: Scorer) -> None:
     if len(group) == 1:
         (text,) = group
         fed = text.ids[:-1]

@@ -15,7 +15,7 @@ SIZE = 256  # requests that are looked at together: memory does not grow with th
 GROUP = 32  # tokens that sequences must share, beyond what all share, to be kept together
 
 
-class Item(Protocol):
+class Sized(Protocol):
     """Something to be computed."""
 
     @property
@@ -29,7 +29,7 @@ class Item(Protocol):
         ...
 
 
-T = TypeVar("T", bound=Item)
+T = TypeVar("T", bound=Sized)
 
 
 class Window(Generic[T]):

@@ -13,7 +13,7 @@ Question = tuple[Chat, str]
 """A chat, and the text whose probability is wanted as its continuation."""
 
 
-class Scores(Protocol):
+class LikelihoodModel(Protocol):
     """What can be asked: a handle, or a backend."""
 
     def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood | Failure]]:
@@ -52,7 +52,7 @@ class Likelihoods:
         model: that is asked.
     """
 
-    def __init__(self, model: Scores) -> None:
+    def __init__(self, model: LikelihoodModel) -> None:
         self._model = model
         self._known: dict[Question, Known] = {}
 

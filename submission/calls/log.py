@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from submission.data.files import beside
+from submission.data.files import sidecar_path
 from submission.data.scratch import scratch
 from submission.errors import PromptRecoveryError, UserError
 
@@ -35,7 +35,7 @@ _LOCK_SECONDS = 3.0  # a process that was just killed may hold its lock a moment
 
 def log_path(output: Path) -> Path:
     """Where the log of an output lies."""
-    return beside(output, ".calls.jsonl")
+    return sidecar_path(output, ".calls.jsonl")
 
 
 class Log:
@@ -71,7 +71,7 @@ class Log:
         self._file = -1
         self._unsynced = False
         self._synced_at = time.monotonic()
-        self._torn = False
+        self._torn = self._given_up = False
         self._index = scratch("CREATE TABLE calls (digest BLOB PRIMARY KEY, start INT, length INT) WITHOUT ROWID")
         self._fresh = fresh and path.exists()
         if path.exists():
@@ -107,11 +107,22 @@ class Log:
         return None
 
     def add(self, digest: str, content: Any) -> None:
-        """Keep the answer of a call.
+        """Keep the answer of a call; a shared log, which only saves time, goes without if it cannot be written.
 
         Raises:
-            PromptRecoveryError: the disk is full, or fails.
+            PromptRecoveryError: the disk is full, or fails, and the log is not shared.
         """
+        if self._given_up:
+            return
+        try:
+            self._add(digest, content)
+        except (PromptRecoveryError, OSError) as error:
+            if not self._shared:
+                raise
+            self._given_up = True
+            LOG.warning("%s\nNothing more is kept there; this run goes on.", str(error).splitlines()[0])
+
+    def _add(self, digest: str, content: Any) -> None:
         self._get_ready()
         text = _json(content)
         checksum = _checksum(digest.encode(), text)

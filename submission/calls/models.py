@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from submission.backends import ModelSpec
 from submission.backends.hardware import visible_gpus
 from submission.calls.log import Log
-from submission.calls.requests import EMBED, ENCODE, GENERATE, LOGLIKELIHOOD, Kind, Prompt, Scored, identity
+from submission.calls.requests import (
+    EMBED,
+    ENCODE,
+    GENERATE,
+    LOGLIKELIHOOD,
+    MethodKind,
+    PromptItem,
+    ScoredItem,
+    identity,
+)
 from submission.calls.supervisor import STALL_SECONDS, Call, DeadlineReached, HopelessError, LostError, Pool
 from submission.calls.ways import Tokenizing, Way, ways
 from submission.errors import BackendError, PromptRecoveryError, UserError
@@ -74,7 +83,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RecordedCall:
     """A call as it was asked, and its answer; None if the log does not have it."""
 
     spec: Spec
@@ -82,7 +91,7 @@ class Asked:
     answer: Any
 
 
-class Models(Mapping[str, "Model"]):
+class Models(Mapping[str, "Handle"]):
     """The models of a run by role; see `open_models`.
 
     Attributes:
@@ -97,11 +106,11 @@ class Models(Mapping[str, "Model"]):
         self.log, self.limits, self.compute = log, limits, compute
         self.found = self.computed = self.failed = self.missing = 0
         self.humbler: list[str] = []
-        self.asked: list[Asked] | None = None  # takes all calls, for people to look at
-        self._by_spec: dict[str, Model] = {}
+        self.asked: list[RecordedCall] | None = None  # takes all calls, for people to look at
+        self._by_spec: dict[str, Handle] = {}
         self._roles = {role: self._model(spec) for role, spec in roles.items()}
 
-    def __getitem__(self, role: str) -> Model:
+    def __getitem__(self, role: str) -> Handle:
         return self._roles[role]
 
     def __iter__(self) -> Iterator[str]:
@@ -119,18 +128,18 @@ class Models(Mapping[str, "Model"]):
         """Bytes that the workers of this machine took at their peaks, together; 0 where the system does not tell."""
         return sum(model.peak_memory() for model in self._by_spec.values())
 
-    def make_room(self, wanted: Model) -> None:
+    def make_room(self, wanted: Handle) -> None:
         """Let other models go where there is room for one: on GPUs."""
         if visible_gpus():
             for model in self._by_spec.values():
                 if model is not wanted and not model.busy:
                     model.release()
 
-    def _model(self, spec: Spec) -> Model:
+    def _model(self, spec: Spec) -> Handle:
         """Roles may share a model."""
         key = repr(spec)
         if key not in self._by_spec:
-            self._by_spec[key] = Model(spec, self)
+            self._by_spec[key] = Handle(spec, self)
         return self._by_spec[key]
 
 
@@ -154,7 +163,7 @@ def open_models(
         log.close()
 
 
-class Model:
+class Handle:
     """A handle to a model.
 
     Args:
@@ -177,7 +186,7 @@ class Model:
         """What decides its answers, as a hash: whole files are hashed once."""
         return identity(self.spec.fingerprint())
 
-    def digest(self, kind: Kind, item: Any) -> str:
+    def digest(self, kind: MethodKind, item: Any) -> str:
         """The digest of a call."""
         return kind.digest(self.identity, item, keyed=self._keyed)
 
@@ -200,7 +209,7 @@ class Model:
         """
         return iter(_Answering(self, self._run, GENERATE, requests))
 
-    def loglikelihood(self, items: Iterable[Scored]) -> Iterator[tuple[str, LogLikelihood | Failure]]:
+    def loglikelihood(self, items: Iterable[ScoredItem]) -> Iterator[tuple[str, LogLikelihood | Failure]]:
         """Yield `(key, log P(text | chat))` or `(key, Failure)` for each `(key, chat, text)`, in any order; errors as
         of `generate`.
         """
@@ -244,7 +253,7 @@ class Model:
         if pool is not None:
             pool.close()
 
-    def open(self, kind: Kind) -> Call:
+    def open(self, kind: MethodKind) -> Call:
         """Begin a call to its workers, which are started if there are none.
 
         Raises:
@@ -284,7 +293,14 @@ class _Answering:
     """One call of a handle: what the log knows is yielded at once, the rest as workers answer it."""
 
     def __init__(
-        self, model: Model, run: Models, kind: Kind, items: Iterable[Any], *, keep: bool = True, look_up: bool = True
+        self,
+        model: Handle,
+        run: Models,
+        kind: MethodKind,
+        items: Iterable[Any],
+        *,
+        keep: bool = True,
+        look_up: bool = True,
     ) -> None:
         self._model, self._run, self._kind, self._keep, self._look_up = model, run, kind, keep, look_up
         self._source = iter(items)
@@ -331,7 +347,7 @@ class _Answering:
             key, digest = kind.key(item), self._model.digest(kind, item)
             known = self._model.log.get(digest, kind.parse) if self._look_up else None
             if self._run.asked is not None:
-                self._run.asked.append(Asked(self._model.spec, item, known))
+                self._run.asked.append(RecordedCall(self._model.spec, item, known))
             if known is not None:
                 self._run.found += 1
                 yield key, known
@@ -440,7 +456,7 @@ class _Answering:
 
 
 def encode(
-    spec: ModelSpec, items: Iterable[Prompt], limits: Limits = Limits()
+    spec: ModelSpec, items: Iterable[PromptItem], limits: Limits = Limits()
 ) -> Iterator[tuple[str, Encoded | Failure]]:
     """See prompts as a model does: yield `(key, Encoded)` for each `(key, chat, new tokens)`.
 

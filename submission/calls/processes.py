@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -23,6 +24,8 @@ from submission.calls.supervisor import Carrier, Message, Worker
 from submission.calls.worker import Loadable
 from submission.errors import first_line
 
+# Linux ends a worker with the thread that started it, and a strategy may call from a thread that does not last.
+_STARTER = ThreadPoolExecutor(1, thread_name_prefix="starter")
 _END_SECONDS = 10.0  # that a killed process may take to be gone; one that waits for a broken GPU may never be
 
 
@@ -50,14 +53,15 @@ class Processes(Carrier):
         """See `Carrier`."""
         what, more = self._shares[worker.number]
         line, there = Pipe()
-        process = subprocess.Popen(
+        process = _STARTER.submit(
+            subprocess.Popen[bytes],
             # -P: nothing in the current folder takes the place of a package.
             [sys.executable, "-P", "-m", "submission.calls.worker", str(there.fileno()), str(os.getpid())],
             env={**os.environ, **package_path(), **more},
             stdin=subprocess.DEVNULL,
             stdout=_standard_error(),  # standard output may be read by a program
             pass_fds=(there.fileno(),),
-        )
+        ).result()
         there.close()
         worker.handle = made = _Process(process, line, SimpleQueue())
         made.outbox.put(("path", list(sys.path)))  # first: what is loaded may be of a module that lies there

@@ -21,7 +21,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, TextIO, cast
 
 from submission.backends import ModelSpec
-from submission.backends.hardware import Fleet
+from submission.backends.hardware import Placement
 from submission.calls.shares import one_of
 from submission.calls.supervisor import Carrier, Message, Worker
 from submission.calls.worker import Inbox, Outbox, load, work
@@ -81,19 +81,19 @@ class Actors(Carrier):
 
     Args:
         spec: the model; its path must be there on every node.
-        fleet: how many and where.
+        placement: how many and where.
 
     Raises:
         UserError: no cluster, another version of Ray or Python there, or too few resources; said within seconds.
     """
 
-    def __init__(self, spec: ModelSpec, fleet: Fleet) -> None:
-        self._ray = ray = connect(fleet)
+    def __init__(self, spec: ModelSpec, placement: Placement) -> None:
+        self._ray = ray = connect(placement)
         there = ray.cluster_resources()
-        gpus = fleet.gpus if fleet.gpus is not None else (1.0 if there.get("GPU", 0) else 0.0)
-        self.count = fleet.workers or max(1, int(there.get("GPU", 0)))
+        gpus = placement.gpus if placement.gpus is not None else (1.0 if there.get("GPU", 0) else 0.0)
+        self.count = placement.workers or max(1, int(there.get("GPU", 0)))
         largest = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=1)
-        cpus = fleet.cpus or max(1, min(int(there.get("CPU", 1)) // self.count, largest))
+        cpus = placement.cpus or max(1, min(int(there.get("CPU", 1)) // self.count, largest))
         for name, each in (("CPU", cpus), ("GPU", gpus)):
             if each * self.count > there.get(name, 0):
                 raise UserError(
@@ -155,7 +155,7 @@ class Actors(Carrier):
         return time.monotonic() < actor.until
 
 
-def connect(fleet: Fleet) -> Any:
+def connect(placement: Placement) -> Any:
     """The module ray, connected to the cluster.
 
     Raises:
@@ -174,19 +174,22 @@ def connect(fleet: Fleet) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no network but the cluster's
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     more: dict[str, Any] = {}
-    if fleet.ray == "local":
-        more = {"num_cpus": max(os.cpu_count() or 1, fleet.workers * max(1, fleet.cpus)), "include_dashboard": False}
-    elif fleet.ray != "auto":
-        _check_reachable(fleet.ray)
+    if placement.ray == "local":
+        more = {
+            "num_cpus": max(os.cpu_count() or 1, placement.workers * max(1, placement.cpus)),
+            "include_dashboard": False,
+        }
+    elif placement.ray != "auto":
+        _check_reachable(placement.ray)
     failed: list[Exception] = []
 
     def start() -> None:
         try:
-            ray.init(address=fleet.ray, log_to_driver=False, logging_level=logging.ERROR, **more)
+            ray.init(address=placement.ray, log_to_driver=False, logging_level=logging.ERROR, **more)
         except Exception as error:
             failed.append(error)
 
-    if fleet.ray == "local":
+    if placement.ray == "local":
         start()  # in this thread: what it starts is ended with the thread
         if failed:
             raise UserError(f"--ray local: {_about(failed[0])}")
@@ -196,9 +199,9 @@ def connect(fleet: Fleet) -> Any:
     thread.start()
     thread.join(_PLACE_SECONDS)
     if failed:
-        raise UserError(f"--ray {fleet.ray}: {_about(failed[0])}")
+        raise UserError(f"--ray {placement.ray}: {_about(failed[0])}")
     if thread.is_alive():
-        raise UserError(f"--ray {fleet.ray} does not answer: is it the address of `ray start --head`?")
+        raise UserError(f"--ray {placement.ray} does not answer: is it the address of `ray start --head`?")
     return ray
 
 

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Method = Literal["generate", "loglikelihood", "embed", "encode"]
-Prompt = tuple[str, "Chat | str", int]
+PromptItem = tuple[str, "Chat | str", int]
 """A key, a chat that is to be shown as the model sees it, and the tokens that its answer may have; or a text."""
-Scored = tuple[str, Chat, str]
+ScoredItem = tuple[str, Chat, str]
 """A key, a chat, and the text whose probability as its continuation is wanted."""
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class MethodKind:
     """What is special about calls of one method.
 
     Attributes:
@@ -169,20 +169,20 @@ def _unlogged(*_: Any) -> Any:
     raise NotImplementedError("prompts are in no log")
 
 
-GENERATE = Kind(
+GENERATE = MethodKind(
     "generate", lambda item: str(item.key), _asked_generate,
     lambda item: _ANSWER * item.sampling.n + _size(item.chat), _completions, _parse_completions, _timed_completions,
 )  # fmt: skip
-LOGLIKELIHOOD = Kind(
+LOGLIKELIHOOD = MethodKind(
     "loglikelihood", lambda item: str(item[0]), lambda item: json.dumps([_chat(item[1]), item[2]]),
     lambda item: len(item[2]) + _size(item[1]), _likelihood, _parse_likelihood,
     lambda answer, seconds: replace(answer, seconds=seconds),
 )  # fmt: skip
-EMBED = Kind(
+EMBED = MethodKind(
     "embed", lambda item: str(item[0]), lambda item: json.dumps(item[1]), lambda item: len(item[1]),
     _vector, _parse_vector, _untimed, block=128, ahead=1024,
 )  # fmt: skip
-ENCODE = Kind(
+ENCODE = MethodKind(
     "encode", lambda item: str(item[0]), _unlogged,
     lambda item: len(item[1]) if isinstance(item[1], str) else _size(item[1]), _unlogged, _unlogged, _untimed,
 )  # fmt: skip

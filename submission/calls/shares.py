@@ -17,4 +17,4 @@ def one_of(spec: ModelSpec, **share: int) -> ModelSpec:
     """
     names = {item.name for item in fields(spec.options)}
     part = {name: value for name, value in share.items() if name in names and not getattr(spec.options, name)}
-    return replace(spec, fleet=ALONE, options=replace(spec.options, **part))
+    return replace(spec, placement=ALONE, options=replace(spec.options, **part))

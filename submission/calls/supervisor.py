@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from submission.calls.requests import Kind
+from submission.calls.requests import MethodKind
 from submission.errors import PromptRecoveryError, UserError
 from submission.types import Failure
 
@@ -34,6 +34,8 @@ _TICK = 0.5  # seconds between two looks at workers that say nothing
 STALL_SECONDS = 900.0  # without an answer, beyond which a busy worker counts as hanging
 _LEAST_STALL, _SLOWER, _KNOWN = 120.0, 20.0, 50  # once so many answers are known: so many times the slowest, at least
 _LOADING_SECONDS = 3600.0
+_SHARE = 0.25  # of the time to a deadline that one hang may cost
+_ATTENTIVE = 5.0  # seconds; answers that lay there longer tell nothing of the pace of a worker
 _OTHERS_SECONDS = 30.0  # that the first worker waits for the others
 
 Message = tuple[Any, ...]
@@ -178,7 +180,7 @@ class Pool:
         self._deadly = self._failing = 0  # items that stood alone since the last answer
         self._slowest = 0.0  # seconds that a worker took between two answers
         self._answers = 0
-        self._looked = time.monotonic()
+        self._looked = self._took_in = time.monotonic()
         self.closed = False
         self.workers = [Worker(number) for number in range(carrier.count)]
         try:
@@ -203,7 +205,7 @@ class Pool:
         """Bytes that the workers took at their peaks, together; 0 where that is not known."""
         return sum(map(self._carrier.peak_memory, self.workers))
 
-    def open(self, kind: Kind) -> Call:
+    def open(self, kind: MethodKind) -> Call:
         """Begin a call; several may be open at once."""
         self._numbers += 1
         call = Call(self, self._numbers, kind)
@@ -291,16 +293,18 @@ class Pool:
 
     def take_in(self, seconds: float = 0.0) -> None:
         """Deal with what workers have told, after waiting so long for it at most; errors as of `listen`."""
+        attentive = time.monotonic() - self._took_in < _ATTENTIVE
         for worker, message in self._carrier.receive(list(self.workers), seconds):
             if worker not in self.workers:
                 continue
             if message is None:
                 self._lose(worker, self._carrier.end(worker))
             else:
-                self._take(worker, message)
+                self._take(worker, message, attentive=attentive)
+        self._took_in = time.monotonic()
 
     def _look_after(self, worker: Worker, now: float) -> None:
-        limit = self._patience() if worker.ready else _LOADING_SECONDS
+        limit = self._patience(worker) if worker.ready else _LOADING_SECONDS
         why = ""
         if self._carrier.halted(worker):
             why = "was stopped"
@@ -310,13 +314,16 @@ class Pool:
             self._carrier.end(worker)
             self._lose(worker, f"worker {worker.number} {why}")
 
-    def _patience(self) -> float:
-        """Seconds without an answer after which a busy worker hangs: shorter once it is known how long answers take."""
+    def _patience(self, worker: Worker) -> float:
+        """Seconds without an answer after which a busy worker hangs: shorter once it is known how long answers take,
+        and where a deadline is near.
+        """
+        left = float("inf") if self._end is None else _SHARE * (self._end - worker.since)
         if self._answers < _KNOWN:
-            return max(self._stall, _SLOWER * self._slowest)
-        return min(self._stall, max(_LEAST_STALL, _SLOWER * self._slowest))
+            return max(min(self._stall, max(_LEAST_STALL, left)), _SLOWER * self._slowest)
+        return min(self._stall, max(min(_LEAST_STALL, left), _SLOWER * self._slowest))
 
-    def _take(self, worker: Worker, message: Message) -> None:
+    def _take(self, worker: Worker, message: Message, *, attentive: bool) -> None:
         kind, *told = message
         now = time.monotonic()
         if kind == "ready":
@@ -327,7 +334,8 @@ class Pool:
         elif kind == "answers":
             (number, _), answers = told
             gap = (now - worker.since) / max(1, len(answers))
-            self._slowest = max(self._slowest, now - worker.since)
+            if attentive:
+                self._slowest = max(self._slowest, now - worker.since)
             self._answers += len(answers)
             worker.since = now
             self._deadly = self._failing = 0
@@ -404,7 +412,7 @@ class Call:
             before the next group is tried.
     """
 
-    def __init__(self, pool: Pool, number: int, kind: Kind) -> None:
+    def __init__(self, pool: Pool, number: int, kind: MethodKind) -> None:
         self.number, self.kind = number, kind
         self.waiting: deque[Item] = deque()
         self.suspects: list[list[Item]] = []

@@ -43,12 +43,12 @@ class Way:
         spec = self.what
         if not isinstance(spec, ModelSpec):
             return Processes([(spec, self.environment)])
-        if spec.fleet.ray:
+        if spec.placement.ray:
             from submission.calls.ray import Actors
 
-            return Actors(spec, spec.fleet)
+            return Actors(spec, spec.placement)
         gpus = [] if "CUDA_VISIBLE_DEVICES" in self.environment else visible_gpus()
-        count = spec.fleet.count
+        count = spec.placement.count
         share = (
             one_of(spec)
             if count == 1
@@ -65,10 +65,10 @@ class Way:
 def ways(what: Loadable) -> Iterator[Way]:
     """The ways of holding a model, the humblest last: as it was asked for, smaller, without a GPU."""
     yield Way(what)
-    if not isinstance(what, ModelSpec) or what.fleet.ray or what.backend not in _OF_SMALL:
+    if not isinstance(what, ModelSpec) or what.placement.ray or what.backend not in _OF_SMALL:
         return
     name = _OF_SMALL[what.backend]
-    small = replace(what, fleet=ALONE, options=replace(what.options, **{name: _SMALL[name]}))
+    small = replace(what, placement=ALONE, options=replace(what.options, **{name: _SMALL[name]}))
     if small != what:
         yield Way(small, f"with one worker and {name}={_SMALL[name]}")
     if visible_gpus():

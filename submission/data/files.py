@@ -33,19 +33,21 @@ def on_store(path: Path) -> bool:
     return _STORE.fullmatch(path.as_posix()) is not None
 
 
-def shown(path: Path) -> str:
+def display_path(path: Path) -> str:
     """A path as its user wrote it."""
     return _STORE.sub(r"\1://\2", path.as_posix()) if on_store(path) else str(path)
 
 
-def beside(output: Path, ending: str) -> Path:
+def sidecar_path(output: Path, ending: str) -> Path:
     """Where what belongs to an output lies: beside it, or in the working directory for one on an object store.
 
     Raises:
         UserError: the output has no name of its own, such as "/" and the current folder.
     """
     if not output.name:
-        raise UserError(f"output {shown(output) or '(blank)'} is no name: give the file or folder to be made one")
+        raise UserError(
+            f"output {display_path(output) or '(blank)'} is no name: give the file or folder to be made one"
+        )
     return (Path(output.name) if on_store(output) else output).with_name(output.name + ending)
 
 
@@ -73,9 +75,9 @@ def open_binary(path: Path) -> BinaryIO:
             copy.seek(0)
             return cast(BinaryIO, copy)
     except FileNotFoundError:
-        raise UserError(f"{shown(path)} does not exist") from None
+        raise UserError(f"{display_path(path)} does not exist") from None
     except OSError as error:
-        raise UserError(f"{shown(path)} cannot be read: {error.strerror or first_line(error)}") from error
+        raise UserError(f"{display_path(path)} cannot be read: {error.strerror or first_line(error)}") from error
 
 
 def is_folder(path: Path) -> bool:
@@ -106,7 +108,7 @@ def _kind_on_store(path: Path) -> str:
     try:
         return str(store.get_file_info(name).type.name)
     except OSError as error:
-        raise UserError(f"{shown(path)} cannot be read: {first_line(error)}") from error
+        raise UserError(f"{display_path(path)} cannot be read: {first_line(error)}") from error
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -124,7 +126,7 @@ def files_in(folder: Path) -> list[Path]:
     try:
         found = store.get_file_info(fs.FileSelector(name, recursive=True))
     except OSError as error:
-        raise UserError(f"{shown(folder)} cannot be read: {first_line(error)}") from error
+        raise UserError(f"{display_path(folder)} cannot be read: {first_line(error)}") from error
     return sorted(Path(root + info.path) for info in found if info.is_file)
 
 
@@ -133,11 +135,11 @@ def _store(path: Path) -> tuple[Any, str]:
     try:
         from pyarrow import ArrowException, fs
     except ImportError:
-        raise UserError(f"{shown(path)} needs pyarrow: pip install pyarrow") from None
+        raise UserError(f"{display_path(path)} needs pyarrow: pip install pyarrow") from None
     try:
-        store, name = fs.FileSystem.from_uri(_bounded(shown(path)))
+        store, name = fs.FileSystem.from_uri(_bounded(display_path(path)))
     except (ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{shown(path)} cannot be reached: {first_line(error)}") from error
+        raise UserError(f"{display_path(path)} cannot be reached: {first_line(error)}") from error
     return store, name
 
 
@@ -249,7 +251,7 @@ def _upload(local: Path, path: Path) -> None:
             shutil.copyfileobj(source, target, 1 << 20)
     except OSError as error:
         raise PromptRecoveryError(
-            f"{shown(path)} cannot be written: {first_line(error)}\n"
+            f"{display_path(path)} cannot be written: {first_line(error)}\n"
             f"What was computed is safe in the log: run the same command again, or with -o {path.name}"
         ) from error
 
@@ -343,11 +345,11 @@ def _check_store(path: Path) -> None:
     bucket = name.split("/", 1)[0]
     try:
         if is_folder(path):
-            raise UserError(f"output {shown(path)} is a folder: name a file")
+            raise UserError(f"output {display_path(path)} is a folder: name a file")
         if store.get_file_info(bucket).type == fs.FileType.NotFound:
-            raise UserError(f"output {shown(path)} cannot be written: there is no bucket {bucket}")
+            raise UserError(f"output {display_path(path)} cannot be written: there is no bucket {bucket}")
     except OSError as error:
-        raise UserError(f"output {shown(path)} cannot be written: {first_line(error)}") from error
+        raise UserError(f"output {display_path(path)} cannot be written: {first_line(error)}") from error
 
 
 def _umask() -> int:

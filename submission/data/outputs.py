@@ -22,13 +22,13 @@ from typing import Any
 import submission
 from submission.data.files import (
     atomic_folder,
-    beside,
     check_writable,
+    display_path,
     exists,
     files_in,
     on_store,
     read_json,
-    shown,
+    sidecar_path,
     write_json,
 )
 from submission.data.hashing import content_hash
@@ -39,7 +39,7 @@ _NAMED = 5  # files that an error names
 
 def manifest_path(output: Path) -> Path:
     """Where the manifest of an output lies."""
-    return beside(output, ".run.json")
+    return sidecar_path(output, ".run.json")
 
 
 def installed_version(package: str) -> str | None:
@@ -109,7 +109,9 @@ def made_by(output: Path) -> frozenset[Path]:
         content = read_manifest(output)
     except UserError:
         return frozenset()
-    names = content.get("made", [shown(output) if on_store(output) else output.name])  # version 0.1.0 listed none
+    names = content.get(
+        "made", [display_path(output) if on_store(output) else output.name]
+    )  # version 0.1.0 listed none
     folder = _absolute(manifest_path(output)).parent
     listed = [Path(name) for name in names if isinstance(name, str)] if isinstance(names, list) else []
     found = [name if on_store(name) else _absolute(folder / name) for name in listed]
@@ -150,7 +152,7 @@ def check_free(output: Path, files: Iterable[Path]) -> None:
     if _content_of(manifest) and not _is_manifest(output):
         foreign.append(manifest)
     if foreign:
-        names = ", ".join(shown(file) for file in foreign[:_NAMED])
+        names = ", ".join(display_path(file) for file in foreign[:_NAMED])
         more = f" and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
         raise UserError(
             f"{names}{more}: in the way, and not made by this command\n"
@@ -280,8 +282,8 @@ def _check_apart(file: Path, what: str, given: Path) -> None:
         read = [given, *given.glob("*.parquet")] if given.is_dir() else [given]
         same = file.exists() and any(one.exists() and file.samefile(one) for one in read)
     if same or inside:
-        where = f"in the {what} {shown(given)}" if inside else f"the {what}"
-        raise UserError(f"output {shown(file)} is {where}: choose another name")
+        where = f"in the {what} {display_path(given)}" if inside else f"the {what}"
+        raise UserError(f"output {display_path(file)} is {where}: choose another name")
 
 
 def _absolute(path: Path) -> Path:
@@ -291,4 +293,4 @@ def _absolute(path: Path) -> Path:
 def made_names(output: Path, files: Iterable[Path]) -> list[str]:
     """Files as a manifest lists them: relative to its own folder, so that they can be moved together."""
     folder = _absolute(manifest_path(output)).parent
-    return sorted(shown(file) if on_store(file) else os.path.relpath(_absolute(file), folder) for file in files)
+    return sorted(display_path(file) if on_store(file) else os.path.relpath(_absolute(file), folder) for file in files)

@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from submission.data.files import atomic_path, files_in, is_folder, open_binary, shown
+from submission.data.files import atomic_path, display_path, files_in, is_folder, open_binary
 from submission.data.scratch import key_of, scratch
 from submission.errors import UserError, first_line
 from submission.types import Pair, Triplet
@@ -74,7 +74,7 @@ def read_triplets(path: Path, encoding: str = "utf-8") -> list[Triplet]:
         Triplet(Pair(*row.cells[:3]), row.cells[3]) for row in rows if row.cells[2].strip() and row.cells[3].strip()
     ]
     if not triplets:
-        raise UserError(f"{shown(path)}: no row has both a rewritten_text and a rewrite_prompt")
+        raise UserError(f"{display_path(path)}: no row has both a rewritten_text and a rewrite_prompt")
     return triplets
 
 
@@ -108,7 +108,7 @@ def stream_table(path: Path, columns: Sequence[str], encoding: str = "utf-8", *,
             return
         for mark, kind, tool in _COMPRESSED:
             if magic.startswith(mark):
-                raise UserError(f"{shown(path)} is {kind}, not a CSV or Parquet file: {tool} it first")
+                raise UserError(f"{display_path(path)} is {kind}, not a CSV or Parquet file: {tool} it first")
         with _decoded(path, file, encoding) as text:
             yield from _csv_rows(path, text, columns, exact=exact)
 
@@ -164,9 +164,9 @@ def checked(path: Path, rows: Iterable[Row]) -> Iterator[Row]:
             twice.add(f"{row.where} (id {row_id!r}, first on {place})")
         yield row
     if null:
-        raise UserError(f"{shown(path)}: null id on {null}\nEvery row needs an id; fill it in or drop the row.")
+        raise UserError(f"{display_path(path)}: null id on {null}\nEvery row needs an id; fill it in or drop the row.")
     if twice:
-        raise UserError(f"{shown(path)}: duplicate id on {twice}\nEvery id must appear once.")
+        raise UserError(f"{display_path(path)}: duplicate id on {twice}\nEvery id must appear once.")
 
 
 def write_predictions(path: Path, predictions: Iterable[tuple[str, str]]) -> None:
@@ -211,7 +211,7 @@ def _write_parquet(path: Path, columns: Sequence[str], rows: Iterable[Sequence[s
             writer.write_table(pa.table([pa.array(column, pa.string()) for column in cells], schema=schema))
 
 
-def says_something(text: str) -> bool:
+def has_text(text: str) -> bool:
     """Whether a text holds more than blanks and NULs."""
     return bool(text.replace("\0", "").strip())
 
@@ -232,7 +232,7 @@ def _parts(folder: Path) -> list[Path]:
     parts = [path for path in files_in(folder) if path.name.endswith(".parquet")]
     if not parts:
         raise UserError(
-            f"{shown(folder)} is a folder without *.parquet files: name a CSV or Parquet file, or such a folder"
+            f"{display_path(folder)} is a folder without *.parquet files: name a CSV or Parquet file, or such a folder"
         )
     return parts
 
@@ -250,9 +250,9 @@ def _first_bytes(path: Path, file: BinaryIO) -> bytes:
             more = file.read(_CHUNK)
         file.seek(0)
     except OSError as error:
-        raise UserError(f"{shown(path)} cannot be read: {error.strerror or first_line(error)}") from error
+        raise UserError(f"{display_path(path)} cannot be read: {error.strerror or first_line(error)}") from error
     if not more:
-        raise UserError(f"{shown(path)} is empty: a header line with {', '.join(PAIR_COLUMNS)} is expected")
+        raise UserError(f"{display_path(path)} is empty: a header line with {', '.join(PAIR_COLUMNS)} is expected")
     return first[:8]
 
 
@@ -273,7 +273,7 @@ def _decoded(path: Path, file: BinaryIO, encoding: str) -> Iterator[IO[str]]:
     except UnicodeError:
         raise UserError(_undecodable(path, file, codec, encoding)) from None
     except OSError as error:
-        raise UserError(f"{shown(path)} cannot be read: {error.strerror or first_line(error)}") from error
+        raise UserError(f"{display_path(path)} cannot be read: {error.strerror or first_line(error)}") from error
     finally:
         text.detach()  # the file is for its owner to close
 
@@ -293,14 +293,15 @@ def _undecodable(path: Path, file: BinaryIO, codec: str, encoding: str) -> str:
             offset = start + len(chunk) - len(error.object) + error.start
             line = lines + chunk.count(b"\n", 0, max(0, offset - start))
             guess = "utf-16" if mark in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
+            wrong = error.object[error.start : error.start + 1]
             return (
-                f"{shown(path)}: line {line}, byte offset {offset}: {error.object[error.start : error.start + 1]!r} "
+                f"{display_path(path)}: line {line}, byte offset {offset}: {wrong!r} "
                 f"is not valid {encoding}\nIf the file has another encoding, name it: --encoding {guess}"
             )
         except UnicodeError as error:
-            return f"{shown(path)} is not valid {encoding}: {error}"
+            return f"{display_path(path)} is not valid {encoding}: {error}"
         if not chunk:
-            return f"{shown(path)} is not valid {encoding}"
+            return f"{display_path(path)} is not valid {encoding}"
         lines += chunk.count(b"\n")
         start += len(chunk)
 
@@ -313,27 +314,27 @@ def _csv_rows(path: Path, text: IO[str], columns: Sequence[str], *, exact: bool)
     try:
         header = next((cells for cells in reader if cells), None)
         if header is None:
-            raise UserError(f"{shown(path)} is empty: a header line with {', '.join(columns)} is expected")
+            raise UserError(f"{display_path(path)} is empty: a header line with {', '.join(columns)} is expected")
         where = _columns_in(path, header, columns, exact=exact)
         line = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(header):
                 raise UserError(
-                    f"{shown(path)}: line {line} has {len(cells)} fields, the header has {len(header)}\n"
+                    f"{display_path(path)}: line {line} has {len(cells)} fields, the header has {len(header)}\n"
                     "Texts that hold commas, quotes or newlines must be quoted."
                 )
             if cells:
                 yield Row(f"line {line}", tuple(cells[index] for index in where))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{shown(path)}: the row that starts on line {line} is not valid CSV: {error}") from None
+        raise UserError(f"{display_path(path)}: the row that starts on line {line} is not valid CSV: {error}") from None
 
 
 def _csv_header(path: Path, reader: Iterator[list[str]]) -> list[str]:
     try:
         return next((cells for cells in reader if cells), [])
     except csv.Error as error:
-        raise UserError(f"{shown(path)}: the row that starts on line 1 is not valid CSV: {error}") from None
+        raise UserError(f"{display_path(path)}: the row that starts on line 1 is not valid CSV: {error}") from None
 
 
 def _parquet_rows(path: Path, file: BinaryIO, columns: Sequence[str], *, exact: bool) -> Iterator[Row]:
@@ -361,7 +362,7 @@ def _parquet_errors(path: Path) -> Iterator[None]:
         raise
     # KeyError and TypeError: of a schema whose types contradict each other.
     except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError, TypeError, MemoryError) as error:
-        raise UserError(f"{shown(path)} is not a readable Parquet file: {first_line(error)}") from None
+        raise UserError(f"{display_path(path)} is not a readable Parquet file: {first_line(error)}") from None
 
 
 def _check_flat(path: Path, schema: Any, columns: Sequence[str]) -> None:
@@ -370,7 +371,7 @@ def _check_flat(path: Path, schema: Any, columns: Sequence[str]) -> None:
 
     nested = [f"{name} ({schema.field(name).type})" for name in columns if pa.types.is_nested(schema.field(name).type)]
     if nested:
-        raise UserError(f"{shown(path)}: column {', '.join(nested)} does not hold texts but nested values")
+        raise UserError(f"{display_path(path)}: column {', '.join(nested)} does not hold texts but nested values")
 
 
 def _text(value: object) -> str:
@@ -387,13 +388,14 @@ def _columns_in(path: Path, header: Sequence[str], columns: Sequence[str], *, ex
         close = {name: difflib.get_close_matches(name, header, n=1, cutoff=0.7) for name in missing}
         hints = "".join(f"; is {match[0]!r} meant to be {name!r}?" for name, match in close.items() if match)
         found = ", ".join(repr(name[:60]) for name in header[:20])
-        raise UserError(f"{shown(path)}: missing column {', '.join(missing)}\nFound: {found}{hints}")
+        raise UserError(f"{display_path(path)}: missing column {', '.join(missing)}\nFound: {found}{hints}")
     twice = [name for name in columns if list(header).count(name) > 1]
     if twice:
-        raise UserError(f"{shown(path)}: column {', '.join(twice)} appears more than once in the header")
+        raise UserError(f"{display_path(path)}: column {', '.join(twice)} appears more than once in the header")
     if exact and list(header) != list(columns):
         raise UserError(
-            f"{shown(path)}: the columns must be {','.join(columns)} and no others\nFound: {','.join(header[:20])}"
+            f"{display_path(path)}: the columns must be {','.join(columns)} and no others\n"
+            f"Found: {','.join(header[:20])}"
         )
     return [list(header).index(name) for name in columns]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-from submission.data.files import shown
+from submission.data.files import display_path
 from submission.data.tables import PREDICTION_COLUMNS, Row, is_parquet, read_table, stream_table
 from submission.errors import UserError
 from submission.prompts.answers import is_blank
@@ -25,7 +25,7 @@ def validate(submission: Path, ids: Iterable[str], encoding: str = "utf-8") -> l
     """
     try:
         if submission.suffix != ".parquet" and is_parquet(submission):
-            return [f"{shown(submission)} is a Parquet file: a submission is a CSV"]
+            return [f"{display_path(submission)} is a Parquet file: a submission is a CSV"]
         if _is_valid(submission, ids, encoding):
             return []
         rows = read_table(submission, PREDICTION_COLUMNS, encoding, exact=True)
@@ -53,19 +53,20 @@ def _problems(submission: Path, rows: Sequence[Row], ids: Sequence[str]) -> Iter
     for row in rows:
         where, (row_id, prompt) = row.where, row.cells
         if not row_id.strip():
-            yield f"{shown(submission)}: {where}: the id is null"
+            yield f"{display_path(submission)}: {where}: the id is null"
         elif row_id in seen:
-            yield f"{shown(submission)}: {where}: id {row_id!r} is a duplicate of {seen[row_id]}"
+            yield f"{display_path(submission)}: {where}: id {row_id!r} is a duplicate of {seen[row_id]}"
         elif row_id not in expected:
-            yield f"{shown(submission)}: {where}: id {row_id!r} is not in the input"
+            yield f"{display_path(submission)}: {where}: id {row_id!r} is not in the input"
         seen.setdefault(row_id, where)
         if not _says(prompt):
-            yield f"{shown(submission)}: {where}: rewrite_prompt of id {row_id!r} is blank or reads as null"
+            yield f"{display_path(submission)}: {where}: rewrite_prompt of id {row_id!r} is blank or reads as null"
     for row_id in ids:
         if row_id not in seen:
-            yield f"{shown(submission)}: id {row_id!r} of the input is missing"
+            yield f"{display_path(submission)}: id {row_id!r} of the input is missing"
     if len(rows) == len(ids) and expected == set(seen):
         for row, wanted in zip(rows, ids, strict=True):
             if row.cells[0] != wanted:
-                yield f"{shown(submission)}: {row.where}: order differs: id {row.cells[0]!r}, the input has {wanted!r}"
+                where = f"{display_path(submission)}: {row.where}"
+                yield f"{where}: order differs: id {row.cells[0]!r}, the input has {wanted!r}"
                 return

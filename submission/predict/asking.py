@@ -8,7 +8,7 @@ from itertools import chain, islice
 from typing import Any
 
 from submission.errors import BackendError, PromptRecoveryError, first_line, is_stop
-from submission.prompts.answers import is_blank, storable
+from submission.prompts.answers import is_blank, strip_invalid_utf8
 from submission.types import Budget, Model, Pair, Prediction, Recover
 
 _REASON_CHARS = 200
@@ -129,13 +129,14 @@ def checked(prediction: Prediction) -> Prediction:
     text, status, reason = prediction.text, prediction.status, prediction.reason
     if not isinstance(text, str):
         text, status, reason = "", "failed", f"its text is no text but {type(text).__name__}"
-    text = storable(text)
+    text = strip_invalid_utf8(text)
     if status not in ("ok", "failed", "unfinished"):
         text, status, reason = "", "failed", f"its status is {str(status)[:40]!r}"
     elif status == "ok" and is_blank(text):
         text, status, reason = "", "failed", "empty answer"
+    reason, raw = strip_invalid_utf8(_as_text(reason)), strip_invalid_utf8(_as_text(prediction.raw))
     return Prediction(
-        prediction.id, text, status, storable(_as_text(reason))[:_REASON_CHARS], storable(_as_text(prediction.raw)),
+        prediction.id, text, status, reason[:_REASON_CHARS], raw,
         _as_number(prediction.prompt_tokens), bool(_as_number(prediction.truncated)),
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from submission.backends import ModelSpec
 from submission.calls.log import Log, log_path
 from submission.calls.models import encode, open_models
-from submission.data.tables import says_something
+from submission.data.tables import has_text
 from submission.errors import UserError
 from submission.predict.asking import answer_all
 from submission.predict.plan import Plan, RunConfig, plan
@@ -47,7 +47,7 @@ def estimate(config: RunConfig) -> dict[str, float]:
     known = set() if config.fresh else _known(made)
 
     def left() -> Iterator[Pair]:
-        return (pair for pair in made.pairs if pair.id not in known and says_something(pair.rewritten_text))
+        return (pair for pair in made.pairs if pair.id not in known and has_text(pair.rewritten_text))
 
     rows_left = sum(1 for _ in left())
     figures: dict[str, float] = {"rows": len(made.pairs), "rows_left": rows_left}

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from submission.backends import ModelSpec
-from submission.backends.hardware import Fleet
+from submission.backends.hardware import Placement
 from submission.calls.log import Log, log_path
-from submission.calls.models import Asked, Models, encode, open_models
+from submission.calls.models import Models, RecordedCall, encode, open_models
 from submission.data.outputs import manifest_path, read_manifest
-from submission.data.tables import PREDICTION_COLUMNS, says_something, stream_table
+from submission.data.tables import PREDICTION_COLUMNS, has_text, stream_table
 from submission.errors import UserError, first_line
 from submission.predict.outcome import BLANK_INPUT
 from submission.predict.plan import RunConfig, plan
@@ -50,7 +50,7 @@ def inspect_row(row_id: str, output: Path) -> str:
     sections = [("id", row_id), ("original text", pair.original_text), ("rewritten text", pair.rewritten_text)]
     answer: Prediction | None = None
     with open_models(made.roles, Log(log_path(output), read_only=True), compute=False) as models:
-        asked: list[Asked] = []
+        asked: list[RecordedCall] = []
         models.asked = asked
         try:
             answer = list(made.strategy([pair], models, Budget()))[-1]
@@ -58,7 +58,7 @@ def inspect_row(row_id: str, output: Path) -> str:
             answer = None
         answer = None if models.missing else answer
         sections += _calls(asked, models)
-    if not says_something(pair.rewritten_text):
+    if not has_text(pair.rewritten_text):
         sections.append(("status", f"failed: {BLANK_INPUT}"))
     elif answer is None:
         sections.append(("status", "not all of its calls are in the log: it was not finished, or time was short"))
@@ -76,7 +76,7 @@ def _config(manifest: Mapping[str, Any], output: Path) -> RunConfig:
         values |= {name: Path(values[name]) if values[name] else None
                    for name in ("input", "output", "adapter", "shots", "recover_config")}  # fmt: skip
         values["sampling"] = Sampling(**{**values["sampling"], "stop": tuple(values["sampling"]["stop"])})
-        values["fleet"] = Fleet(**values["fleet"])
+        values["placement"] = Placement(**values["placement"])
         config = RunConfig(**values)
         if config.input is None or not all(isinstance(one, str) for one in config.settings):
             raise TypeError("input and settings must be there")
@@ -97,7 +97,7 @@ def _check_types(config: RunConfig) -> None:
         raise TypeError("sampling must be numbers")
 
 
-def _calls(asked: list[Asked], models: Models) -> Iterator[tuple[str, str]]:
+def _calls(asked: list[RecordedCall], models: Models) -> Iterator[tuple[str, str]]:
     """What the strategy asked, as the models saw it, and what they answered."""
     for call in asked[:_MOST]:
         role = next((role for role, model in models.items() if model.spec == call.spec), "model")

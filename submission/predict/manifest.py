@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from submission.calls.log import log_path
-from submission.data.files import on_store, shown, write_json
+from submission.data.files import display_path, on_store, write_json
 from submission.data.outputs import installed_version, made_names, manifest_path, stamp
 from submission.predict.outcome import Summary
 from submission.predict.plan import Plan
@@ -59,5 +59,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, Path):
-        return shown(value if on_store(value) else value.resolve())
+        return display_path(value if on_store(value) else value.resolve())
     return value

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from submission.calls.log import log_path
-from submission.data.files import shown
+from submission.data.files import display_path
 from submission.data.tables import write_predictions
 from submission.data.validation import validate
 from submission.errors import PromptRecoveryError
-from submission.progress import tell
+from submission.progress import print_line
 from submission.types import Prediction
 
 BLANK_INPUT = "blank rewritten_text"
@@ -68,7 +68,7 @@ class Summary:
                 "seconds": round(self.seconds, 3),
                 "rows_per_second": round(self.rows_per_second, 4),
                 "humbler": list(self.humbler),
-                "output": shown(self.output),
+                "output": display_path(self.output),
                 "log": str(log_path(self.output)),
                 "exit_code": self.exit_code,
             }
@@ -82,7 +82,7 @@ class Summary:
         lines += [f"models     held {words} after trouble" for words in self.humbler]
         lines.append(f"truncated  {self.truncated}")
         lines.append(f"time       {self.seconds:.1f} s, {self.rows_per_second:.2f} rows/s")
-        lines.append(f"output     {shown(self.output)} (valid)")
+        lines.append(f"output     {display_path(self.output)} (valid)")
         if self.too_many_failed:
             lines.append("Too many rows failed: look at one with `inspect ID`; the same command tries them again.")
         return "\n".join(lines)
@@ -121,7 +121,7 @@ def finish(
     write_predictions(output, count.rows(ids))
     problems = validate(output, ids)
     if problems:
-        raise PromptRecoveryError(f"{shown(output)} was written but is not valid: {problems[0]}")
+        raise PromptRecoveryError(f"{display_path(output)} was written but is not valid: {problems[0]}")
     return Summary(
         rows=count.written,
         fallbacks=sum(count.reasons.values()),
@@ -167,6 +167,6 @@ class _Count:
 
 def print_summary(summary: Summary, *, as_json: bool) -> None:
     """For people on standard error when a program reads standard output."""
-    tell(summary.as_text(), sys.stderr if as_json else sys.stdout)
+    print_line(summary.as_text(), sys.stderr if as_json else sys.stdout)
     if as_json:
-        tell(summary.as_json(), sys.stdout)
+        print_line(summary.as_json(), sys.stdout)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from submission.backends import ModelSpec, model_spec
-from submission.backends.hardware import ALONE, Fleet
-from submission.backends.models import PACKAGED, TUNED, adapter_of, noted_template
+from submission.backends.hardware import ALONE, Placement
+from submission.backends.models import PACKAGED, TUNED, adapter_of, template_of
 from submission.calls.log import is_log, log_path
 from submission.calls.models import Spec
 from submission.calls.supervisor import STALL_SECONDS
@@ -22,7 +22,7 @@ from submission.data.pairs import Pairs
 from submission.data.tables import read_triplets
 from submission.errors import UserError
 from submission.predict.strategies import DEFAULT_PROMPT, RecoverSource, Setup, find_recover, roles_of
-from submission.prompts.answers import is_blank, storable
+from submission.prompts.answers import is_blank, strip_invalid_utf8
 from submission.prompts.templates import Template, get_template
 from submission.types import Recover, Sampling, Triplet
 
@@ -39,7 +39,7 @@ class RunConfig:
     model: str = TUNED
     adapter: Path | None = None
     settings: list[str] = field(default_factory=list)
-    fleet: Fleet = ALONE
+    placement: Placement = ALONE
     template: str = ""
     shots: Path | None = None
     n_shots: int = 3
@@ -88,7 +88,7 @@ def plan(config: RunConfig, read: Callable[[Pairs], object] = lambda _: None, *,
         check_writable(config.output)
         files += [file for one in (config.output, manifest_path(config.output)) for file in leftovers(one)]
         check_apart(config.output, files, (one for one in _inputs(config) if not one[1].is_dir()))
-    if is_blank(config.fallback) or storable(config.fallback) != config.fallback:
+    if is_blank(config.fallback) or strip_invalid_utf8(config.fallback) != config.fallback:
         raise UserError(f"--fallback {config.fallback!r} is blank, reads as null or is not UTF-8: give a prompt")
     if config.shots is not None and config.n_shots < 1:
         raise UserError("--n-shots must be at least 1 when --shots is given")
@@ -102,7 +102,7 @@ def plan(config: RunConfig, read: Callable[[Pairs], object] = lambda _: None, *,
     pairs = Pairs(config.input, config.encoding, config.limit)
     read(pairs)
     shots = read_triplets(config.shots, config.encoding)[: config.n_shots] if config.shots else []
-    setup = Setup(cache(lambda: _model(config)), template, shots, config.sampling, recover_config, config.fleet)
+    setup = Setup(cache(lambda: _model(config)), template, shots, config.sampling, recover_config, config.placement)
     strategy = recover.make(setup)
     roles = roles_of(strategy, setup)
     if writes:
@@ -114,7 +114,7 @@ def plan(config: RunConfig, read: Callable[[Pairs], object] = lambda _: None, *,
 
 def _model(config: RunConfig) -> ModelSpec:
     """The model of --model, checked."""
-    spec = model_spec(config.backend, config.model, config.adapter, config.settings, config.fleet)
+    spec = model_spec(config.backend, config.model, config.adapter, config.settings, config.placement)
     if config.sampling.max_new_tokens > spec.options.context // 2:
         raise UserError(
             f"--max-new-tokens {config.sampling.max_new_tokens} leaves too little of the context of "
@@ -155,5 +155,5 @@ def choose_template(asked: str, model: str, adapter: Path | None, *, shots: bool
     Raises:
         UserError: there is no such template.
     """
-    suits = "few_shot" if shots else noted_template(adapter_of(model, adapter), Path(model).expanduser())
+    suits = "few_shot" if shots else template_of(adapter_of(model, adapter), Path(model).expanduser())
     return get_template(asked or suits or "short")

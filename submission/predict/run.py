@@ -26,13 +26,13 @@ from submission.data.files import remove_leftovers
 from submission.data.outputs import check_free, manifest_path, write_manifest
 from submission.data.pairs import Pairs
 from submission.data.scratch import key_of, scratch, text_of
-from submission.data.tables import says_something
+from submission.data.tables import has_text
 from submission.predict.asking import answer_all
 from submission.predict.deadline import Interrupted, Timetable, Watchdog
 from submission.predict.manifest import Manifest
 from submission.predict.outcome import BLANK_INPUT, Summary, finish, print_summary
 from submission.predict.plan import Plan, RunConfig, plan
-from submission.progress import show_progress, tell
+from submission.progress import print_line, show_progress
 from submission.types import Budget, Pair, Prediction
 
 LOG = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def predict(config: RunConfig, started: float | None = None) -> Summary:
         raise Interrupted(signal.SIGINT) from None
 
 
-class Answers(Mapping[str, Prediction]):
+class BestAnswers(Mapping[str, Prediction]):
     """The best answer so far of each row, by id; on disk, as far as it outgrows a cache."""
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class _Run:
         self._process, self._folder = os.getpid(), os.getcwd()
         self._pairs: Pairs | None = None
         self._plan: Plan | None = None
-        self._answers = Answers()
+        self._answers = BestAnswers()
         self._manifest: Manifest | None = None
         self._models: Models | None = None
         self._computed = self._from_log = 0  # rows
@@ -135,7 +135,7 @@ class _Run:
         except Interrupted:
             if self._manifest is not None:
                 self._manifest.write("interrupted")
-            tell(self._how_to_resume(), sys.stderr)
+            print_line(self._how_to_resume(), sys.stderr)
             raise
 
     def _keep_pairs(self, pairs: Pairs) -> None:
@@ -160,7 +160,7 @@ class _Run:
         with open_models(made.roles, log, Limits(end, config.stall, config.max_failures)) as models:
             self._models = models
             for pair in made.pairs:
-                if not says_something(pair.rewritten_text):
+                if not has_text(pair.rewritten_text):
                     self._answers.put(Prediction(pair.id, "", "failed", BLANK_INPUT))
             with show_progress(len(made.pairs), len(self._answers)) as progress:
                 self._computing_since = time.monotonic()
@@ -202,7 +202,7 @@ class _Run:
             self._manifest.write("running")
 
     def _to_ask(self, made: Plan) -> Iterator[Pair]:
-        return (pair for pair in made.pairs if says_something(pair.rewritten_text))
+        return (pair for pair in made.pairs if has_text(pair.rewritten_text))
 
     def _stop_clock(self) -> None:
         if self._computing_since is not None:
@@ -261,7 +261,7 @@ class _Run:
 
     def _end_process(self, words: str, exit_code: int) -> NoReturn:
         _leave_progress()
-        tell(words, sys.stderr)
+        print_line(words, sys.stderr)
         os._exit(exit_code)
 
     def _how_to_resume(self) -> str:

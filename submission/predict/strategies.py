@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from submission.backends import ModelSpec
-from submission.backends.hardware import ALONE, Fleet
+from submission.backends.hardware import ALONE, Placement
 from submission.calls.models import Spec
 from submission.config import from_mapping
 from submission.errors import PromptRecoveryError, UserError, first_line, is_stop
@@ -47,7 +47,7 @@ class Setup:
         shots: solved examples.
         sampling: how answers are drawn.
         config: the content of `--recover-config`.
-        fleet: copies of each model, and where they are.
+        placement: copies of each model, and where they are.
     """
 
     model: Callable[[], ModelSpec]
@@ -55,7 +55,7 @@ class Setup:
     shots: Sequence[Triplet] = ()
     sampling: Sampling = Sampling()
     config: Mapping[str, Any] = field(default_factory=dict)
-    fleet: Fleet = ALONE
+    placement: Placement = ALONE
 
 
 class Ask:
@@ -146,7 +146,9 @@ def roles_of(recover: Recover, setup: Setup) -> dict[str, Spec]:
     for role, spec in found.items():
         if not callable(getattr(spec, "load", None)) or not callable(getattr(spec, "fingerprint", None)):
             raise UserError(f"role {role!r} of the strategy is no model: {spec!r:.80}")
-    return {role: spec.held_by(setup.fleet) if isinstance(spec, ModelSpec) else spec for role, spec in found.items()}
+    return {
+        role: spec.held_by(setup.placement) if isinstance(spec, ModelSpec) else spec for role, spec in found.items()
+    }
 
 
 def find_recover(name: str) -> RecoverSource:

@@ -78,7 +78,7 @@ def is_blank(text: str) -> bool:
     return not any(character.isalnum() for character in text) or text.strip().lower() in _READ_AS_NULL
 
 
-def storable(text: str) -> str:
+def strip_invalid_utf8(text: str) -> str:
     """The text without what a UTF-8 CSV cannot hold for every reader: NUL and lone surrogates."""
     return text.replace("\0", "").encode("utf-8", "ignore").decode("utf-8")
 

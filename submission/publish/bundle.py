@@ -263,7 +263,7 @@ def _put_note(path: Path, folder: Path, name: str = "") -> None:
 def _settings(folder: Path) -> kernel.Settings:
     try:
         settings = kernel.read_settings(folder / kernel.SETTINGS)
-    except kernel.Failure as error:
+    except kernel.KernelFailure as error:
         raise UserError(str(error).replace(f"{folder}/", "")) from None
     for key in ("recover_config", "shots"):
         name = getattr(settings, key)

@@ -106,7 +106,7 @@ class KaggleError(PromptRecoveryError):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class HttpAnswer:
     """One answer of the server: HTTP status and JSON object (empty if it was something else)."""
 
     status: int
@@ -122,7 +122,7 @@ class Reply:
 
     text: str
     exit_code: int
-    answers: tuple[Answer, ...] = ()
+    answers: tuple[HttpAnswer, ...] = ()
     refused: tuple[str, ...] = ()
 
     def said(self, key: str) -> object:
@@ -214,7 +214,7 @@ def configured_user() -> str:
     )
 
 
-def _without_blocks(printed: str) -> tuple[str, list[Answer]]:
+def _without_blocks(printed: str) -> tuple[str, list[HttpAnswer]]:
     """The text for people, and the server's answers, from what the client prints when it is verbose."""
     kept, answers = [], []
     block: list[str] | None = None
@@ -233,14 +233,14 @@ def _without_blocks(printed: str) -> tuple[str, list[Answer]]:
     return "\n".join(kept), answers
 
 
-def _answer(block: list[str]) -> Answer:
+def _answer(block: list[str]) -> HttpAnswer:
     """An answer from its lines: status, headers, a blank line, body."""
     body = "\n".join(block[block.index("") + 1 :]) if "" in block else ""
     content: object = None
     with suppress(ValueError, RecursionError):
         content = json.loads(body)
     status = int(block[0]) if block and block[0].isdigit() else 0
-    return Answer(status, content if isinstance(content, dict) else {})
+    return HttpAnswer(status, content if isinstance(content, dict) else {})
 
 
 def _next_step(reply: Reply) -> _Step:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from submission.progress import tell
+from submission.progress import print_line
 
 LOG = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def status(
         return
     found = status_of(kernel, show=show)
     if found is not None:
-        tell(str(found), sys.stdout)
+        print_line(str(found), sys.stdout)
         raise typer.Exit(1 if found.failed else 0)
 
 

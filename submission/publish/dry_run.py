@@ -97,7 +97,7 @@ def dry_run(
         try:
             kernel.check_bundle(bundle, kernel.Report())
             harmed = ""
-        except kernel.Failure as error:
+        except kernel.KernelFailure as error:
             harmed = str(error)
         python = image_environment(_used(bundle, image), image)
         # A harmed bundle is run as it is: a copy would be whole again.

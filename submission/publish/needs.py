@@ -44,7 +44,7 @@ def needs_of(bundle: Path) -> Needs:
         return Needs(None, None, f"no {kernel.SETTINGS} in it")
     try:
         settings = kernel.read_settings(bundle / kernel.SETTINGS)
-    except kernel.Failure as error:
+    except kernel.KernelFailure as error:
         raise UserError(str(error)) from None
     if settings.recover == "constant":
         return Needs(False, False, "a constant prompt needs no model")

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from submission.backends import ModelSpec, model_spec
-from submission.backends.models import noted_template
+from submission.backends.models import template_of
 from submission.backends.transformers.loading import load_tokenizer, stay_offline_and_quiet
 from submission.data.tables import read_pairs
 from submission.prompts.templates import get_template
@@ -81,7 +81,7 @@ def main() -> int:
     asked = parser.parse_args()
     stay_offline_and_quiet()
     adapter = asked.run / "sft" / "adapter"
-    template = get_template(noted_template(adapter))
+    template = get_template(template_of(adapter))
     base = base_folder(named_base(adapter))
     tokenizer = load_tokenizer(base)
     chats = {pair.id: template.render(pair) for pair in read_pairs(asked.pairs)[: asked.rows]}

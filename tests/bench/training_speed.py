@@ -17,7 +17,7 @@ from typing import Any
 
 from submission.backends.transformers.loading import stay_offline_and_quiet
 from train.bases import base_folder
-from train.encoding import Example
+from train.encoding import TrainingExample
 from train.sft import prepare
 from train.sft_config import Sft, read_sft
 from train.trainer import batch_order, collator, load_base, lora_config, make_trainer, training_dtype
@@ -60,14 +60,14 @@ def main() -> None:
         )
 
 
-def batches(config: Sft, examples: Sequence[Example], steps: int) -> list[list[Example]]:
+def batches(config: Sft, examples: Sequence[TrainingExample], steps: int) -> list[list[TrainingExample]]:
     """The first batches of a run, as the trainer makes them."""
     order = batch_order([len(example.ids) for example in examples], config.batch * config.accumulation, config.seed)
     rows = [examples[number] for number in order]
     return [rows[start : start + config.batch] for start in range(0, len(rows), config.batch)][:steps]
 
 
-def bare_loop(config: Sft, base: Path, tokenizer: Any, rows: Sequence[Sequence[Example]]) -> float:
+def bare_loop(config: Sft, base: Path, tokenizer: Any, rows: Sequence[Sequence[TrainingExample]]) -> float:
     """Seconds of the counted steps."""
     import torch
     from peft import get_peft_model
@@ -102,7 +102,7 @@ def bare_loop(config: Sft, base: Path, tokenizer: Any, rows: Sequence[Sequence[E
     return time.perf_counter() - began
 
 
-def in_trainer(config: Sft, base: Path, tokenizer: Any, train: Sequence[Example], folder: Path) -> float:
+def in_trainer(config: Sft, base: Path, tokenizer: Any, train: Sequence[TrainingExample], folder: Path) -> float:
     """Seconds of the counted steps."""
     from transformers import TrainerCallback
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ensemble.candidates import Candidate, Draw, Row
+from ensemble.candidates import Candidate, CandidateRow, Draw
 from ensemble.choose import best, score_rows
 from ensemble.models import open_models, read_models, roles_needed, tools
 from ensemble.selectors import make_selectors
@@ -29,7 +29,9 @@ from submission.types import Triplet
 _GAINS = (-np.inf, 1.0, 8.0)  # nats
 
 
-def rows_of(triplets: Sequence[Triplet], count: int, encoder: Encoder, seed: int) -> tuple[list[Row], list[int]]:
+def rows_of(
+    triplets: Sequence[Triplet], count: int, encoder: Encoder, seed: int
+) -> tuple[list[CandidateRow], list[int]]:
     """Rows of `count` candidates, and the place of the true one."""
     draw = random.Random(seed)
     groups = near_duplicate_groups([triplet.rewrite_prompt for triplet in triplets], encoder).tolist()
@@ -39,7 +41,7 @@ def rows_of(triplets: Sequence[Triplet], count: int, encoder: Encoder, seed: int
         chosen = [number, *draw.sample(others, count - 1)]
         draw.shuffle(chosen)
         places.append(chosen.index(number))
-        rows.append(Row(triplet.pair, tuple(
+        rows.append(CandidateRow(triplet.pair, tuple(
             Candidate(triplets[place].rewrite_prompt, (Draw("given", n, 0.0, 1),)) for n, place in enumerate(chosen)
         )))  # fmt: skip
     return rows, places

@@ -276,10 +276,10 @@ def _note(draw: random.Random, folder: Path) -> Callable[[], object]:
     (adapter / "prompt-recovery.json").write_bytes(mutate.json_bytes(draw, {"template": "brief", "base": "embedded"}))
     (adapter / "adapter_config.json").write_bytes(mutate.json_bytes(draw, {"base_model_name_or_path": "none", "r": 4}))
     (adapter / "adapter_model.safetensors").write_bytes(b"")
-    from submission.backends.models import noted_template
+    from submission.backends.models import template_of
     from train.merge import named_base
 
-    return lambda: (noted_template(adapter), named_base(adapter))
+    return lambda: (template_of(adapter), named_base(adapter))
 
 
 def _read_recipe(path: Path) -> object:

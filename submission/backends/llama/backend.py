@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from submission.backends.common import Asked, memory_budget, scorable, thread_count
+from submission.backends.common import PendingRequest, memory_budget, scorable, thread_count
 from submission.backends.embedded import fast_embedded
-from submission.backends.llama.drawing import Drawer
 from submission.backends.llama.library import (
     cache_bytes_per_token,
     library,
@@ -23,10 +22,11 @@ from submission.backends.llama.library import (
     trained_context,
 )
 from submission.backends.llama.probe import probe
+from submission.backends.llama.sampling import LlamaSampler
 from submission.backends.llama.streams import LlamaStreams
 from submission.backends.llama.tokenizer import GgufTokenizer
 from submission.backends.models import PACKAGED, TUNED, adapter_of, check_gguf_adapter, resolve_gguf
-from submission.backends.schedule import Limits, Prompt, Scheduler, Shape, Text
+from submission.backends.schedule import ContextLimits, QueuedPrompt, QueuedText, Scheduler, Shape
 from submission.data.hashing import content_hash
 from submission.errors import UserError
 from submission.prompts.encoding import ChatEncoder
@@ -112,7 +112,7 @@ class LlamaCpp:
         self._adapter = (open_adapter(self._model, adapter), options.adapter_scale) if adapter else None
         self._batch = options.batch
         self._threads = thread_count(options.threads)
-        self._drawer = Drawer(self.tokenizer, self._threads)
+        self._sampler = LlamaSampler(self.tokenizer, self._threads)
         self._scheduler = Scheduler(self.new_context, _limits(self._model, options))
 
     def new_context(self, shape: Shape) -> LlamaStreams:
@@ -134,22 +134,22 @@ class LlamaCpp:
         """See `submission.types.Backend`."""
         import numpy as np
 
-        def prompts() -> Iterator[Prompt]:
+        def prompts() -> Iterator[QueuedPrompt]:
             for request in requests:
                 encoded = self.encoder.encode_for(request.chat, request.sampling.max_new_tokens)
-                asked = Asked(request, encoded, [None] * request.sampling.n)
+                asked = PendingRequest(request, encoded, [None] * request.sampling.n)
                 ids = np.array(encoded.ids, np.int32)
-                yield Prompt(ids, request.sampling.max_new_tokens, request.sampling.n, asked)
+                yield QueuedPrompt(ids, request.sampling.max_new_tokens, request.sampling.n, asked)
 
-        for answer in self._scheduler.generate(prompts(), self._drawer):
+        for answer in self._scheduler.generate(prompts(), self._sampler):
             answer.asked.completions[answer.number] = answer.completion()
             yield from answer.asked.when_complete()
 
     def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood | Failure]]:
         """See `submission.types.Backend`."""
         without: list[tuple[str, LogLikelihood | Failure]] = []  # what needs no computing
-        texts = (Text(ids, scored_from, key) for key, ids, scored_from in scorable(items, self.encoder, without))
-        for text in self._scheduler.score(texts, self._drawer.log_probabilities):
+        texts = (QueuedText(ids, scored_from, key) for key, ids, scored_from in scorable(items, self.encoder, without))
+        for text in self._scheduler.score(texts, self._sampler.log_probabilities):
             yield text.payload, LogLikelihood(text.total, len(text.ids) - text.scored_from, text.scored_from)
         yield from without
 
@@ -173,7 +173,7 @@ def _context_size(model: Any, options: Options) -> int:
     return min(options.context, trained_context(model) or options.context)
 
 
-def _limits(model: Any, options: Options) -> Limits:
+def _limits(model: Any, options: Options) -> ContextLimits:
     streams = options.streams or _STREAMS
     budget = options.memory * 1_000_000 or memory_budget()
-    return Limits(min(streams * _CELLS, budget // cache_bytes_per_token(model)), streams)
+    return ContextLimits(min(streams * _CELLS, budget // cache_bytes_per_token(model)), streams)

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from submission.backends.common import Asked, scorable, stop_at, stream_seed, thread_count
+from submission.backends.common import PendingRequest, scorable, stop_at, stream_seed, thread_count
 from submission.backends.models import check_peft_adapter, resolve_folder
-from submission.backends.transformers.drawing import Drawer, Stopper
 from submission.backends.transformers.loading import (
     end_tokens,
     load_config,
@@ -22,6 +21,7 @@ from submission.backends.transformers.loading import (
     load_tokenizer,
     stay_offline_and_quiet,
 )
+from submission.backends.transformers.sampling import Stopper, TransformersSampler
 from submission.backends.transformers.tokenizer import HfTokenizer
 from submission.backends.window import Window, common_length
 from submission.data.hashing import content_hash
@@ -123,7 +123,7 @@ class _Prompt:
     """Answers of these numbers to a request are wanted."""
 
     ids: NDArray[np.int32]
-    asked: Asked
+    asked: PendingRequest
     numbers: range
     answers: list[Completion] = field(default_factory=list)
     outputs = 1
@@ -222,7 +222,7 @@ class Transformers:
         def prompts() -> Iterator[_Prompt]:
             for request in requests:
                 encoded = self.encoder.encode_for(request.chat, request.sampling.max_new_tokens)
-                asked = Asked(request, encoded, [None] * request.sampling.n)
+                asked = PendingRequest(request, encoded, [None] * request.sampling.n)
                 ids = np.array(encoded.ids, np.int32)
                 for first in range(0, request.sampling.n, self._batch):
                     yield _Prompt(ids, asked, range(first, min(request.sampling.n, first + self._batch)))
@@ -369,14 +369,14 @@ class Transformers:
             ids, mask = ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0)
         answers = [(prompt, number) for prompt in batch for number in prompt.numbers]
         seeds = [stream_seed(sampling.seed, p.asked.request.key, number) for p, number in answers]
-        drawer = Drawer(sampling, seeds)
+        sampler = TransformersSampler(sampling, seeds)
         stopper = Stopper(sampling.stop, width, self.tokenizer.detokenize) if sampling.stop else None
         output = self._model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=sampling.max_new_tokens, do_sample=False,
-            logits_processor=[drawer], stopping_criteria=[stopper] if stopper else [],
+            logits_processor=[sampler], stopping_criteria=[stopper] if stopper else [],
             **({} if cache is None else {"past_key_values": cache}),
         )[:, width:].tolist()  # fmt: skip
-        logprobs = torch.stack(drawer.logprobs, dim=1).tolist()
+        logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
         for row, (prompt, _) in enumerate(answers):
             length = stopper.lengths.get(row) if stopper else None
             prompt.answers.append(self._completion(prompt.asked.encoded, output[row][:length], logprobs[row], sampling))

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from submission.backends.common import Asked, log_probabilities, row_buffer, stop_at, stream_seed
+from submission.backends.common import PendingRequest, log_probabilities, row_buffer, stop_at, stream_seed
 from submission.backends.llama.library import library
 from submission.backends.llama.tokenizer import GgufTokenizer
-from submission.backends.schedule import Prompt
+from submission.backends.schedule import QueuedPrompt
 from submission.types import Completion, Sampling
 
 if TYPE_CHECKING:
@@ -23,10 +23,10 @@ T = TypeVar("T")
 _HEAD = 10.0  # tokens whose probability is at least e^-10 of the highest are drawn from one by one
 
 
-class Answer:
+class PendingAnswer:
     """One answer on its way."""
 
-    def __init__(self, asked: Asked, number: int, chain: Chain | None) -> None:
+    def __init__(self, asked: PendingRequest, number: int, chain: Chain | None) -> None:
         self.asked = asked
         self.number = number
         self.chain = chain
@@ -101,8 +101,8 @@ class Chain:
         self._free(self._pointer)
 
 
-class Drawer:
-    """Draws for many answers at once; see `submission.backends.schedule.Answers`."""
+class LlamaSampler:
+    """Draws for many answers at once; see `submission.backends.schedule.AnswerSampler`."""
 
     def __init__(self, tokenizer: GgufTokenizer, threads: int) -> None:
         self._tokenizer = tokenizer
@@ -110,16 +110,16 @@ class Drawer:
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="draw")
 
-    def begin(self, prompt: Prompt, number: int) -> Answer:
-        """See `submission.backends.schedule.Answers`."""
-        asked: Asked = prompt.payload
+    def begin(self, prompt: QueuedPrompt, number: int) -> PendingAnswer:
+        """See `submission.backends.schedule.AnswerSampler`."""
+        asked: PendingRequest = prompt.payload
         sampling = asked.request.sampling
         if sampling.temperature <= 0:
-            return Answer(asked, number, None)
-        return Answer(asked, number, Chain(sampling, stream_seed(sampling.seed, asked.request.key, number)))
+            return PendingAnswer(asked, number, None)
+        return PendingAnswer(asked, number, Chain(sampling, stream_seed(sampling.seed, asked.request.key, number)))
 
-    def extend(self, states: Sequence[Answer], logits: NDArray[np.float32]) -> list[int | None]:
-        """See `submission.backends.schedule.Answers`."""
+    def extend(self, states: Sequence[PendingAnswer], logits: NDArray[np.float32]) -> list[int | None]:
+        """See `submission.backends.schedule.AnswerSampler`."""
         drawn = self._in_parts(lambda part: _draw(states[part], logits[part]), len(states))
         tokens: list[int | None] = []
         for answer, (token, logprob) in zip(states, (pair for part in drawn for pair in part), strict=True):
@@ -139,12 +139,12 @@ class Drawer:
         return [work(parts[0])] if len(parts) == 1 else list(self._pool.map(work, parts))
 
 
-def _draw(answers: Sequence[Answer], logits: NDArray[np.float32]) -> list[tuple[int, float]]:
+def _draw(answers: Sequence[PendingAnswer], logits: NDArray[np.float32]) -> list[tuple[int, float]]:
     import numpy as np
 
     tokens = np.array(
         [
-            row.argmax() if answer.chain is None else draw_token(answer.chain, row)
+            row.argmax() if answer.chain is None else sample_token(answer.chain, row)
             for answer, row in zip(answers, logits, strict=True)
         ],
         np.int32,
@@ -152,7 +152,7 @@ def _draw(answers: Sequence[Answer], logits: NDArray[np.float32]) -> list[tuple[
     return list(zip(tokens.tolist(), log_probabilities(logits, tokens).tolist(), strict=True))
 
 
-def draw_token(chain: Chain, logits: NDArray[np.float32]) -> int:
+def sample_token(chain: Chain, logits: NDArray[np.float32]) -> int:
     """Draw a token; what a chain over the whole vocabulary would draw from, at a tenth of its cost.
 
     The chain goes over the likely tokens only. The others stand in it as nameless candidates, each less likely than

@@ -1,7 +1,7 @@
 """Kills workers, raylets and drivers of runs on a Ray cluster at random; no row may be lost, repeated or changed.
 
-python -m tests.bench.fleet_kills --runs 10
-python -m tests.bench.fleet_kills --runs 10 --backend llama_cpp --rows 40
+python -m tests.bench.ray_kills --runs 10
+python -m tests.bench.ray_kills --runs 10 --backend llama_cpp --rows 40
 """
 
 from __future__ import annotations

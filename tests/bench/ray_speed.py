@@ -1,6 +1,6 @@
 """What several copies of a model cost and bring, on this machine. A study, not a test.
 
-    python -m tests.bench.fleet_speed PAIRS.csv --rows 400
+    python -m tests.bench.ray_speed PAIRS.csv --rows 400
 
 Rows per second of computing, as `predict` sums them up, of one process with all threads, of `--ray local` with one
 worker, of two processes with half the threads each, and of the same on Ray; each as a ratio to the first, in turns.

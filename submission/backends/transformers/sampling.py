@@ -14,7 +14,7 @@ from submission.backends.common import stop_at
 from submission.types import Sampling
 
 
-class Drawer:
+class TransformersSampler:
     """A logits processor that draws the tokens and leaves only them to be picked.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ensemble.selectors import SELECTORS, Tools
 from eval.encoders import Encoder
-from submission.backends import ModelSpec, model_spec
+from submission.backends import AUTO, ModelSpec, model_spec
 from submission.backends.hardware import ALONE, Placement
 from submission.backends.models import EMBEDDED
 from submission.calls.likelihoods import Likelihoods
@@ -24,20 +24,18 @@ ROLES = ("target", "judge", "gate")
 
 @dataclass(frozen=True, slots=True)
 class RoleModel:
-    """A model by path; `backend` of "" is transformers for a folder without GGUF files, llama_cpp for the rest."""
+    """A model by path."""
 
     model: str = EMBEDDED
-    backend: str = ""
+    backend: str = AUTO
     adapter: str = ""
     settings: tuple[str, ...] = ()
     workers: int = 1
 
     def spec(self) -> ModelSpec:
         """Check it; see `submission.backends.model_spec`."""
-        path = Path(self.model).expanduser()
-        backend = self.backend or ("transformers" if (path / "config.json").is_file() else "llama_cpp")
         adapter = Path(self.adapter).expanduser() if self.adapter else None
-        return model_spec(backend, self.model, adapter, list(self.settings), Placement(self.workers))
+        return model_spec(self.backend, self.model, adapter, list(self.settings), Placement(self.workers))
 
 
 def read_models(path: Path | None, given: Mapping[str, str]) -> dict[str, RoleModel]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from submission.backends import ModelSpec, model_spec
+from submission.backends import AUTO, ModelSpec, model_spec
 from submission.backends.hardware import Placement
 from submission.backends.models import TUNED
 from submission.config import from_mapping, read_toml, split_settings
@@ -46,7 +46,7 @@ class CandidateSource:
     """
 
     name: str = ""
-    backend: str = "llama_cpp"
+    backend: str = AUTO
     model: str = TUNED
     adapter: str = ""
     settings: tuple[str, ...] = ()

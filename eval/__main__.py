@@ -102,7 +102,7 @@ def baselines(
     ood: Annotated[Path | None, typer.Option(help="A second set of triplets, of another origin.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="A baseline; again for more. Default: all.")] = None,
     reference: ReferenceOption = "",
-    backend: Annotated[str, typer.Option(help="See `python -m submission predict --help`.")] = "llama_cpp",
+    backend: Annotated[str, typer.Option(help="See `python -m submission predict --help`.")] = "auto",
     model: Annotated[str, typer.Option(help="GGUF file, transformers folder, or 'embedded'.")] = "embedded",
     adapter: Annotated[Path | None, typer.Option(help="LoRA adapter.")] = None,
     tuned_model: Annotated[str, typer.Option(help="A tuned model, to be compared with the others.")] = "",

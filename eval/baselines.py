@@ -20,6 +20,7 @@ from eval.compare import Comparison, compare, figures, read_system, table
 from eval.constant import FittedConstant, Search, fit_constant
 from eval.encoders import Encoder
 from eval.scoring import Truth, read_truth
+from submission.backends import AUTO
 from submission.backends.models import EMBEDDED
 from submission.data.files import atomic_writer
 from submission.data.outputs import check_free, made_files
@@ -48,7 +49,7 @@ class BaselinesConfig:
     ood: Path | None = None
     only: Sequence[str] = BASELINES
     reference: str = ""
-    backend: str = "llama_cpp"
+    backend: str = AUTO
     model: str = EMBEDDED
     adapter: Path | None = None
     tuned_model: str = ""

@@ -57,7 +57,7 @@ class Settings:
 
     Attributes:
         recover, recover_config: strategy and its TOML file, as `predict` takes them.
-        backend: llama_cpp, transformers, scripted or auto (by the model).
+        backend: openvino, llama_cpp, transformers, scripted or auto (by the model).
         model: "auto" (what is attached: a folder where there is a GPU, else a GGUF file, else embedded-tuned),
             "embedded-tuned", "embedded" or a path.
         adapter: "auto" (what the bundle has) or a path; "" for none.
@@ -219,7 +219,7 @@ def arguments(settings: Settings, bundle: Path, gpus: list[int], rows: int, scra
             return command  # a strategy of one's own may need none, or name its own
         raise
     is_folder = model not in PACKAGED and Path(model).is_dir()
-    backend = settings.backend if settings.backend != "auto" else "transformers" if is_folder else "llama_cpp"
+    backend = settings.backend if settings.backend != "auto" else suits(model)
     adapter = find_adapter(settings, bundle, is_folder)
     report.found |= {"model": model, "backend": backend, "adapter": adapter or "none"}
     command += ["--backend", backend, "--model", model]
@@ -242,6 +242,13 @@ def arguments(settings: Settings, bundle: Path, gpus: list[int], rows: int, scra
     for option in options:
         command += ["--set", option]
     return [*command, "--workers", str(min(rows, settings.workers or max(1, len(gpus))))]
+
+
+def suits(model: str) -> str:
+    """The backend of a model, as `submission.backends.backend_of` has it."""
+    if model in PACKAGED or (Path(model) / "openvino_model.xml").is_file():
+        return "openvino"
+    return "transformers" if Path(model).is_dir() else "llama_cpp"
 
 
 def find_table() -> Path:

@@ -59,7 +59,7 @@ class Gguf:
         Raises:
             UserError: lists those that exist.
         """
-        require("llama_cpp", "", "train gguf")
+        require("llama_cpp", "llama", "train gguf")
         if not self.quantizations:
             raise UserError("[gguf] names no quantisation")
         for name in self.quantizations:
@@ -142,7 +142,7 @@ def make_gguf(model: str, files: Mapping[str, Path], converter: Converter) -> li
     Raises:
         UserError: something is missing or wrong, or a file is not what it should be; that one is not written.
     """
-    require("llama_cpp", "", "train gguf")
+    require("llama_cpp", "llama", "train gguf")
     kinds = {name: _file_type(name) for name in files}
     folder = resolve_folder(model)
     if not folder.is_dir():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from submission.backends import ModelSpec, model_spec
+from submission.backends import AUTO, ModelSpec, model_spec
 from submission.backends.models import EMBEDDED
 from submission.config import from_mapping, read_toml
 from submission.errors import UserError
@@ -61,7 +61,7 @@ class Mix:
 class TargetModel:
     """The target model, for screens by likelihood."""
 
-    backend: str = "llama_cpp"
+    backend: str = AUTO
     model: str = EMBEDDED
     adapter: str = ""
     settings: tuple[str, ...] = ()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from submission.backends.hardware import ALONE, Placement
-from submission.backends.models import EMBEDDED, PACKAGED, TUNED
+from submission.backends.models import EMBEDDED, PACKAGED, TUNED, is_openvino_folder
 from submission.config import from_settings
 from submission.errors import MissingExtra, UserError
 from submission.prompts.encoding import ChatEncoder
@@ -22,10 +22,17 @@ from submission.types import Backend
 
 # name -> (module, packages it needs as (import name, extra); "" is the core installation)
 _BACKENDS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
-    "llama_cpp": ("submission.backends.llama.backend", (("llama_cpp", ""),)),
+    "openvino": (
+        "submission.backends.openvino.backend",
+        (("openvino_genai", ""), ("openvino", ""), ("tokenizers", ""), ("jinja2", ""), ("gguf", "")),
+    ),
+    "llama_cpp": ("submission.backends.llama.backend", (("llama_cpp", "llama"),)),
     "transformers": ("submission.backends.transformers.backend", (("torch", "hf"), ("transformers", "hf"))),
     "scripted": ("submission.backends.scripted", ()),
 }
+
+AUTO = "auto"
+"""The backend that suits the model; see `backend_of`."""
 
 _MOST_WORKERS, _MOST_ACTORS = 16, 10_000  # on a small machine; on a cluster. More is a slip of the hand.
 
@@ -86,13 +93,21 @@ class ModelSpec:
         }
 
 
+def backend_of(model: str) -> str:
+    """The backend of a model by what it is: a packaged one, an OpenVINO or transformers folder, or a GGUF file."""
+    path = Path(model).expanduser()
+    if model in PACKAGED or is_openvino_folder(path):
+        return "openvino"
+    return "transformers" if (path / "config.json").is_file() else "llama_cpp"
+
+
 def names() -> list[str]:
     """The names of all backends."""
     return list(_BACKENDS)
 
 
 def model_spec(
-    backend: str,
+    backend: str = AUTO,
     model: str = EMBEDDED,
     adapter: Path | None = None,
     settings: list[str] | None = None,
@@ -101,7 +116,7 @@ def model_spec(
     """Check that a backend, its packages, the model files and the options are there. Loads nothing.
 
     Args:
-        backend: its name.
+        backend: its name, or `auto`.
         model: file, folder, `embedded`, or `embedded-tuned`, which with an adapter of one's own is `embedded`.
         adapter: file or folder.
         settings: `key=value` for the backend's options.
@@ -110,8 +125,10 @@ def model_spec(
     Raises:
         UserError: what is missing or wrong, with what exists or the pip command.
     """
+    if backend == AUTO:
+        backend = backend_of(model)
     if backend not in _BACKENDS:
-        raise UserError(f"unknown backend {backend!r}; there are: {', '.join(_BACKENDS)}")
+        raise UserError(f"unknown backend {backend!r}; there are: {AUTO}, {', '.join(_BACKENDS)}")
     for package, extra in _BACKENDS[backend][1]:
         require(package, extra, f"backend {backend}")
     module = _module(backend)

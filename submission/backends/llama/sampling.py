@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from submission.backends.common import PendingRequest, log_probabilities, row_buffer, stop_at, stream_seed
+from submission.backends.common import PendingAnswer, PendingRequest, log_probabilities, row_buffer, stream_seed
 from submission.backends.llama.library import library
 from submission.backends.llama.tokenizer import GgufTokenizer
 from submission.backends.schedule import QueuedPrompt
-from submission.types import Completion, Sampling
+from submission.types import Sampling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,47 +23,12 @@ T = TypeVar("T")
 _HEAD = 10.0  # tokens whose probability is at least e^-10 of the highest are drawn from one by one
 
 
-class PendingAnswer:
-    """One answer on its way."""
+class ChainedAnswer(PendingAnswer):
+    """An answer on its way, and the chain that samples its tokens; None for the likeliest ones."""
 
-    def __init__(self, asked: PendingRequest, number: int, chain: Chain | None) -> None:
-        self.asked = asked
-        self.number = number
+    def __init__(self, asked: PendingRequest, number: int, tokenizer: GgufTokenizer, chain: Chain | None) -> None:
+        super().__init__(asked, number, tokenizer)
         self.chain = chain
-        self._content = b""
-        self._text: str | None = None  # the final one, if a stop string ended it
-        self._tokens = 0
-        self._logprob = 0.0
-        self._ended = False
-
-    def add(self, token: int, logprob: float, tokenizer: GgufTokenizer) -> bool:
-        """Add a token; True if the answer is complete with it."""
-        sampling = self.asked.request.sampling
-        self._tokens += 1
-        self._logprob += logprob
-        if tokenizer.ends_answer(token):
-            self._ended = True
-            return True
-        piece = tokenizer.piece(token, special=False)
-        self._content += piece
-        if sampling.stop:
-            # Only the end can hold a new one.
-            tail = len(piece) + max(len(stop.encode()) for stop in sampling.stop) + 4
-            if stop_at(self._content[-tail:].decode("utf-8", "replace"), sampling.stop) is not None:
-                self._text = stop_at(self._content.decode("utf-8", "replace"), sampling.stop)
-        return self._text is not None or self._tokens == sampling.max_new_tokens
-
-    def completion(self) -> Completion:
-        """What became of it."""
-        encoded = self.asked.encoded
-        return Completion(
-            self._content.decode("utf-8", "replace") if self._text is None else self._text,
-            self._logprob,
-            self._tokens,
-            "stop" if self._ended or self._text is not None else "length",
-            len(encoded.ids),
-            encoded.truncated,
-        )
 
 
 class Chain:
@@ -110,20 +75,21 @@ class LlamaSampler:
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="draw")
 
-    def begin(self, prompt: QueuedPrompt, number: int) -> PendingAnswer:
+    def begin(self, prompt: QueuedPrompt, number: int) -> ChainedAnswer:
         """See `submission.backends.schedule.AnswerSampler`."""
         asked: PendingRequest = prompt.payload
         sampling = asked.request.sampling
         if sampling.temperature <= 0:
-            return PendingAnswer(asked, number, None)
-        return PendingAnswer(asked, number, Chain(sampling, stream_seed(sampling.seed, asked.request.key, number)))
+            return ChainedAnswer(asked, number, self._tokenizer, None)
+        chain = Chain(sampling, stream_seed(sampling.seed, asked.request.key, number))
+        return ChainedAnswer(asked, number, self._tokenizer, chain)
 
-    def extend(self, states: Sequence[PendingAnswer], logits: NDArray[np.float32]) -> list[int | None]:
+    def extend(self, states: Sequence[ChainedAnswer], logits: NDArray[np.float32]) -> list[int | None]:
         """See `submission.backends.schedule.AnswerSampler`."""
         drawn = self._in_parts(lambda part: _draw(states[part], logits[part]), len(states))
         tokens: list[int | None] = []
         for answer, (token, logprob) in zip(states, (pair for part in drawn for pair in part), strict=True):
-            tokens.append(None if answer.add(token, logprob, self._tokenizer) else token)
+            tokens.append(None if answer.add(token, logprob) else token)
         return tokens
 
     def log_probabilities(self, logits: NDArray[np.float32], tokens: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -139,7 +105,7 @@ class LlamaSampler:
         return [work(parts[0])] if len(parts) == 1 else list(self._pool.map(work, parts))
 
 
-def _draw(answers: Sequence[PendingAnswer], logits: NDArray[np.float32]) -> list[tuple[int, float]]:
+def _draw(answers: Sequence[ChainedAnswer], logits: NDArray[np.float32]) -> list[tuple[int, float]]:
     import numpy as np
 
     tokens = np.array(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from submission.backends.bounded import checked_render
+from submission.backends.plain_tokenizer import without_specials
 from submission.errors import MissingExtra, UserError, first_line
 from submission.prompts.encoding import SpecialToken, looks_like_markup, plain_layout
 
@@ -56,39 +57,8 @@ class HfTokenizer:
 
 
 def _plain(tokenizer: Any) -> tuple[Any, Any]:
-    """The tokenizer without its special tokens, so that none of their names in a text is parsed.
-
-    Returns:
-        one for the beginning of a prompt, and one for text behind other text, which puts no blank before it.
-    """
-    from tokenizers import Tokenizer
-
+    """See `submission.backends.plain_tokenizer.without_specials`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise MissingExtra("this tokenizer", "tokenizers", "hf")
-    description = json.loads(backend.to_str())
-    description["post_processor"] = None
-    description["truncation"] = description["padding"] = None
-    description["added_tokens"] = [
-        token
-        for token in description["added_tokens"]
-        if not token["special"] and not looks_like_markup(token["content"])
-    ]
-    at_start = Tokenizer.from_str(json.dumps(description))
-    if not _drop_leading_blank(description["pre_tokenizer"]):
-        return at_start, at_start
-    return at_start, Tokenizer.from_str(json.dumps(description))
-
-
-def _drop_leading_blank(step: Any) -> bool:
-    """Metaspace with the scheme "first" marks the beginning of a text only, not what follows a token.
-
-    Returns:
-        whether there was one to change.
-    """
-    if not isinstance(step, dict):
-        return False
-    changed = step.get("type") == "Metaspace" and step.get("prepend_scheme") == "first"
-    if changed:
-        step["prepend_scheme"] = "never"
-    return any([changed, *map(_drop_leading_blank, step.get("pretokenizers", []))])
+    return without_specials(json.loads(backend.to_str()))

@@ -1,0 +1,1 @@
+"""Backend openvino: GGUF files and OpenVINO folders on a CPU, with paged attention and continuous batching."""

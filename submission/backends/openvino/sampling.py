@@ -1,0 +1,68 @@
+"""Answers whose tokens are sampled in numpy, each from a random stream of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from submission.backends.common import PendingAnswer, PendingRequest, Pieces, stream_seed
+from submission.types import Sampling
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class SampledAnswer(PendingAnswer):
+    """An answer on its way; see `submission.backends.openvino.schedule.Answer`."""
+
+    def __init__(self, asked: PendingRequest, number: int, tokenizer: Pieces) -> None:
+        import numpy as np
+
+        super().__init__(asked, number, tokenizer)
+        sampling = asked.request.sampling
+        self.samples = sampling.temperature > 0
+        self._stream = np.random.Generator(np.random.Philox(stream_seed(sampling.seed, asked.request.key, number)))
+
+    def sample(self, logits: NDArray[np.float32]) -> int:
+        """A token from logits of shape (vocabulary,)."""
+        return sample_token(logits, self.asked.request.sampling, self._stream.random())
+
+
+def sample_token(logits: NDArray[np.float32], sampling: Sampling, point: float) -> int:
+    """The token at `point`, in [0, 1), of the distribution that temperature, top-p and min-p leave, in this order.
+
+    Top-p keeps the likeliest tokens up to the first with which they have that much together (Holtzman et al., 2020);
+    min-p those of at least that share of the likeliest one's probability.
+    """
+    import numpy as np
+
+    weights = np.exp((logits - logits.max()) / np.float32(sampling.temperature))
+    if sampling.top_p < 1:
+        kept = _nucleus(weights, sampling.top_p)
+        if sampling.min_p > 0:
+            kept = kept[weights[kept] >= sampling.min_p]
+        return int(kept[_at(weights[kept], point)])
+    if sampling.min_p > 0:
+        weights[weights < sampling.min_p] = 0
+    return _at(weights, point)
+
+
+def _nucleus(weights: NDArray[np.float32], share: float) -> NDArray[np.int64]:
+    """The likeliest tokens, in that order, up to the first with which they have `share` of all weight."""
+    import numpy as np
+
+    wanted = share * float(weights.sum(dtype=np.float64))
+    for least in (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 0.0):  # of the likeliest one's weight: few are left to be sorted
+        likely = (weights >= least).nonzero()[0]
+        if least == 0 or float(weights[likely].sum(dtype=np.float64)) >= wanted:
+            break
+    order = likely[np.argsort(-weights[likely], kind="stable")]
+    summed = np.cumsum(weights[order], dtype=np.float64)
+    return order[: int(np.searchsorted(summed, wanted)) + 1]
+
+
+def _at(weights: NDArray[np.float32], point: float) -> int:
+    import numpy as np
+
+    summed = np.cumsum(weights, dtype=np.float64)
+    return min(int(np.searchsorted(summed, point * summed[-1], side="right")), len(weights) - 1)

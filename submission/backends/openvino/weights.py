@@ -1,0 +1,108 @@
+"""The OpenVINO folder of a model: as it was named, or made of a GGUF file once and kept in the cache.
+
+`$XDG_CACHE_HOME/prompt-recovery/models` holds what was made. A process that finds another at it waits for that one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from submission.backends.common import package_path
+from submission.data.files import cache_folder, read_json, write_json
+from submission.data.hashing import content_hash
+from submission.data.outputs import installed_version
+from submission.errors import UserError
+
+LOG = logging.getLogger(__name__)
+
+_MADE = "made.json"  # the hash of each file of a folder that was made
+_FORMAT = 1  # of what `convert` makes
+_SECONDS = 3600
+
+
+@contextmanager
+def made_folder(source: Path, adapter: Path | None, scale: float, *, exact: bool) -> Iterator[Path]:
+    """The OpenVINO folder of a GGUF file, for as long as the block runs; a model that is loaded needs it no longer.
+
+    Args:
+        source, adapter, scale, exact: see `submission.backends.openvino.convert`.
+
+    Raises:
+        UserError: it cannot be converted.
+    """
+    marks = [content_hash(source)[:12]]
+    if adapter is not None:
+        marks.append(f"{content_hash(adapter)[:12]}x{scale:g}")
+    if exact:
+        marks.append("exact")
+    name = f"{source.stem}-{'-'.join(marks)}-openvino-{installed_version('openvino')}-{_FORMAT}"
+    target = cache_folder("models") / name
+    what = (str(source), str(target), json.dumps([str(adapter) if adapter else None, scale, exact]))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target.with_name(f"{name}.lock")):
+            if not _is_whole(target):
+                _remove_unfinished(target)
+                LOG.info("the model is converted for OpenVINO, once: %s", target)
+                _convert(*what)
+                write_json(target / _MADE, {file.name: content_hash(file) for file in target.iterdir()})
+    except OSError as error:
+        LOG.warning("the model is converted for this run only: %s cannot be written (%s)", target, error.strerror)
+        with tempfile.TemporaryDirectory(prefix="prompt-recovery-", ignore_cleanup_errors=True) as folder:
+            _convert(what[0], str(Path(folder) / "model"), what[2])
+            yield Path(folder) / "model"
+        return
+    yield target
+
+
+def _convert(*arguments: str) -> None:
+    command = [sys.executable, "-P", "-m", "submission.backends.openvino.convert", *arguments]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False,
+            env={**os.environ, **package_path()},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise UserError(f"model {arguments[0]}: its conversion for OpenVINO did not finish in {_SECONDS} s") from None
+    if done.returncode == 0:
+        return
+    with suppress(ValueError, IndexError):
+        raise UserError(str(json.loads(done.stdout.splitlines()[-1])))
+    why = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+    raise UserError(f"model {arguments[0]} cannot be converted for OpenVINO: its reader ended with {why}")
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all files of a folder that was made are as they were."""
+    try:
+        made = read_json(folder / _MADE)
+        return bool(made) and all(content_hash(folder / name) == known for name, known in made.items())
+    except (UserError, OSError, AttributeError, TypeError):
+        return False
+
+
+def _remove_unfinished(target: Path) -> None:
+    """Remove what killed conversions left; nobody else is at it."""
+    shutil.rmtree(target, ignore_errors=True)
+    for folder in target.parent.glob(f".{target.name}.*.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Wait until no other process has it."""
+    with path.open("w") as file:
+        with suppress(ImportError):  # no such locks on Windows
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,398 @@
+"""Backend openvino: shared blocks never mix rows, answers are those of transformers, GGUF files are converted once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from submission.backends import backend_of, model_spec
+from submission.backends.models import EMBEDDED, TUNED, tuned_adapter
+from submission.backends.openvino.backend import OpenVino
+from submission.backends.openvino.engine import BLOCK, Engine, Piece, Stepped
+from submission.backends.openvino.sampling import sample_token
+from submission.backends.openvino.schedule import Scheduler, Work
+from submission.errors import BackendError, UserError
+from submission.prompts.templates import TEMPLATES, render_rewrite
+from submission.types import Backend, Chat, LogLikelihood, Message, Pair, Part, Request, Sampling, Triplet
+from tests.conftest import Cli, environment, generated, scored
+from tests.test_inference import DRAWS, candidates, chi_square_excess, truncated
+from tests.test_schedule import VOCABULARY, follows
+
+CAPITAL = Chat((Message("user", (Part("What is the capital of France?"),)),))
+
+
+class FakeEngine:
+    """Keeps the tokens of each block, and answers by all tokens that a sequence's blocks hold."""
+
+    def __init__(self, blocks: int, batch: int) -> None:
+        self.blocks, self.batch = blocks, batch
+        self.cells = np.full((blocks, BLOCK), -1)
+        self.computed = 0
+
+    def copy(self, source: int, target: int) -> None:
+        self.cells[target] = self.cells[source]
+
+    def step(self, pieces: Sequence[Piece]) -> Stepped:
+        assert 0 < sum(len(piece.ids) for piece in pieces) <= self.batch
+        top, logprob, target, rows = [], [], [], []
+        for piece in pieces:  # all keys and values are written first
+            for place, token in enumerate(piece.ids, piece.past):
+                self.cells[piece.blocks[place // BLOCK], place % BLOCK] = token
+            self.computed += len(piece.ids)
+        for piece in pieces:
+            fed = self.cells[list(piece.blocks)].ravel()[: piece.past + len(piece.ids)]
+            assert (fed >= 0).all(), "a piece stands on what was never computed"
+            for place, wanted in zip(piece.scored, piece.targets, strict=True):
+                logits = follows(fed[: piece.past + place + 1].tolist())
+                top.append(int(logits.argmax()))
+                logprob.append(float(logits.max()))
+                target.append(float(logits[wanted]))
+            if piece.sampled:
+                rows.append(logits)
+        return Stepped(
+            np.array(top), np.array(logprob), np.array(target), np.array(rows), np.zeros(len(rows), np.float32)
+        )
+
+
+@dataclass
+class FakeAnswer:
+    """Ends after so many tokens; a sampled one takes the token after the likeliest."""
+
+    name: int
+    length: int
+    samples: bool
+    tokens: list[int] = field(default_factory=list)
+    total: float = 0.0
+
+    def sample(self, logits: NDArray[np.float32]) -> int:
+        return (int(logits.argmax()) + self.name) % VOCABULARY
+
+    def add(self, token: int, logprob: float) -> bool:
+        self.tokens.append(token)
+        self.total += logprob
+        return len(self.tokens) == self.length
+
+
+def expected(ids: Sequence[int], answer: FakeAnswer) -> list[int]:
+    """An answer computed alone, from everything before each token."""
+    content = list(ids)
+    for _ in range(answer.length):
+        logits = follows(content)
+        content.append(answer.sample(logits) if answer.samples else int(logits.argmax()))
+    return content[len(ids) :]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prompt of a shared beginning and an end of its own."""
+
+    shared: int
+    own: int
+    lengths: tuple[int, ...]  # of its answers; none for a likelihood
+    samples: bool
+    scored: int
+
+
+JOBS = st.lists(
+    st.builds(
+        Job, st.sampled_from([0, 5, 31, 32, 64, 100]), st.integers(1, 90),
+        st.one_of(st.just(()), st.lists(st.integers(1, 40), min_size=1, max_size=6).map(tuple)), st.booleans(),
+        st.integers(1, 40),
+    ),
+    min_size=1, max_size=25,
+)  # fmt: skip
+
+
+def run(jobs: Sequence[Job], blocks: int, batch: int, streams: int) -> FakeEngine:
+    """Run jobs, and compare every result with the one computed alone."""
+    engine = FakeEngine(blocks, batch)
+    scheduler = Scheduler(cast(Engine, engine), batch, streams, map)
+    common = np.random.default_rng(0).integers(VOCABULARY, size=200, dtype=np.int32)
+    given_: list[Work] = []
+    for number, job in enumerate(jobs):
+        own = np.random.default_rng(number % 7).integers(VOCABULARY, size=job.own, dtype=np.int32)
+        ids = np.concatenate([common[: job.shared], own, np.zeros(1, np.int32)])
+        answers: deque[Any] = deque(FakeAnswer(n, length, job.samples) for n, length in enumerate(job.lengths))
+        scored_from = max(1, len(ids) - job.scored) if not job.lengths else 0
+        given_.append(Work(ids, list(answers), max(job.lengths, default=0), answers, scored_from))
+    found = list(scheduler.run(iter(given_)))
+    assert len(found) == sum(max(1, len(job.lengths)) for job in jobs)
+    for work, job in zip(given_, jobs, strict=True):
+        for answer in work.payload:
+            assert any(answer is one for one in found)
+            assert answer.tokens == expected(work.ids.tolist(), answer)
+        if not job.lengths:
+            alone = [
+                follows(work.ids[:place].tolist())[work.ids[place]] for place in range(work.scored_from, len(work.ids))
+            ]
+            assert work.total == pytest.approx(sum(map(float, alone)))
+    assert scheduler._blocks.free == blocks, "all blocks are given back"
+    assert scheduler._promised == 0
+    return engine
+
+
+@settings(max_examples=150, deadline=None)
+@given(JOBS, st.integers(22, 60), st.sampled_from([9, 32, 100, 512]), st.integers(2, 8))
+def test_whatever_is_shared_every_row_is_answered_as_if_alone(
+    jobs: list[Job], blocks: int, batch: int, streams: int
+) -> None:
+    run(jobs, blocks, batch, streams)
+
+
+def test_what_prompts_begin_with_is_computed_once() -> None:
+    jobs = [Job(96, 3, (2,), False, 1)] * 10
+    engine = run(jobs, 200, 512, 8)
+    assert engine.computed < 10 * 100 / 2
+
+
+def test_a_run_that_is_left_in_the_middle_spoils_nothing() -> None:
+    engine = FakeEngine(40, 16)
+    scheduler = Scheduler(cast(Engine, engine), 16, 4, map)
+    ids = np.arange(100, dtype=np.int32) % VOCABULARY
+
+    def work() -> Iterator[Work]:
+        for _ in range(3):
+            yield Work(ids, None, 5, deque([FakeAnswer(0, 1, False)]))
+
+    for _ in range(3):
+        stream = scheduler.run(work())
+        answer = next(stream)
+        assert isinstance(answer, FakeAnswer)
+        assert answer.tokens == expected(ids.tolist(), answer)
+        stream.close()
+
+
+def test_a_prompt_that_no_memory_holds_is_an_error() -> None:
+    scheduler = Scheduler(cast(Engine, FakeEngine(2, 16)), 16, 4, map)
+    work = Work(np.zeros(100, np.int32), None, 5, deque([FakeAnswer(0, 1, False)]))
+    with pytest.raises(BackendError, match="no room for 105 tokens"):
+        list(scheduler.run([work]))
+
+
+@pytest.mark.parametrize("sampling", DRAWS, ids=str)
+def test_samples_follow_the_probabilities(sampling: Sampling) -> None:
+    logits = np.random.default_rng(1).normal(0, 3.2, 20_000).astype(np.float32)
+    points = np.random.default_rng(2).random(3000)
+    counts = Counter(sample_token(logits, sampling, point) for point in points)
+    assert chi_square_excess(counts, truncated(logits.astype(np.float64), sampling), 3000) < 5
+
+
+def test_very_few_and_very_many_tokens_can_be_sampled() -> None:
+    flat, peaked = np.zeros(1000, np.float32), np.array([50.0, *[0.0] * 999], np.float32)
+    sampling = Sampling(temperature=1.0, top_p=0.9)
+    assert {sample_token(peaked, sampling, point) for point in (0.0, 0.5, 0.999999)} == {0}
+    assert len({sample_token(flat, sampling, point / 1000) for point in range(1000)}) == 900
+    assert len({sample_token(flat, Sampling(temperature=1.0), point / 1000) for point in range(1000)}) >= 999
+
+
+@pytest.fixture(scope="module")
+def plain() -> OpenVino:
+    backend = model_spec("openvino", EMBEDDED, settings=["dtype=float32"]).load()
+    assert isinstance(backend, OpenVino)
+    return backend
+
+
+@pytest.fixture(scope="module")
+def hf(hf_folder: Path) -> Backend:
+    return model_spec("transformers", str(hf_folder)).load()
+
+
+def asked(pairs: Sequence[Pair], sampling: Sampling) -> list[Request]:
+    return [Request(pair.id, TEMPLATES["short"].render(pair), sampling) for pair in pairs]
+
+
+def texts(backend: Backend, requests: Iterable[Request]) -> dict[str, list[str]]:
+    return {key: [c.text for c in completions] for key, completions in generated(backend, requests).items()}
+
+
+def test_greedy_answers_and_likelihoods_are_those_of_transformers(
+    plain: OpenVino, hf: Backend, example_pairs: list[Pair]
+) -> None:
+    """The weights are kept in 16 bits here, in 32 there."""
+    requests = asked(example_pairs[:12], Sampling(max_new_tokens=12))
+    ours, theirs = generated(plain, requests), generated(hf, requests)
+    assert sum(ours[key][0].text == theirs[key][0].text for key in theirs) >= 11
+    for key, (completion,) in ours.items():
+        if completion.text == theirs[key][0].text:
+            assert completion.logprob == pytest.approx(theirs[key][0].logprob, abs=0.005 * completion.tokens)
+            assert completion.prompt_tokens == theirs[key][0].prompt_tokens
+    items = candidates(example_pairs[:3])
+    here, there = scored(plain, items), scored(hf, items)
+    for key, found in here.items():
+        assert found.tokens == there[key].tokens
+        assert found.sum == pytest.approx(there[key].sum, abs=0.002 * found.tokens)
+
+
+def test_neighbours_and_memory_decide_no_answer(plain: OpenVino, example_pairs: list[Pair]) -> None:
+    greedy = asked(example_pairs[:8], Sampling(max_new_tokens=8))
+    sampled = asked(example_pairs[:8], Sampling(n=5, temperature=0.9, top_p=0.95, max_new_tokens=6, seed=5))
+    tight = model_spec("openvino", EMBEDDED, settings=["dtype=float32", "context=1024", "memory=1", "batch=48"]).load()
+    for requests in (greedy, sampled):
+        together = texts(plain, requests)
+        assert texts(plain, requests[::-1]) == together
+        assert {key: found for one in requests[::3] for key, found in texts(plain, [one]).items()}.items() <= (
+            together.items()
+        )
+        assert texts(tight, requests) == together
+    items = candidates(example_pairs[:2])
+    together_ = scored(plain, items)
+    for item in items[::3]:
+        ((key, alone),) = scored(plain, [item]).items()
+        assert together_[key].sum == pytest.approx(alone.sum, abs=1e-4 * alone.tokens)
+
+
+def test_a_sample_depends_on_seed_key_and_number(plain: OpenVino) -> None:
+    def drawn(key: str, n: int, seed: int) -> list[str]:
+        ((_, found),) = texts(plain, [Request(key, CAPITAL, Sampling(n, 1.0, max_new_tokens=8, seed=seed))]).items()
+        return found
+
+    four = drawn("q", 4, 7)
+    assert drawn("q", 70, 7)[:4] == four, "more than there are streams"
+    assert len(set(four)) > 1
+    assert drawn("q2", 4, 7) != four != drawn("q", 4, 8)
+
+
+def test_probabilities_of_answers_are_their_likelihoods(plain: OpenVino, example_pairs: list[Pair]) -> None:
+    for sampling in (Sampling(max_new_tokens=6), Sampling(n=3, temperature=1.3, top_p=0.9, max_new_tokens=6)):
+        for request in asked(example_pairs[:3], sampling):
+            ((_, completions),) = generated(plain, [request]).items()
+            for completion in completions:
+                ((_, likelihood),) = scored(plain, [("k", request.chat, completion.text)]).items()
+                if completion.finish_reason == "length" and likelihood.tokens == completion.tokens:
+                    assert likelihood.sum == pytest.approx(completion.logprob, abs=0.001 * likelihood.tokens)
+    assert scored(plain, [("empty", CAPITAL, "")])["empty"] == LogLikelihood(0.0, 0)
+
+
+def test_stops_prefixes_and_lengths(plain: OpenVino) -> None:
+    chat = Chat(CAPITAL.messages, prefix="The capital of")
+    stopped, cut = (
+        generated(plain, [Request("q", chat, sampling)])["q"][0]
+        for sampling in (Sampling(max_new_tokens=40, stop=(" is",)), Sampling(max_new_tokens=2))
+    )
+    assert (stopped.text, stopped.finish_reason) == (" France", "stop")
+    assert (cut.tokens, cut.finish_reason) == (2, "length")
+    with pytest.raises(BackendError, match="leave no room"):
+        list(plain.generate([Request("q", CAPITAL, Sampling(max_new_tokens=2000))]))
+    assert generated(plain, [Request("q", chat, Sampling(max_new_tokens=40))])["q"][0].finish_reason == "stop"
+
+
+def test_shots_and_candidates_share_what_they_begin_with(plain: OpenVino, example_pairs: list[Pair]) -> None:
+    engine: Any = plain._scheduler._engine
+    fed: list[int] = []
+    step = engine.step
+
+    def counted(pieces: Sequence[Piece]) -> Stepped:
+        fed.append(sum(len(piece.ids) for piece in pieces))
+        return cast(Stepped, step(pieces))
+
+    engine.step = counted
+    try:
+        shots = [Triplet(pair, "Rewrite this as a poem") for pair in example_pairs[5:8]]
+        requests = [Request(pair.id, TEMPLATES["few_shot"].render(pair, shots), Sampling(max_new_tokens=2))
+                    for pair in example_pairs[:5]]  # fmt: skip
+        needed = sum(found[0].prompt_tokens for found in generated(plain, requests).values())
+        assert sum(fed) < needed / 2
+        fed.clear()
+        pair = example_pairs[0]
+        items = [(str(n), render_rewrite(pair.original_text, "x" * n), pair.rewritten_text) for n in range(1, 6)]
+        needed = sum(one.tokens + one.prompt_tokens for one in scored(plain, items).values())
+        assert 0 < sum(fed) <= needed
+    finally:
+        engine.step = step
+
+
+def test_the_tokenizer_is_that_of_llama_cpp(example_pairs: list[Pair]) -> None:
+    ours, theirs = (model_spec(name).load_encoder() for name in ("openvino", "llama_cpp"))
+    assert set(ours.tokenizer.specials) == set(theirs.tokenizer.specials)
+    assert ours.context == theirs.context
+    odd = [
+        "a  b\n\n c\t123456 <|im_end|>",
+        "日本語 😀👍🏽 é",
+        "   lead",
+        "don't I'LL",
+        "\u00a0x\r\ny",
+        "".join(map(chr, range(1, 400))),
+    ]
+    for text in [*odd, *(pair.original_text for pair in example_pairs[:10])]:
+        for at_start in (True, False):
+            ids = ours.tokenizer.tokenize(text, at_start=at_start)
+            assert ids == list(theirs.tokenizer.tokenize(text, at_start=at_start))
+            assert ours.tokenizer.detokenize(ids) == theirs.tokenizer.detokenize(ids)
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "hi"}]
+    assert ours.tokenizer.render(messages) == theirs.tokenizer.render(messages)
+
+
+def test_a_gguf_adapter_is_added_to_the_weights(example_pairs: list[Pair]) -> None:
+    items = candidates(example_pairs[:1])
+    theirs = scored(model_spec("llama_cpp", EMBEDDED, tuned_adapter()).load(), items)
+    for spec in (model_spec("openvino", TUNED), model_spec("openvino", EMBEDDED, tuned_adapter())):
+        assert "adapter" in spec.fingerprint()
+        for key, found in scored(spec.load(), items).items():
+            assert found.sum / found.tokens == pytest.approx(theirs[key].sum / found.tokens, abs=0.03)
+
+
+def converted(cache: Path) -> subprocess.Popen[str]:
+    code = ("from submission.backends import model_spec\n"
+            "print(model_spec('openvino', 'embedded').load_encoder().context)")  # fmt: skip
+    return subprocess.Popen([sys.executable, "-c", code], env={**environment(), "XDG_CACHE_HOME": str(cache)},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def test_the_embedded_model_is_converted_once_by_whoever_comes_first(tmp_path: Path) -> None:
+    done = [process.communicate(timeout=300) for process in [converted(tmp_path), converted(tmp_path)]]
+    assert [out for out, _ in done] == ["2048\n"] * 2, done
+    folder = tmp_path / "prompt-recovery" / "models"
+    (made,) = (one for one in folder.iterdir() if one.is_dir())
+    assert sorted(one.name for one in made.iterdir()) == [
+        "config.json", "generation_config.json", "made.json", "openvino_model.bin", "openvino_model.xml",
+        "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    before = (made / "made.json").stat().st_mtime_ns
+    (made / "config.json").write_text("{")  # a disk that lies
+    (killed := folder / f".{made.name}.prompt-recovery-killed__.tmp").mkdir()
+    assert converted(tmp_path).communicate(timeout=300)[0] == "2048\n"
+    assert (made / "made.json").stat().st_mtime_ns > before
+    assert json.loads((made / "config.json").read_text())["model_type"] == "llama"
+    assert not killed.exists()
+
+
+def test_what_openvino_cannot_load_is_said(cli: Cli, tmp_path: Path, gguf: Path) -> None:
+    import gguf as format_
+
+    other = tmp_path / "other.gguf"
+    writer = format_.GGUFWriter(other, "mamba")
+    writer.add_tensor("x", np.zeros((2, 2), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=r"architecture 'mamba'.*use --backend llama_cpp"):
+        model_spec("openvino", str(other)).load_encoder()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "openvino_model.xml").write_text("<net")
+    assert backend_of(str(folder)) == "openvino"
+    with pytest.raises(UserError, match=r"has openvino_model\.xml and no openvino_model\.bin"):
+        model_spec("openvino", str(folder))
+    (folder / "openvino_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="no adapter beside an OpenVINO folder"):
+        model_spec("openvino", str(folder), gguf)
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+        model_spec("openvino", str(folder)).load()
+    with pytest.raises(UserError, match="dtype='float64'"):
+        model_spec("openvino", settings=["dtype=float64"])
+    (folder / "tokenizer.json").write_text('{"added_tokens": 7}')
+    with pytest.raises(UserError, match=r"tokenizer of .* cannot be used"):
+        model_spec("openvino", str(folder)).load()

@@ -15,7 +15,7 @@ from submission.errors import UserError
 from submission.predict.strategies import DEFAULT_PROMPT
 from submission.progress import print_line
 
-LOG = logging.getLogger(__name__)
+LOG = logging.getLogger("ensemble")  # not of __main__, which nobody listens to
 
 app = new_app("Try to beat one answer: sample many, let selectors choose, measure whether and why it helps.")
 

@@ -17,7 +17,7 @@ from submission.config import split_list
 from submission.errors import UserError
 from submission.progress import print_line
 
-LOG = logging.getLogger(__name__)
+LOG = logging.getLogger("train")  # not of __main__, which nobody listens to
 
 app = new_app("Make training sets and weights (train).")
 

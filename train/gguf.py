@@ -76,9 +76,9 @@ class Gguf:
 
 
 _WHOLE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}  # what the converter writes itself
-_MOST_APART = 0.05  # of logits, transformers in 32 bits beside llama.cpp with a base in 16
-_MOST_APART_32 = 0.005  # with a base in 32: what an adapter in 16 bits costs, ten times over
-_LIKELY = 20  # tokens by place whose logits are compared
+# Mean KL divergence a token, in nats, from transformers in 32 bits to llama.cpp: with weights in 16 bits, and with a
+# base in 32 bits, where it is what an adapter in 16 bits costs. A wrong conversion is off by a thousand times as much.
+_MOST_DIVERGENCE, _MOST_DIVERGENCE_32 = 2e-3, 1e-4
 _SMALL = 2e9  # bytes of a base that is converted just to check an adapter
 _CONTEXT = 256
 ADAPTER = "adapter.gguf"  # as `train run` calls it
@@ -157,8 +157,8 @@ def make_gguf(model: str, files: Mapping[str, Path], converter: Converter) -> li
         reference = Path(scratch) / f"{whole}.gguf"
         LOG.info(f"converting {folder} to {whole}")
         converter.model(folder, reference, _WHOLE[whole])
-        apart, exact, ids = _compare_with_transformers(folder, reference)
-        LOG.info(f"logits within {apart:.3f} of transformers on {sum(map(len, ids))} tokens")
+        divergence, exact, ids = _compare_with_transformers(folder, reference)
+        LOG.info(f"{divergence:.1e} nats a token from transformers, on {sum(map(len, ids))} tokens")
         for name, kind in sorted(kinds.items(), key=lambda item: item[0] == whole):  # it is moved away, so comes last
             with atomic_path(files[name]) as target:
                 LOG.info(f"writing {name}")
@@ -174,7 +174,7 @@ def make_gguf(model: str, files: Mapping[str, Path], converter: Converter) -> li
     for one in checked:
         write_manifest(Path(one.file), {
             "model": str(folder), "made_from": _made_from(folder), "converter": converter.fingerprint,
-            "template": template_of(folder), "logits_apart": apart, **asdict(one),
+            "template": template_of(folder), "from_transformers": divergence, **asdict(one),
         })  # fmt: skip
     return checked
 
@@ -205,17 +205,19 @@ def make_adapter(
     folder = base_folder(base)
     check_output(output, (("adapter", adapter), ("base", folder)))
     stay_offline_and_quiet()
-    apart: float | None = None
+    divergence: float | None = None
     with atomic_path(output) as target, TemporaryDirectory(dir=output.parent, prefix=".base-", suffix=".tmp") as name:
         converter.adapter(adapter, folder, target)
-        most = _MOST_APART
+        most = _MOST_DIVERGENCE
         if base_gguf is None and sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= _SMALL:
             # In 32 bits, so that what is seen is the adapter: 16 bits of a base alone may move logits by 0.03.
-            base_gguf, most = Path(name) / "base.gguf", _MOST_APART_32
+            base_gguf, most = Path(name) / "base.gguf", _MOST_DIVERGENCE_32
             converter.model(folder, base_gguf, "f32")
         if base_gguf is not None:
-            apart, _, ids = _compare_with_transformers(folder, base_gguf, adapter, target, most=most)
-            LOG.info(f"logits within {apart:.4f} of transformers on {sum(map(len, ids))} tokens, base and adapter")
+            divergence, _, ids = _compare_with_transformers(folder, base_gguf, adapter, target, most=most)
+            LOG.info(
+                f"{divergence:.1e} nats a token from transformers, base and adapter, on {sum(map(len, ids))} tokens"
+            )
         else:
             LOG.info(
                 "not loaded beside its base, which is large: name an F32 or F16 file of it with --base-gguf to check"
@@ -223,7 +225,7 @@ def make_adapter(
         claim(output, [output])
     write_manifest(output, {"adapter": str(adapter), "made_from": _made_from(adapter), "base": base,
                             "template": template_of(adapter), "converter": converter.fingerprint,
-                            "logits_apart": apart})  # fmt: skip
+                            "from_transformers": divergence})  # fmt: skip
     LOG.info(f"written to {output}: {output.stat().st_size / 1e6:.1f} MB")
 
 
@@ -247,7 +249,7 @@ def _file_type(name: str) -> int:
 
 
 def _compare_with_transformers(
-    folder: Path, file: Path, adapter: Path | None = None, lora: Path | None = None, *, most: float = _MOST_APART
+    folder: Path, file: Path, adapter: Path | None = None, lora: Path | None = None, *, most: float = _MOST_DIVERGENCE
 ) -> tuple[float, list[NDArray[np.float32]], list[list[int]]]:
     """Largest difference of logits, the file's logits by probe, and the probes' ids.
 
@@ -275,21 +277,27 @@ def _compare_with_transformers(
         if llama.tokenize(text.encode(), add_bos=bos, special=False) != row:
             raise UserError(f"the file tokenises {text[:40]!r} otherwise than {folder}")
     found = [_logits(llama, row)[0] for row in ids]
-    apart = max(_apart(ours[:, : theirs.shape[1]], theirs) for ours, theirs in zip(found, expected, strict=True))
-    if not apart <= most:
+    divergence = _divergence(
+        expected, [ours[:, : theirs.shape[1]] for ours, theirs in zip(found, expected, strict=True)]
+    )
+    if not divergence <= most:
         raise UserError(
-            f"the logits are {apart:.3f} off those of transformers, more than {most}: not written\n"
+            f"its probabilities diverge from those of transformers by {divergence:.2g} nats a token, more than "
+            f"{most:g}: not written\n"
             "Written in 16 bits it does not compute the same: use its folder as it is, with --backend transformers."
         )
-    return apart, found, ids
+    return divergence, found, ids
 
 
-def _apart(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
-    """Largest difference of the logits of likely tokens: of others, 16 bits leave less than 32 do, and nobody asks."""
+def _divergence(theirs: Sequence[NDArray[np.float32]], ours: Sequence[NDArray[np.float32]]) -> float:
+    """Mean KL divergence a token from their probabilities to ours, in nats; from logits (tokens, vocabulary)."""
     import numpy as np
 
-    likely = np.argsort(-theirs, axis=1)[:, :_LIKELY]
-    return float(np.abs(np.take_along_axis(ours, likely, 1) - np.take_along_axis(theirs, likely, 1)).max())
+    by_token: list[float] = []
+    for expected, found in zip(theirs, ours, strict=True):
+        logs, other = _log_softmax(expected), _log_softmax(found)
+        by_token += (np.exp(logs) * (logs - other)).sum(axis=1).tolist()
+    return float(np.mean(by_token))
 
 
 def _check(
@@ -298,18 +306,18 @@ def _check(
     import numpy as np
 
     llama = _open(file)
-    divergences, losses, seconds = [], [], 0.0
-    for row, reference in zip(ids, exact, strict=True):
+    found, losses, seconds = [], [], 0.0
+    for row in ids:
         logits, spent = _logits(llama, row)
         seconds += spent
-        ours, theirs = _log_softmax(logits), _log_softmax(reference)
-        divergences += (np.exp(theirs) * (theirs - ours)).sum(axis=1).tolist()
+        found.append(logits)
+        ours = _log_softmax(logits)
         losses += [-float(ours[place, token]) for place, token in enumerate(row[1:])]
     if not np.isfinite(losses).all():
         raise UserError(f"the file of {name} gives numbers that are not finite: not written")
     tokens = sum(map(len, ids))
     return Checked(
-        str(path), name, file.stat().st_size / 1e6, float(np.mean(divergences)), math.exp(float(np.mean(losses))),
+        str(path), name, file.stat().st_size / 1e6, _divergence(exact, found), math.exp(float(np.mean(losses))),
         tokens / seconds,
     )  # fmt: skip
 

@@ -54,7 +54,7 @@ class Processes(Carrier):
         what, more = self._shares[worker.number]
         line, there = Pipe()
         process = _STARTER.submit(
-            subprocess.Popen[bytes],
+            subprocess.Popen,
             # -P: nothing in the current folder takes the place of a package.
             [sys.executable, "-P", "-m", "submission.calls.worker", str(there.fileno()), str(os.getpid())],
             env={**os.environ, **package_path(), **more},

@@ -83,9 +83,10 @@ def plan(config: RunConfig, read: Callable[[Pairs], object] = lambda _: None, *,
     Raises:
         UserError: something is missing or wrong.
     """
-    files = [config.output, log_path(config.output)]
     if writes:
         check_writable(config.output)
+    files = [config.output, log_path(config.output)]
+    if writes:
         files += [file for one in (config.output, manifest_path(config.output)) for file in leftovers(one)]
         check_apart(config.output, files, (one for one in _inputs(config) if not one[1].is_dir()))
     if is_blank(config.fallback) or strip_invalid_utf8(config.fallback) != config.fallback:

@@ -70,12 +70,13 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/.submission: pyproject.toml constraints.txt | .venv/bin/python
-	@echo "installing what prediction needs; llama.cpp is compiled once, which takes about five minutes"
+	@echo "installing what prediction needs"
 	$(PIP) -e '.[embedded]'
 	@touch $@
 
-# Core first: one place says what it installs, and the compilation is over before the large downloads.
+# Core first: one place says what it installs.
 .venv/.all: .venv/.submission pyproject.toml constraints.txt
-	@echo "installing everything: torch, transformers, trl, sentence-transformers and the tools for tests"
+	@echo "installing everything: torch, transformers, trl, sentence-transformers, the tools for tests; llama.cpp is"
+	@echo "compiled once, which takes about five minutes"
 	$(PIP) -e '.[all,dev]'
 	@touch $@

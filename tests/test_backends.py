@@ -270,7 +270,7 @@ def test_the_double_streams_and_does_as_it_is_told() -> None:
 
 
 def test_every_backend_is_named_and_checked() -> None:
-    assert names() == ["llama_cpp", "transformers", "scripted"]
+    assert names() == ["openvino", "llama_cpp", "transformers", "scripted"]
     spec = model_spec("scripted", settings=["seconds_per_row=0.5"])
     assert isinstance(spec, ModelSpec)
     described = spec.describe()

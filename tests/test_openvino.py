@@ -226,13 +226,13 @@ def test_greedy_answers_and_likelihoods_are_those_of_transformers(
     assert sum(ours[key][0].text == theirs[key][0].text for key in theirs) >= 11
     for key, (completion,) in ours.items():
         if completion.text == theirs[key][0].text:
-            assert completion.logprob == pytest.approx(theirs[key][0].logprob, abs=0.005 * completion.tokens)
+            assert completion.logprob == pytest.approx(theirs[key][0].logprob, abs=0.02 * completion.tokens)
             assert completion.prompt_tokens == theirs[key][0].prompt_tokens
     items = candidates(example_pairs[:3])
     here, there = scored(plain, items), scored(hf, items)
     for key, found in here.items():
         assert found.tokens == there[key].tokens
-        assert found.sum == pytest.approx(there[key].sum, abs=0.002 * found.tokens)
+        assert found.sum == pytest.approx(there[key].sum, abs=0.02 * found.tokens)
 
 
 def test_neighbours_and_memory_decide_no_answer(plain: OpenVino, example_pairs: list[Pair]) -> None:

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from submission.backends.openvino.schedule import Answer, Work
     from submission.backends.openvino.tokenizer import FolderTokenizer
 
-_STREAMS = 32  # answers on their way at once: more gain nothing, and each takes memory
-_CELLS = 512  # tokens that each of so many has room for
+_STREAMS = 24  # answers on their way at once: more gain nothing, and each takes memory
+_CELLS = 256  # tokens of the cache for each of so many; longer ones are fewer at a time
 _DTYPES = ("auto", "float32", "bfloat16")
 
 

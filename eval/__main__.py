@@ -231,6 +231,7 @@ def throughput(
     threads: Annotated[int, typer.Option(min=0, help="0 means every core.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest answer, in tokens.")] = 40,
     repeats: Annotated[int, typer.Option(min=1, help="The median of so many is reported.")] = 3,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: what is fastest here.")] = "auto",
     scenario: Annotated[
         list[str] | None, typer.Option(help="zero_shot, few_shot, samples or likelihood; again for more. Default: all.")
     ] = None,
@@ -241,14 +242,14 @@ def throughput(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time this program beside llama-cpp-python, llama-server, transformers and a bare loop of llama_decode."""
+    """Time this program beside OpenVINO GenAI, llama.cpp in three ways, and transformers."""
     from eval.throughput import SCENARIOS, ThroughputConfig, measure
 
     results = measure(
         ThroughputConfig(
             input=input, rows=rows, shots=shots, model=model, threads=threads, new_tokens=max_new_tokens,
-            repeats=repeats, scenarios=scenario or SCENARIOS, llama_server=llama_server, transformers=transformers,
-            plot=plot,
+            repeats=repeats, dtype=dtype, scenarios=scenario or SCENARIOS, llama_server=llama_server,
+            transformers=transformers, plot=plot,
         )
     )  # fmt: skip
     if as_json:

@@ -14,22 +14,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.peers import BareLoop, LlamaCppPython, Load, TransformersRows, llama_server
+from eval.peers import GenAi, LlamaCppPython, Load, llama_server
 from submission.backends import model_spec
 from submission.backends.common import thread_count
-from submission.backends.llama.backend import LlamaCpp, weights
+from submission.backends.llama.backend import weights
 from submission.backends.models import EMBEDDED
-from submission.backends.schedule import QueuedText
+from submission.backends.openvino.backend import OpenVino, dtype_of, opened
+from submission.backends.openvino.graph import PRECISIONS
 from submission.backends.transformers.loading import stay_offline_and_quiet
 from submission.data.files import atomic_path
 from submission.data.outputs import check_output, made_files
 from submission.data.tables import read_pairs, read_triplets
 from submission.errors import UserError
 from submission.prompts.templates import get_template, render_rewrite
-from submission.types import Chat, Request, Sampling, Triplet
+from submission.types import Backend, Chat, Failure, Request, Sampling, Triplet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +41,6 @@ LOG = logging.getLogger(__name__)
 SCENARIOS = ("zero_shot", "few_shot", "samples", "likelihood")
 OURS = "this program"
 _SHOTS, _SAMPLES, _CANDIDATES = 3, 8, 5
-_STREAMS = (4, 8, 16, 32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class ThroughputConfig:
     threads: int = 0
     new_tokens: int = 40
     repeats: int = 3
+    dtype: str = "auto"
     scenarios: Sequence[str] = SCENARIOS
     llama_server: Path | None = None
     transformers: bool = True
@@ -65,7 +67,7 @@ class Measured:
 
     Attributes:
         rows: that were computed each time.
-        prompt_tokens: of a row's prompt, on average.
+        prompt_tokens: of a row's prompts, on average.
         new_tokens: of a row's answers together, on average; of the scored texts for likelihoods.
         seconds: by way.
     """
@@ -152,14 +154,21 @@ class _Bench:
         self._pairs = read_pairs(config.input)[: config.rows]
         self._threads = thread_count(config.threads)
         self._file = weights(model_spec("llama_cpp", config.model))[0]
-        backend = model_spec("llama_cpp", str(self._file), settings=[f"threads={self._threads}"]).load()
-        assert isinstance(backend, LlamaCpp)
+        dtype = dtype_of(config.dtype)
+        spec = model_spec("openvino", config.model, settings=[f"threads={self._threads}", f"dtype={dtype}"])
+        backend = spec.load()
+        assert isinstance(backend, OpenVino)
         self._ours = backend
-        self._bare = BareLoop(backend)
+        with opened(spec) as folder:
+            self._genai = GenAi(folder, PRECISIONS[dtype], self._threads)
+        self._llama = model_spec("llama_cpp", str(self._file), settings=[f"threads={self._threads}"]).load()
         self._one_by_one = LlamaCppPython(self._file, self._threads, backend.encoder.context)
-        self._transformers: TransformersRows | None = None
+        self._transformers: Backend | None = None
+        if config.transformers:
+            settings = [f"threads={self._threads}", "dtype=bfloat16"]
+            self._transformers = model_spec("transformers", str(self._file), settings=settings).load()
         self._server: Callable[[Load], None] | None = None
-        LOG.info(f"model      {self._file.name}, {self._threads} threads, {config.repeats} repeats")
+        LOG.info(f"model      {config.model}, {dtype}, {self._threads} threads, {config.repeats} repeats")
 
     def start_server(self, stack: ExitStack) -> None:
         if self._config.llama_server is not None:
@@ -167,22 +176,26 @@ class _Bench:
             self._server = stack.enter_context(server)
 
     def zero_shot(self) -> Measured:
-        return self._greedy(self._chats("short", ()), others=True)
+        chats = self._chats("short", ())
+        load = self._load(chats)
+        more: dict[str, Callable[[], object]] = {
+            "llama-cpp-python, one completion a row": lambda: self._one_by_one(load)
+        }
+        if self._server is not None:
+            server = self._server
+            more["llama-server -np 8, eight clients"] = lambda: server(load)
+        return self._answers(chats, Sampling(max_new_tokens=self._config.new_tokens), more)
 
     def few_shot(self) -> Measured:
-        return self._greedy(self._chats("few_shot", self._triplets(_SHOTS)), others=False)
+        chats = self._chats("few_shot", self._triplets(_SHOTS))
+        return self._answers(chats, Sampling(max_new_tokens=self._config.new_tokens), {})
 
     def samples(self) -> Measured:
-        """Eight samples a row against one."""
+        """Eight samples a row, and one."""
         chats = self._chats("short", ())
-        drawn = {n: Sampling(n=n, temperature=0.8, max_new_tokens=self._config.new_tokens) for n in (1, _SAMPLES)}
-        answered = self._answer(chats, drawn[_SAMPLES])
-        measured = self._measured(chats, [sum(counts) for counts in answered])
-        self._by_turns(measured, {
-            OURS: lambda: self._answer(chats, drawn[_SAMPLES]),
-            "this program, one sample a row": lambda: self._answer(chats, drawn[1]),
-        })  # fmt: skip
-        return measured
+        one, many = (Sampling(n=n, temperature=0.8, max_new_tokens=self._config.new_tokens) for n in (1, _SAMPLES))
+        more = {"this program, one sample a row": lambda: self._answer(self._ours, chats, one)}
+        return self._answers(chats, many, more)
 
     def likelihood(self) -> Measured:
         """log P(rewrite | candidate prompt, original) of five candidates a row."""
@@ -192,16 +205,15 @@ class _Bench:
             for pair in self._pairs
             for number, prompt in enumerate(prompts)
         ]
-        texts = list(self._texts(items))
+        sizes = [self._ours.encoder.encode_scored(chat, text) for _, chat, text in items]
+        rows = len(self._pairs)
         measured = Measured(
-            len(self._pairs),
-            sum(text.scored_from for text in texts) / len(self._pairs),
-            sum(len(text.ids) - text.scored_from for text in texts) / len(self._pairs),
+            rows, sum(start for _, start in sizes) / rows, sum(len(ids) - start for ids, start in sizes) / rows
         )
-        self._by_turns(measured, {
-            OURS: lambda: list(self._ours.loglikelihood(items)),
-            "bare llama_decode, same tokens and logits": lambda: self._bare.score(texts),
-        })  # fmt: skip
+        ways: dict[str, Callable[[], object]] = {
+            way: partial(self._score, backend, items) for way, backend in self._backends().items()
+        }
+        self._by_turns(measured, ways)
         return measured
 
     def plot(self, path: Path) -> None:
@@ -215,49 +227,45 @@ class _Bench:
         greedy = Sampling(max_new_tokens=self._config.new_tokens)
         figure, (by_rows, by_samples) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
         counts = sorted({min(count, len(chats)) for count in (1, 2, 4, 8, 16, 32, 64, 128)})
-        ours = [count / _time(lambda n=count: self._answer(chats[:n], greedy)) for count in counts]  # type: ignore[misc]
+        ours = [count / _time(lambda n=count: self._answer(self._ours, chats[:n], greedy)) for count in counts]  # type: ignore[misc]
         rows = [count / _time(lambda n=count: self._one_by_one(self._load(chats[:n]))) for count in counts]  # type: ignore[misc]
         _lines(by_rows, counts, {OURS: ours, "llama-cpp-python, row by row": rows}, "rows", "rows/s")
         numbers = (1, 2, 4, 8)
         drawn = [Sampling(n=n, temperature=0.8, max_new_tokens=self._config.new_tokens) for n in numbers]
-        times = [_time(lambda s=sampling: self._answer(chats, s)) for sampling in drawn]  # type: ignore[misc]
+        times = [_time(lambda s=sampling: self._answer(self._ours, chats, s)) for sampling in drawn]  # type: ignore[misc]
         speed = {"rows/s": [len(chats) / t for t in times],
                  "answers/s": [n * len(chats) / t for n, t in zip(numbers, times, strict=True)]}  # fmt: skip
         _lines(by_samples, numbers, speed, "samples a row", "per second")
-        figure.suptitle(f"{self._file.stem}, {self._threads} threads, up to {self._config.new_tokens} new tokens")
+        figure.suptitle(f"{self._config.model}, {self._threads} threads, up to {self._config.new_tokens} new tokens")
         figure.savefig(path, format="png", dpi=120)
         pyplot.close(figure)
 
     # -- what the scenarios share ---------------------------------------------------------------------------
 
-    def _greedy(self, chats: Sequence[Chat], *, others: bool) -> Measured:
-        load = self._load(chats)
-        sampling = Sampling(max_new_tokens=self._config.new_tokens)
-        answered = [counts[0] for counts in self._answer(chats, sampling)]
-        measured = self._measured(chats, answered)
-        # The number of streams that is best for the bare loop is found once.
-        trials = {streams: _time(lambda n=streams: self._bare(load, answered, n)) for streams in _STREAMS}  # type: ignore[misc]
-        best = min(trials, key=lambda streams: trials[streams])
+    def _backends(self) -> dict[str, Backend]:
+        """The backends of this program, by the names of the ways."""
+        found: dict[str, Backend] = {OURS: self._ours, "backend llama_cpp": self._llama}
+        if self._transformers is not None:
+            found["backend transformers, bfloat16"] = self._transformers
+        return found
+
+    def _answers(self, chats: Sequence[Chat], sampling: Sampling, more: Mapping[str, Callable[[], object]]) -> Measured:
+        counts = [sum(tokens) for tokens in self._answer(self._ours, chats, sampling)]
+        load = self._load(chats, sampling)
         ways: dict[str, Callable[[], object]] = {
-            OURS: lambda: self._answer(chats, sampling),
-            "llama-cpp-python, one completion a row": lambda: self._one_by_one(load),
+            way: partial(self._answer, backend, chats, sampling) for way, backend in self._backends().items()
         }
-        if self._server is not None:
-            server = self._server
-            ways["llama-server -np 8, eight clients"] = lambda: server(load)
-        ways[f"ceiling: bare llama_decode, {best} streams"] = lambda: self._bare(load, answered, best)
-        self._by_turns(measured, ways)
-        if others and self._config.transformers:
-            # Slow and steady: once is enough, and it would only lengthen the turns of the others.
-            self._transformers = self._transformers or TransformersRows(self._file, self._threads)
-            transformers = self._transformers
-            measured.seconds["transformers fp32, one generate a row"] = [_time(lambda: transformers(load))]
+        ways["OpenVINO GenAI, its own pipeline"] = lambda: self._genai(load)
+        measured = Measured(len(chats), statistics.mean(map(len, load.prompts)), statistics.mean(counts))
+        self._by_turns(measured, {**ways, **more})
         return measured
 
     def _by_turns(self, measured: Measured, ways: Ways) -> None:
         measured.seconds.update({way: [] for way in ways})
         for repeat in range(self._config.repeats):
             for way, run in ways.items():
+                self._ours.forget()  # or a repeat would find its prompts computed
+                self._genai.forget()
                 measured.seconds[way].append(_time(run))
             LOG.info(f"repeat {repeat + 1} of {self._config.repeats} is done")
 
@@ -271,26 +279,24 @@ class _Bench:
             raise UserError(f"--shots {self._config.shots} has {len(triplets)} rows, {count} are needed")
         return triplets
 
-    def _answer(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[int]]:
+    def _answer(self, backend: Backend, chats: Sequence[Chat], sampling: Sampling) -> list[list[int]]:
         """Answer all chats; the tokens of each one's answers."""
         requests = (Request(str(number), chat, sampling) for number, chat in enumerate(chats))
-        counts = {key: [c.tokens for c in completions] for key, completions in self._ours.generate(requests)}
+        counts = {
+            key: [c.tokens for c in found]
+            for key, found in backend.generate(requests)
+            if not isinstance(found, Failure)
+        }
         return [counts[str(number)] for number in range(len(chats))]
 
-    def _load(self, chats: Sequence[Chat]) -> Load:
+    def _score(self, backend: Backend, items: Sequence[tuple[str, Chat, str]]) -> None:
+        for _ in backend.loglikelihood(items):
+            pass
+
+    def _load(self, chats: Sequence[Chat], sampling: Sampling = Sampling()) -> Load:
         new = self._config.new_tokens
-        return Load([self._ours.encoder.encode_for(chat, new).ids for chat in chats], new)
-
-    def _measured(self, chats: Sequence[Chat], answered: Sequence[int]) -> Measured:
-        prompts = self._load(chats).prompts
-        return Measured(len(chats), statistics.mean(map(len, prompts)), statistics.mean(answered))
-
-    def _texts(self, items: Sequence[tuple[str, Chat, str]]) -> Iterator[QueuedText]:
-        import numpy as np
-
-        for _, chat, continuation in items:
-            ids, scored_from = self._ours.encoder.encode_scored(chat, continuation)
-            yield QueuedText(np.array(ids, np.int32), scored_from)
+        prompts = [self._ours.encoder.encode_for(chat, new).ids for chat in chats]
+        return Load(prompts, new, self._ours.tokenizer.ends, sampling.n, sampling.temperature)
 
 
 def _time(run: Callable[[], object]) -> float:

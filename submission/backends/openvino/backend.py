@@ -105,13 +105,13 @@ def fingerprint(spec: ModelSpec) -> dict[str, str]:
 
 def load(spec: ModelSpec) -> OpenVino:
     """Load the model."""
-    with _opened(spec) as folder:
+    with opened(spec) as folder:
         return OpenVino(folder, spec.options)
 
 
 def load_encoder(spec: ModelSpec) -> ChatEncoder:
     """Load the tokenizer only."""
-    with _opened(spec) as folder:
+    with opened(spec) as folder:
         return _encoder(folder, spec.options.context)[0]
 
 
@@ -137,6 +137,10 @@ class OpenVino:
         )  # fmt: skip
         pool = ThreadPoolExecutor(threads, thread_name_prefix="sample")
         self._scheduler = Scheduler(engine, options.batch, streams, pool.map)
+
+    def forget(self) -> None:
+        """Let go of prompts that were computed, for measurements."""
+        self._scheduler.forget()
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion]]]:
         """See `submission.types.Backend`."""
@@ -178,7 +182,7 @@ def _folder(spec: ModelSpec) -> Path | None:
 
 
 @contextmanager
-def _opened(spec: ModelSpec) -> Iterator[Path]:
+def opened(spec: ModelSpec) -> Iterator[Path]:
     """The OpenVINO folder to load."""
     if folder := _folder(spec):
         yield folder

@@ -14,7 +14,7 @@ from typing import Any
 from submission.backends.models import OPENVINO_MODEL
 from submission.errors import UserError, first_line
 
-_PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
 def compiled(folder: Path, dtype: str, threads: int) -> Any:
@@ -37,7 +37,7 @@ def compiled(folder: Path, dtype: str, threads: int) -> Any:
             model,
             "CPU",
             {
-                "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype],
+                "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
                 # Not the 8 bits that are OpenVINO's default on some CPUs: with them greedy answers differ from those of
                 # transformers. 32 bits are a tenth faster than 16 beside float32. bfloat16 makes bfloat16 of f16.
                 "KV_CACHE_PRECISION": "f32" if dtype == "float32" else "f16",

@@ -108,9 +108,10 @@ class Scheduler:
         self._engine = engine
         self._batch, self._streams = batch, streams
         self._in_parts = in_parts
-        self._reset()
+        self.forget()
 
-    def _reset(self) -> None:
+    def forget(self) -> None:
+        """Let go of everything that was computed; nothing may be on its way."""
         self._blocks = Blocks(self._engine.blocks, BLOCK)
         self._prompts: deque[_Sequence] = deque()  # that are being computed, in their order
         self._computed: deque[_Prompt] = deque()  # whose answers have yet to begin
@@ -134,7 +135,7 @@ class Scheduler:
             window.complain()
         finally:
             if self._prompts or self._computed or self._running:  # left in the middle: blocks may not hold what is told
-                self._reset()
+                self.forget()
 
     def _deal(self, window: Window[Work]) -> list[tuple[_Sequence, Piece]]:
         """The pieces of the next step."""

@@ -52,7 +52,7 @@ class FolderTokenizer:
         self._special_ids = {token.id for token in self.specials.values()}
         bos = whole.token_to_id(_text(self._config.get("bos_token")))
         self.bos: int | None = bos if bos is not None and first == [bos] else None
-        self._ends = self._end_tokens(folder)
+        self.ends = self._end_tokens(folder)
         template = self._template(folder)
         self._render = checked_render(_renderer(template, self._config)) if template else plain_layout
 
@@ -79,7 +79,7 @@ class FolderTokenizer:
 
     def ends_answer(self, token: int) -> bool:
         """True for end-of-turn, end-of-text and the like."""
-        return token in self._ends
+        return token in self.ends
 
     @cached_property
     def _bytes(self) -> dict[str, bytes]:

@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "train": {"submission", "eval"},
     "ensemble": {"submission", "eval"},
 }
-HEAVY = {"torch", "transformers", "llama_cpp", "pandas", "numpy", "pyarrow", "peft", "sentence_transformers"}
+HEAVY = {"torch", "transformers", "llama_cpp", "pandas", "numpy", "pyarrow", "peft",
+         "sentence_transformers", "openvino", "openvino_genai", "tokenizers", "gguf", "jinja2"}  # fmt: skip
 
 
 def imported(path: Path, *, top_level: bool = False) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from submission.backends.openvino.schedule import Scheduler, Work
 from submission.errors import BackendError, UserError
 from submission.prompts.templates import TEMPLATES, render_rewrite
 from submission.types import Backend, Chat, LogLikelihood, Message, Pair, Part, Request, Sampling, Triplet
-from tests.conftest import Cli, environment, generated, scored
+from tests.conftest import ROOT, Cli, environment, generated, read_csv, scored
 from tests.test_inference import DRAWS, candidates, chi_square_excess, truncated
 from tests.test_schedule import VOCABULARY, follows
 
@@ -366,6 +367,22 @@ def test_the_embedded_model_is_converted_once_by_whoever_comes_first(tmp_path: P
     assert (made / "made.json").stat().st_mtime_ns > before
     assert json.loads((made / "config.json").read_text())["model_type"] == "llama"
     assert not killed.exists()
+
+
+def test_a_deadline_ends_a_conversion_and_leaves_no_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "submission", "predict", str(ROOT / "examples" / "test.csv"), "-o", "s.csv",
+               "--deadline", "6s"]  # fmt: skip
+    subprocess.run(command, cwd=tmp_path, env={**environment(), "XDG_CACHE_HOME": str(tmp_path)}, check=False)
+    assert len(read_csv(tmp_path / "s.csv")) == 27
+    time.sleep(0.5)
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _content(path)]
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # the process has gone
+        return b""
 
 
 def test_what_openvino_cannot_load_is_said(cli: Cli, tmp_path: Path, gguf: Path) -> None:

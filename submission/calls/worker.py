@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
+from submission.backends.common import end_with
 from submission.errors import UserError, first_line
 
 Call = tuple[int, int]
@@ -149,11 +149,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    line, parent = Connection(int(sys.argv[1])), int(sys.argv[2])
-    with suppress(AttributeError, OSError):  # Linux does it also when a native call holds the interpreter
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it ended before it could be noticed
-        os._exit(1)
+    line = Connection(int(sys.argv[1]))
+    end_with(int(sys.argv[2]))
     with suppress(EOFError, OSError):
         _, sys.path[:] = line.recv()
         backend, wrong = _received(line)

@@ -1,6 +1,6 @@
 """Makes an OpenVINO folder of a GGUF file, in a process of its own: a damaged file may end it.
 
-    python -m submission.backends.openvino.convert SOURCE TARGET [ADAPTER SCALE]
+    python -m submission.backends.openvino.convert SOURCE TARGET '[ADAPTER, SCALE, EXACT]' PARENT
 
 OpenVINO GenAI reads the weights; the tokenizer is written as a tokenizer.json beside them. A GGUF LoRA adapter is added
 to the weights, W + scale * alpha / rank * B A, which are then kept in 16 bits, and so is what the reader does not take.
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from submission.backends.common import end_with
 from submission.data.files import atomic_folder, write_json
 from submission.errors import UserError, first_line
 
@@ -155,8 +156,9 @@ def _token(number: Any, tokens: list[str]) -> str | None:
 
 def main() -> int:
     """Convert what the command line names; says in one line of JSON what is wrong."""
-    source, target, *more = sys.argv[1:]
-    adapter, scale, exact = json.loads(more[0]) if more else (None, 1.0, False)
+    source, target, how, parent = sys.argv[1:]
+    end_with(int(parent))
+    adapter, scale, exact = json.loads(how)
     try:
         convert(Path(source), Path(target), Path(adapter) if adapter else None, scale, exact=exact)
     except UserError as error:

@@ -65,7 +65,8 @@ def made_folder(source: Path, adapter: Path | None, scale: float, *, exact: bool
 
 
 def _convert(*arguments: str) -> None:
-    command = [sys.executable, "-P", "-m", "submission.backends.openvino.convert", *arguments]
+    command = [sys.executable, "-P", "-m", "submission.backends.openvino.convert", *arguments,
+               str(os.getpid())]  # fmt: skip
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False,

@@ -57,6 +57,12 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:_LINE_CHARS] if lines else ''}".strip(": ")
 
 
+def last_line(error: BaseException) -> str:
+    """An error of a library that tells its reason last, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
+
+
 def pip_command(extra: str = "") -> str:
     """The pip command that installs an extra of this package, "" for its core.
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -19,15 +22,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from submission.backends import backend_of, model_spec
-from submission.backends.models import EMBEDDED, TUNED, tuned_adapter
+from submission.backends.models import EMBEDDED, TUNED, resolve_gguf, tuned_adapter
 from submission.backends.openvino.backend import OpenVino
+from submission.backends.openvino.convert import _check_read
 from submission.backends.openvino.engine import BLOCK, Engine, Piece, Stepped
 from submission.backends.openvino.sampling import sample_token
 from submission.backends.openvino.schedule import Scheduler, Work
+from submission.backends.openvino.weights import made_folder
 from submission.errors import BackendError, UserError
 from submission.prompts.templates import TEMPLATES, render_rewrite
 from submission.types import Backend, Chat, LogLikelihood, Message, Pair, Part, Request, Sampling, Triplet
-from tests.conftest import ROOT, Cli, environment, generated, read_csv, scored
+from tests.conftest import ROOT, Cli, environment, generated, read_csv, scored, small_disk
 from tests.test_inference import DRAWS, candidates, chi_square_excess, truncated
 from tests.test_schedule import VOCABULARY, follows
 
@@ -383,6 +388,75 @@ def _content(path: Path) -> bytes:
         return path.read_bytes()
     except OSError:  # the process has gone
         return b""
+
+
+@pytest.mark.parametrize(
+    ("keys", "tensors", "what"),
+    [({}, ["blk.0.attn_q.bias", "output.weight"], ""), ({"rope.scaling.factor": 8.0}, [], "llama.rope.scaling.factor"),
+     ({}, ["rope_freqs.weight"], "rope_freqs.weight"), ({"rope.dimension_count": 32}, [], "llama.rope.dimension_count")],
+)  # fmt: skip
+def test_what_the_reader_would_leave_out_is_refused(keys: dict[str, float], tensors: list[str], what: str) -> None:
+    usual = {"embedding_length": 576, "attention.head_count": 9, "rope.dimension_count": 64, "rope.freq_base": 1e5}
+    fields = {f"llama.{name}": value for name, value in (usual | keys).items()}
+    with pytest.raises(UserError, match=f"has {what}, which OpenVINO leaves out") if what else nullcontext():
+        _check_read(Path("m.gguf"), "llama", fields, ["token_embd.weight", "blk.11.ffn_gate.weight", *tensors])
+
+
+def test_weights_that_are_kept_otherwise_are_another_model(gguf: Path) -> None:
+    assert model_spec("openvino", EMBEDDED).fingerprint() != model_spec("openvino", str(gguf)).fingerprint()
+    scales = [model_spec("openvino", TUNED, settings=[f"adapter_scale=0.123456{n}"]).fingerprint() for n in (1, 4)]
+    assert scales[0] != scales[1]
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(cli: Cli, tmp_path: Path) -> None:
+    (full := tmp_path / "full").mkdir()
+    with small_disk(full, "50M"):
+        done = converted(full).communicate(timeout=300)
+    assert done[0] == "2048\n", done
+    assert "converted for this run only" in done[1]
+    assert "no space is left" in done[1].lower().replace("no space left", "no space is left")
+    whole = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prompt-recovery"
+    assert converted(whole.parent).communicate(timeout=300) == ("2048\n", "")
+    assert not list(Path(tempfile.gettempdir()).glob("prompt-recovery-openvino-*"))
+
+
+def test_odd_folders_are_refused_by_name(tmp_path: Path) -> None:
+    with made_folder(resolve_gguf(EMBEDDED), None, 1.0, exact=True) as good:
+        odd = tmp_path / "odd"
+        odd.mkdir()
+        for file in good.iterdir():
+            (odd / file.name).symlink_to(file)
+
+    def put(name: str, content: str) -> None:
+        (odd / name).unlink()
+        (odd / name).write_text(content)
+
+    def refused(words: str) -> None:
+        with pytest.raises(UserError, match=words):
+            model_spec("openvino", str(odd)).load()
+
+    kept = {name: (odd / name).read_text() for name in ("config.json", "tokenizer_config.json", "tokenizer.json")}
+    for wrong in ("true", "10", '"many"'):
+        put("config.json", f'{{"max_position_embeddings": {wrong}}}')
+        refused("max_position_embeddings is")
+    put("config.json", kept["config.json"])
+    put("tokenizer_config.json", '{"chat_template": [1, 2]}')
+    refused(r"the tokenizer of .*odd cannot be used")
+    put("tokenizer_config.json", kept["tokenizer_config.json"])
+    put(
+        "tokenizer.json",
+        kept["tokenizer.json"]
+        .replace('"id": 1,', '"id": 61000,')
+        .replace('"<|im_start|>": 1,', '"<|im_start|>": 61000,'),
+    )
+    refused("they do not belong together")
+    put("tokenizer.json", kept["tokenizer.json"])
+    put("openvino_model.xml", (odd / "openvino_model.xml").read_text()[:5000])
+    refused("cannot be loaded by OpenVINO: (?!RuntimeError: Exception from)")
+    with pytest.raises(UserError, match="adapter_scale=inf"):
+        model_spec("openvino", settings=["adapter_scale=inf"])
+    with pytest.raises(UserError, match="16 bits do not hold"):
+        model_spec("openvino", TUNED, settings=["adapter_scale=1e9"]).load_encoder()
 
 
 def test_what_openvino_cannot_load_is_said(cli: Cli, tmp_path: Path, gguf: Path) -> None:

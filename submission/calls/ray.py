@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, TextIO, cast
 
@@ -29,6 +29,7 @@ from submission.errors import MissingExtra, UserError, first_line
 
 _CONNECT_SECONDS = 5.0
 _PLACE_SECONDS = 15.0  # for an actor to find room
+_AGAIN_SECONDS = 120.0  # for one that takes a lost one's place: nodes come back, and what they held is free late
 _TOLD_SECONDS = 0.1  # that messages wait for each other: one costs a millisecond, whatever is in it
 _PORT, _CLIENT_PORT = 6379, 10001
 
@@ -73,7 +74,7 @@ class _Actor:
     actor: Any
     told: Any  # the stream of what it tells
     placed: Any  # becomes ready when it runs somewhere
-    until: float = field(default_factory=lambda: time.monotonic() + _PLACE_SECONDS)
+    until: float
 
 
 class Actors(Carrier):
@@ -102,6 +103,7 @@ class Actors(Carrier):
                 )
         self._takes = f"{cpus} CPUs, {gpus:g} GPUs each"
         self._spec = one_of(spec, threads=cpus)
+        self._served = False
         # `serve` never ends; the others come in beside it.
         self._make = ray.remote(num_cpus=cpus, num_gpus=gpus, max_concurrency=4, max_restarts=0)(ActorBody)
 
@@ -109,7 +111,8 @@ class Actors(Carrier):
         """See `Carrier`."""
         actor = self._make.remote()
         told = actor.serve.options(num_returns="streaming").remote(self._spec)
-        worker.handle = _Actor(actor, told, actor.node.remote())
+        patience = _AGAIN_SECONDS if self._served else _PLACE_SECONDS
+        worker.handle = _Actor(actor, told, actor.node.remote(), time.monotonic() + patience)
 
     def send(self, worker: Worker, message: Message) -> None:
         """See `Carrier`."""
@@ -126,6 +129,7 @@ class Actors(Carrier):
             except (StopIteration, self._ray.exceptions.RayError):
                 yield worker, None
                 continue
+            self._served = True
             for message in messages:
                 yield worker, message
         for worker in workers:

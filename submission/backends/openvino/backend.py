@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 _STREAMS = 24  # answers on their way at once: more gain nothing, and each takes memory
 _CELLS = 256  # tokens of the cache for each of so many; longer ones are fewer at a time
+_MOST_STREAMS = 128
+_LEAST_CONTEXT = 128
 _DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -70,11 +73,15 @@ def check(spec: ModelSpec) -> None:
     options = spec.options
     if options.dtype not in _DTYPES:
         raise UserError(f"option dtype={options.dtype!r} for backend openvino is none of {', '.join(_DTYPES)}")
-    if options.context < 128:
-        raise UserError("option context for backend openvino must be at least 128 tokens")
+    if options.context < _LEAST_CONTEXT:
+        raise UserError(f"option context for backend openvino must be at least {_LEAST_CONTEXT} tokens")
     for name, least in (("batch", 1), ("streams", 0), ("threads", 0), ("memory", 0)):
         if getattr(options, name) < least:
             raise UserError(f"option {name} for backend openvino must be at least {least}")
+    if options.streams > _MOST_STREAMS:
+        raise UserError(f"option streams for backend openvino must be at most {_MOST_STREAMS}")
+    if not math.isfinite(options.adapter_scale):
+        raise UserError(f"option adapter_scale={options.adapter_scale} for backend openvino is no number")
     folder = _folder(spec)
     if folder is None:
         resolve_gguf(spec.model)
@@ -99,7 +106,9 @@ def fingerprint(spec: ModelSpec) -> dict[str, str]:
         "dtype": dtype_of(spec.options.dtype),
     }
     if adapter := adapter_of(spec.model, spec.adapter):
-        marks["adapter"] = f"{content_hash(adapter)} x {spec.options.adapter_scale:g}"
+        marks["adapter"] = f"{content_hash(adapter)} x {spec.options.adapter_scale!r}"
+    if spec.model in PACKAGED:
+        marks["weights"] = "16 bits"  # the same file by its path is computed as it is quantised
     return marks
 
 
@@ -135,6 +144,11 @@ class OpenVino:
             cache_bytes=options.memory * 1_000_000 or memory_budget(),
             least_tokens=2 * (self.encoder.context + BLOCK), most_tokens=streams * _CELLS,
         )  # fmt: skip
+        if engine.vocabulary <= self.tokenizer.largest:
+            raise UserError(
+                f"the tokenizer of {folder} has tokens up to {self.tokenizer.largest}, and the model "
+                f"{engine.vocabulary}: they do not belong together"
+            )
         pool = ThreadPoolExecutor(threads, thread_name_prefix="sample")
         self._scheduler = Scheduler(engine, options.batch, streams, pool.map)
 
@@ -199,8 +213,11 @@ def _encoder(folder: Path, context: int) -> tuple[ChatEncoder, FolderTokenizer]:
     tokenizer = FolderTokenizer(folder)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     trained = config.get("max_position_embeddings") if isinstance(config, dict) else None
-    room = min(context, trained) if isinstance(trained, int) and trained > 0 else context
-    return ChatEncoder(tokenizer, room), tokenizer
+    if trained is None:
+        return ChatEncoder(tokenizer, context), tokenizer
+    if type(trained) is not int or trained < _LEAST_CONTEXT:
+        raise UserError(f"{folder / 'config.json'}: max_position_embeddings is {trained!r:.40}, which no prompt fits")
+    return ChatEncoder(tokenizer, min(context, trained)), tokenizer
 
 
 def dtype_of(asked: str) -> str:

@@ -10,16 +10,30 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from submission.backends.common import end_with
 from submission.data.files import atomic_folder, write_json
-from submission.errors import UserError, first_line
+from submission.errors import UserError, first_line, last_line
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # of GenAI's reader
 _READ = {"F32", "F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K"}
+# What the reader makes use of, or what says nothing of how to compute: anything else would be left out without a word.
+_KEYS = {
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "attention.head_count",
+    "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count",
+    "attention.key_length", "attention.value_length",
+}  # fmt: skip
+_TENSOR = re.compile(
+    r"(token_embd|output|output_norm|blk\.\d+\.(attn_norm|ffn_norm|attn_q|attn_k|attn_v|attn_output|attn_q_norm|attn_k_norm|"
+    r"ffn_gate|ffn_up|ffn_down))\.weight|blk\.\d+\.attn_[qkv]\.bias"
+)
+_LEAST_ROOM = 64 << 20  # bytes free, below which a failure is one of the disk
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 _FILE_F16 = 1  # general.file_type
 
@@ -60,11 +74,12 @@ def convert(
             f"model {source} is of architecture {architecture!r}, which OpenVINO does not read from GGUF files "
             f"(it reads {', '.join(ARCHITECTURES)}): use --backend llama_cpp"
         )
+    _check_read(source, str(architecture), fields, [tensor.name for tensor in reader.tensors])
     with atomic_folder(target) as folder:
         _write_tokenizer(folder, source, str(architecture), fields)
         file = folder / "model.gguf"
         if adapter or exact or {tensor.tensor_type.name for tensor in reader.tensors} - _READ:
-            _write_16_bits(file, reader, adapter, scale)
+            _write_16_bits(file, source, reader, adapter, scale)
         else:
             file.symlink_to(source.resolve())
         import openvino_genai
@@ -74,7 +89,27 @@ def convert(
             made.unlink()
 
 
-def _write_16_bits(file: Path, reader: Any, adapter: Path | None, scale: float) -> None:
+def _check_read(source: Path, architecture: str, fields: Mapping[str, Any], tensors: Sequence[str]) -> None:
+    """Refuse a file with something that decides its answers and that the reader takes no notice of."""
+    own = {
+        name.removeprefix(f"{architecture}."): value
+        for name, value in fields.items()
+        if name.startswith(f"{architecture}.")
+    }
+    ignored = [f"{architecture}.{name}" for name in own if name not in _KEYS]
+    ignored += [name for name in tensors if not _TENSOR.fullmatch(name)]
+    heads = own.get("attention.head_count")
+    if isinstance(heads, int) and heads > 0:
+        size = own.get("attention.key_length") or own.get("embedding_length", 0) // heads
+        if own.get("rope.dimension_count", size) != size:
+            ignored.append(f"{architecture}.rope.dimension_count")
+    if ignored:
+        raise UserError(
+            f"model {source} has {ignored[0]}, which OpenVINO leaves out of GGUF files: use --backend llama_cpp"
+        )
+
+
+def _write_16_bits(file: Path, source: Path, reader: Any, adapter: Path | None, scale: float) -> None:
     import numpy as np
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
     from gguf.quants import dequantize
@@ -98,13 +133,21 @@ def _write_16_bits(file: Path, reader: Any, adapter: Path | None, scale: float) 
         if f"{tensor.name}.lora_a" in factors:
             a, b = factors.pop(f"{tensor.name}.lora_a"), factors.pop(f"{tensor.name}.lora_b")  # (rank, in), (out, rank)
             weights = weights + strength / len(a) * (b @ a)
-        writer.add_tensor(tensor.name, weights.astype(np.float32 if weights.ndim == 1 else np.float16))
+        with np.errstate(over="ignore"):
+            kept = weights.astype(np.float32 if weights.ndim == 1 else np.float16)
+        if not np.isfinite(kept).all():
+            raise UserError(f"model {source}: {tensor.name} has numbers that 16 bits do not hold{_with(adapter)}")
+        writer.add_tensor(tensor.name, kept)
     if factors:
         raise UserError(f"adapter {adapter} does not fit this model: it has weights for {min(factors)}")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _with(adapter: Path | None) -> str:
+    return f" with {adapter} added at this adapter_scale" if adapter else ""
 
 
 def _write_tokenizer(folder: Path, source: Path, architecture: str, fields: dict[str, Any]) -> None:
@@ -119,7 +162,7 @@ def _write_tokenizer(folder: Path, source: Path, architecture: str, fields: dict
     special = {number: of == _CONTROL for number, of in enumerate(types) if of in (_CONTROL, _USER_DEFINED)}
     bos, eos = (_token(fields.get(f"tokenizer.ggml.{name}_token_id"), tokens) for name in ("bos", "eos"))
     begins: dict[str, Any] | None = None
-    if bos is not None and fields.get("tokenizer.ggml.add_bos_token", False):
+    if bos is not None and fields.get("tokenizer.ggml.add_bos_token", cut == "llama-bpe"):
         layout = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
         begins = {"type": "TemplateProcessing", "single": layout, "pair": layout,
                   "special_tokens": {bos: {"id": bos, "ids": [tokens.index(bos)], "tokens": [bos]}}}  # fmt: skip
@@ -155,7 +198,7 @@ def _token(number: Any, tokens: list[str]) -> str | None:
 
 
 def main() -> int:
-    """Convert what the command line names; says in one line of JSON what is wrong."""
+    """Convert what the command line names; says in one line of JSON what is wrong with it (2) or with the disk (3)."""
     source, target, how, parent = sys.argv[1:]
     end_with(int(parent))
     adapter, scale, exact = json.loads(how)
@@ -165,7 +208,11 @@ def main() -> int:
         print(json.dumps(str(error)))
         return 2
     except Exception as error:  # a file may hold anything
-        print(json.dumps(f"model {source} cannot be converted for OpenVINO: {first_line(error)}"))
+        full = shutil.disk_usage(Path(target).parent).free < _LEAST_ROOM
+        if full or isinstance(error, OSError):
+            print(json.dumps("no space is left there" if full else first_line(error)))
+            return 3
+        print(json.dumps(f"model {source} cannot be converted for OpenVINO: {last_line(error)}"))
         return 2
     return 0
 

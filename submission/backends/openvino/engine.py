@@ -75,6 +75,7 @@ class Engine:
 
         model = compiled(folder, dtype, threads)
         self._request = model.create_infer_request()
+        self.vocabulary = model.output("logits").partial_shape[1].get_length()
         caches = [one for one in model.inputs if "_cache." in one.any_name]
         shapes = {one.any_name: [d.get_length() for d in list(one.partial_shape)[1:]] for one in caches}
         sizes = {one.any_name: int(np.prod(shapes[one.any_name])) * one.element_type.size for one in caches}

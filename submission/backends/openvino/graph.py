@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from submission.backends.models import OPENVINO_MODEL
-from submission.errors import UserError, first_line
+from submission.errors import UserError, last_line
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -45,7 +45,7 @@ def compiled(folder: Path, dtype: str, threads: int) -> Any:
             },
         )
     except (RuntimeError, AttributeError, IndexError) as error:
-        raise UserError(f"model {folder} cannot be loaded by OpenVINO: {first_line(error)}") from error
+        raise UserError(f"model {folder} cannot be loaded by OpenVINO: {last_line(error)}") from error
 
 
 def _paged(model: Any) -> Any:
@@ -56,6 +56,9 @@ def _paged(model: Any) -> Any:
     from openvino._offline_transformations import paged_attention_transformation
 
     paged_attention_transformation(model)
+    caches = [one for one in model.inputs if "_cache." in one.any_name]
+    if not caches:
+        raise UserError("the model keeps no keys and values: export it with its cache (optimum-cli does so by itself)")
     head = model.outputs[0].get_node().input_value(0).get_node()
     if head.get_type_name() != "MatMul":
         raise UserError(f"the model does not end with a product with its vocabulary but with {head.get_type_name()}")

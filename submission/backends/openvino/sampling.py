@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_COLDEST = 1e-6  # below it nothing but the likeliest token is left, and 32 bits divide by zero
+
+
 class SampledAnswer(PendingAnswer):
     """An answer on its way; see `submission.backends.openvino.schedule.Answer`."""
 
@@ -36,7 +39,7 @@ def sample_token(logits: NDArray[np.float32], sampling: Sampling, point: float) 
     """
     import numpy as np
 
-    weights = np.exp((logits - logits.max()) / np.float32(sampling.temperature))
+    weights = np.exp((logits - logits.max()) / np.float32(max(sampling.temperature, _COLDEST)))
     if sampling.top_p < 1:
         kept = _nucleus(weights, sampling.top_p)
         if sampling.min_p > 0:

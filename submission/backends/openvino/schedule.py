@@ -199,6 +199,10 @@ class Scheduler:
 
     def _take(self, pieces: list[tuple[_Sequence, Piece]], stepped: Stepped) -> Iterator[Work | Answer]:
         """Take the results of a step."""
+        import numpy as np
+
+        if not (np.isfinite(stepped.top_logprob).all() and np.isfinite(stepped.target_logprob).all()):
+            raise BackendError("the model computes numbers that are not finite")
         tokens = self._sampled(pieces, stepped)
         place = sampled = 0
         running: list[_Sequence] = []

@@ -46,6 +46,9 @@ class FolderTokenizer:
             self._at_start, self._inside = without_specials(description)
             first = whole.encode("x").ids[:1]
             self._by_bytes = "ByteLevel" in json.dumps(description["decoder"])
+            self._literal = {token["id"]: str(token["content"]) for token in description["added_tokens"]}
+            self.largest = max(whole.get_vocab(with_added_tokens=True).values())
+            template = self._template(folder)
         except Exception as error:  # it may hold anything
             raise UserError(f"the tokenizer of {folder} cannot be used: {first_line(error)}") from error
         self._whole = whole
@@ -53,7 +56,6 @@ class FolderTokenizer:
         bos = whole.token_to_id(_text(self._config.get("bos_token")))
         self.bos: int | None = bos if bos is not None and first == [bos] else None
         self.ends = self._end_tokens(folder)
-        template = self._template(folder)
         self._render = checked_render(_renderer(template, self._config)) if template else plain_layout
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -71,6 +73,8 @@ class FolderTokenizer:
         text = self._whole.id_to_token(token) or ""
         if token in self._special_ids:
             return text.encode() if special else b""
+        if token in self._literal:
+            return self._literal[token].encode()
         if self._by_bytes:
             return b"".join(self._bytes.get(character) or character.encode() for character in text)
         if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -20,13 +19,13 @@ from submission.backends.common import package_path
 from submission.data.files import cache_folder, read_json, write_json
 from submission.data.hashing import content_hash
 from submission.data.outputs import installed_version
-from submission.errors import UserError
-
-LOG = logging.getLogger(__name__)
+from submission.errors import UserError, first_line
+from submission.progress import print_line
 
 _MADE = "made.json"  # the hash of each file of a folder that was made
 _FORMAT = 1  # of what `convert` makes
 _SECONDS = 3600
+_TEMPORARY = "prompt-recovery-openvino-"
 
 
 @contextmanager
@@ -41,31 +40,42 @@ def made_folder(source: Path, adapter: Path | None, scale: float, *, exact: bool
     """
     marks = [content_hash(source)[:12]]
     if adapter is not None:
-        marks.append(f"{content_hash(adapter)[:12]}x{scale:g}")
+        marks.append(f"{content_hash(adapter)[:12]}x{scale!r}")
     if exact:
         marks.append("exact")
     name = f"{source.stem}-{'-'.join(marks)}-openvino-{installed_version('openvino')}-{_FORMAT}"
     target = cache_folder("models") / name
-    what = (str(source), str(target), json.dumps([str(adapter) if adapter else None, scale, exact]))
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_name(f"{name}.lock")):
-            if not _is_whole(target):
-                _remove_unfinished(target)
-                LOG.info("the model is converted for OpenVINO, once: %s", target)
-                _convert(*what)
-                write_json(target / _MADE, {file.name: content_hash(file) for file in target.iterdir()})
-    except OSError as error:
-        LOG.warning("the model is converted for this run only: %s cannot be written (%s)", target, error.strerror)
-        with tempfile.TemporaryDirectory(prefix="prompt-recovery-", ignore_cleanup_errors=True) as folder:
-            _convert(what[0], str(Path(folder) / "model"), what[2])
-            yield Path(folder) / "model"
-        return
+    how = json.dumps([str(adapter) if adapter else None, scale, exact])
+    if not _is_whole(target):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(target.with_name(f"{name}.lock")):
+                if not _is_whole(target):
+                    _remove_unfinished(target)
+                    print_line(f"the model is converted for OpenVINO, once: {target}", sys.stderr)
+                    _convert(source, target, how)
+                    write_json(target / _MADE, {file.name: content_hash(file) for file in target.iterdir()})
+        except OSError as error:
+            why = error.strerror or first_line(error)
+            print_line(f"the model is converted for this run only: {target} cannot be written ({why})", sys.stderr)
+            with _temporary_folder() as folder:
+                try:
+                    _convert(source, folder / "model", how)
+                except OSError as also:
+                    raise UserError(f"the model cannot be converted in {folder} either: {first_line(also)}") from None
+                yield folder / "model"
+            return
     yield target
 
 
-def _convert(*arguments: str) -> None:
-    command = [sys.executable, "-P", "-m", "submission.backends.openvino.convert", *arguments,
+def _convert(source: Path, target: Path, how: str) -> None:
+    """Run `submission.backends.openvino.convert`.
+
+    Raises:
+        UserError: the model cannot be converted.
+        OSError: the folder cannot be written.
+    """
+    command = [sys.executable, "-P", "-m", "submission.backends.openvino.convert", str(source), str(target), how,
                str(os.getpid())]  # fmt: skip
     try:
         done = subprocess.run(
@@ -73,13 +83,27 @@ def _convert(*arguments: str) -> None:
             env={**os.environ, **package_path()},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise UserError(f"model {arguments[0]}: its conversion for OpenVINO did not finish in {_SECONDS} s") from None
+        raise UserError(f"model {source}: its conversion for OpenVINO did not finish in {_SECONDS} s") from None
     if done.returncode == 0:
         return
-    with suppress(ValueError, IndexError):
-        raise UserError(str(json.loads(done.stdout.splitlines()[-1])))
-    why = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-    raise UserError(f"model {arguments[0]} cannot be converted for OpenVINO: its reader ended with {why}")
+    try:
+        words = str(json.loads(done.stdout.splitlines()[-1]))
+    except (ValueError, IndexError):
+        why = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+        raise UserError(f"model {source} cannot be converted for OpenVINO: its reader ended with {why}") from None
+    raise OSError(words) if done.returncode == 3 else UserError(words)
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """A folder for this process alone; those of processes that were killed are removed."""
+    place = Path(tempfile.gettempdir())
+    for folder in place.glob(f"{_TEMPORARY}*-*"):
+        process = folder.name.removeprefix(_TEMPORARY).partition("-")[0]
+        if process.isdecimal() and not Path(f"/proc/{process}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{_TEMPORARY}{os.getpid()}-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -105,5 +129,9 @@ def _locked(path: Path) -> Iterator[None]:
         with suppress(ImportError):  # no such locks on Windows
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print_line(f"waiting for another process that converts the model ({path})", sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -393,7 +393,8 @@ def _content(path: Path) -> bytes:
 @pytest.mark.parametrize(
     ("keys", "tensors", "what"),
     [({}, ["blk.0.attn_q.bias", "output.weight"], ""), ({"rope.scaling.factor": 8.0}, [], "llama.rope.scaling.factor"),
-     ({}, ["rope_freqs.weight"], "rope_freqs.weight"), ({"rope.dimension_count": 32}, [], "llama.rope.dimension_count")],
+     ({}, ["rope_freqs.weight"], "rope_freqs.weight"),
+     ({"rope.dimension_count": 32}, [], "llama.rope.dimension_count")],
 )  # fmt: skip
 def test_what_the_reader_would_leave_out_is_refused(keys: dict[str, float], tensors: list[str], what: str) -> None:
     usual = {"embedding_length": 576, "attention.head_count": 9, "rope.dimension_count": 64, "rope.freq_base": 1e5}

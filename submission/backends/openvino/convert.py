@@ -117,9 +117,12 @@ def _write_16_bits(file: Path, source: Path, reader: Any, adapter: Path | None, 
     factors: dict[str, Any] = {}
     strength = 0.0
     if adapter is not None:
-        lora = GGUFReader(adapter)
-        factors = {tensor.name: tensor.data.astype(np.float32) for tensor in lora.tensors}
-        strength = scale * float(lora.fields["adapter.lora.alpha"].contents())
+        try:
+            lora = GGUFReader(adapter)
+            factors = {tensor.name: tensor.data.astype(np.float32) for tensor in lora.tensors}
+            strength = scale * float(lora.fields["adapter.lora.alpha"].contents())
+        except Exception as error:  # it may hold anything
+            raise UserError(f"adapter {adapter} cannot be read: {first_line(error)}") from error
     writer = GGUFWriter(file, str(reader.fields["general.architecture"].contents()))
     for name, field in reader.fields.items():
         if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
@@ -131,7 +134,9 @@ def _write_16_bits(file: Path, source: Path, reader: Any, adapter: Path | None, 
     for tensor in reader.tensors:
         weights = dequantize(tensor.data, tensor.tensor_type)
         if f"{tensor.name}.lora_a" in factors:
-            a, b = factors.pop(f"{tensor.name}.lora_a"), factors.pop(f"{tensor.name}.lora_b")  # (rank, in), (out, rank)
+            a, b = factors.pop(f"{tensor.name}.lora_a"), factors.pop(f"{tensor.name}.lora_b", None)  # (r, in), (out, r)
+            if b is None or (len(b), a.shape[-1]) != weights.shape or b.shape[-1] != len(a):
+                raise UserError(f"adapter {adapter} does not fit this model: its {tensor.name} has another shape")
             weights = weights + strength / len(a) * (b @ a)
         with np.errstate(over="ignore"):
             kept = weights.astype(np.float32 if weights.ndim == 1 else np.float16)

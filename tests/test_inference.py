@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from submission.backends import embedded, model_spec
+from submission.backends import model_spec
+from submission.backends.llama import embedded
 from submission.backends.llama.backend import LlamaCpp, Options, _limits, weights
 from submission.backends.llama.library import cache_bytes_per_token, encode_weights
 from submission.backends.llama.sampling import Chain, sample_token
+from submission.backends.llama.schedule import Shape
 from submission.backends.models import EMBEDDED, TUNED, tuned_adapter
-from submission.backends.schedule import Shape
 from submission.data.hashing import content_hash
 from submission.data.outputs import manifest_path
 from submission.prompts.templates import TEMPLATES, render_rewrite

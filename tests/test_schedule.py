@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from submission.backends.schedule import ContextFailed, ContextLimits, QueuedPrompt, QueuedText, Scheduler, Shape
+from submission.backends.llama.schedule import ContextFailed, ContextLimits, QueuedPrompt, QueuedText, Scheduler, Shape
 from submission.backends.window import in_order
 from submission.errors import UserError
 

@@ -33,7 +33,7 @@ def workers() -> list[psutil.Process]:
 
 def _is_worker(process: psutil.Process) -> bool:
     try:
-        return any(part.startswith("ray::Worker") for part in process.cmdline())
+        return any(part.startswith("ray::ActorBody") for part in process.cmdline())
     except psutil.Error:
         return False
 

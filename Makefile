@@ -40,7 +40,7 @@ data: .venv/.all
 kill-loop: .venv/.all
 	for victim in parent worker group; do $(BIN)/python -m tests.bench.kill_loop --victim $$victim --kills 50 --rows 300 || exit 1; done
 	for victim in worker parent; do $(BIN)/python -m tests.bench.kill_loop --victim "stopped $$victim" --kills 20 --rows 600 || exit 1; done
-	$(BIN)/python -m tests.bench.kill_loop --backend llama_cpp --kills 50
+	$(BIN)/python -m tests.bench.kill_loop --backend embedded --kills 50
 	$(BIN)/python -m tests.bench.kill_loop --backend ensemble --kills 20
 
 deadline-loop: .venv/.all

@@ -2,7 +2,7 @@
 
 python -m tests.bench.kill_loop --victim parent --kills 50
 python -m tests.bench.kill_loop --victim worker --kills 50
-python -m tests.bench.kill_loop --victim group --kills 50 --backend llama_cpp
+python -m tests.bench.kill_loop --victim group --kills 50 --backend embedded
 python -m tests.bench.kill_loop --backend ensemble --kills 20
 """
 
@@ -76,7 +76,7 @@ def kill_loop(folder: Path, *, backend: str, rows: int, kills: int, seed: int, v
     options = {
         "scripted": ["--backend", "scripted", "--set", "seconds_per_row=0.05"],
         # Two rows at a time: with the usual number the run would be over after a few kills.
-        "llama_cpp": ["--max-new-tokens", "16", "--set", "streams=2"],
+        "embedded": ["--max-new-tokens", "16", "--set", "streams=2"],
         "ensemble": ["--recover", "ensemble.best_of:best_of", "--recover-config", str(folder / "best_of.toml")],
     }[backend]
     arguments = command("predict", pairs, "-o", output, *options, "--json")
@@ -191,7 +191,7 @@ def _wait_for_rows(process: subprocess.Popen[bytes], log: Path, lines: int, draw
 def main() -> None:
     """Run the loop in a temporary folder and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--backend", default="scripted", choices=("scripted", "llama_cpp", "ensemble"))
+    parser.add_argument("--backend", default="scripted", choices=("scripted", "embedded", "ensemble"))
     parser.add_argument("--victim", default="parent", choices=VICTIMS)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--rows", type=int, default=120)

@@ -101,6 +101,7 @@ class _Run:
         self._started = started
         self._process, self._folder = os.getpid(), os.getcwd()
         self._pairs: Pairs | None = None
+        self._watchdog: Watchdog | None = None
         self._plan: Plan | None = None
         self._answers = BestAnswers()
         self._manifest: Manifest | None = None
@@ -118,6 +119,7 @@ class _Run:
         watchdog = Watchdog(
             takeover_at=times.last_call if times else None, take_over=self._take_over, stop_now=self._stop_now
         )
+        self._watchdog = watchdog
         try:
             with watchdog, self._held_while_taken_over():
                 made = self._plan = plan(self._config, self._keep_pairs)
@@ -141,6 +143,9 @@ class _Run:
     def _keep_pairs(self, pairs: Pairs) -> None:
         """From here on a file can be written, whatever the strategy does while it is made."""
         self._pairs = pairs
+        if self._config.deadline and self._watchdog is not None:
+            times = Timetable.until(self._config.deadline, self._started, len(pairs))
+            self._watchdog.takeover_at = times.takeover
 
     @contextmanager
     def _held_while_taken_over(self) -> Iterator[None]:

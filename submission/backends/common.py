@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -150,6 +151,15 @@ def thread_count(wanted: int) -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@cache
+def processor_has(feature: str) -> bool:
+    """Whether the processor has a feature, by its name in /proc/cpuinfo; False where there is no such file."""
+    try:
+        return f" {feature} ".encode() in Path("/proc/cpuinfo").read_bytes()
+    except OSError:
+        return False
 
 
 def stream_seed(seed: int, key: str, sample: int) -> int:

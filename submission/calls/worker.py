@@ -132,9 +132,9 @@ def load(what: Loadable) -> tuple[Any, str]:
 
 
 def work(backend: Any, inbox: Inbox, tell: Callable[[tuple[Any, ...]], None]) -> None:
-    """Answer until there will be no more."""
-    while (block := inbox.next()) is not None:
-        call, method, items = block
+    """Answer for as long as the process lives."""
+    while True:
+        call, method, items = inbox.next()
         try:
             for key, answer in getattr(backend, method)(inbox.stream(call, method, items)):
                 if inbox.stopped(call):

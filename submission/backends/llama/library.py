@@ -6,10 +6,10 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from submission.backends.common import processor_has
 from submission.errors import UserError
 
 
@@ -57,18 +57,9 @@ def library() -> Any:
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(f"llama-cpp-python is installed but cannot be loaded: {error}") from error
     LOG.capture(llama_cpp)
-    if _has_amx():
+    if processor_has("amx_int8"):
         _leave_amx(llama_cpp.llama_cpp, llama_cpp)
     return llama_cpp
-
-
-@cache
-def _has_amx() -> bool:
-    """Whether the processor has tiles for 8-bit integers."""
-    try:
-        return b" amx_int8 " in Path("/proc/cpuinfo").read_bytes()
-    except OSError:
-        return False
 
 
 def _leave_amx(*modules: Any) -> None:

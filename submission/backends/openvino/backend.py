@@ -13,11 +13,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from submission.backends.common import PendingRequest, memory_budget, scorable, thread_count
+from submission.backends.common import PendingRequest, memory_budget, processor_has, scorable, thread_count
 from submission.backends.models import (
     OPENVINO_MODEL,
     PACKAGED,
@@ -222,13 +221,7 @@ def _encoder(folder: Path, context: int) -> tuple[ChatEncoder, FolderTokenizer]:
 
 def dtype_of(asked: str) -> str:
     """The precision that is computed in: what was asked for, or what this processor does fastest."""
-    return asked if asked != "auto" else "bfloat16" if _multiplies_bfloat16() else "float32"
-
-
-@cache
-def _multiplies_bfloat16() -> bool:
-    """Whether the processor has tiles for bfloat16: by AVX-512 alone it is slower than float32 (docs/SPEED.md)."""
-    try:
-        return b" amx_bf16 " in Path("/proc/cpuinfo").read_bytes()
-    except OSError:
-        return False
+    if asked != "auto":
+        return asked
+    # By tiles: with AVX-512 alone bfloat16 is slower than float32 (docs/SPEED.md).
+    return "bfloat16" if processor_has("amx_bf16") else "float32"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.request
 from collections.abc import Collection, Iterator, Sequence
@@ -14,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from submission.backends.llama.library import library
+from submission.backends.llama.library import encode_weights, library
+from submission.backends.models import EMBEDDED, resolve_gguf
 from submission.errors import UserError
 
 _CLIENTS = 8
+_F16 = 1  # llama_ftype in llama.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,24 @@ class Load:
     ends: Collection[int]
     samples: int = 1
     temperature: float = 0.0
+
+
+@contextmanager
+def half_precision(model: str, threads: int) -> Iterator[Path]:
+    """The GGUF file that others run: that of the embedded model in 16 bits, as this program computes it.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    file = resolve_gguf(model)
+    if model != EMBEDDED:
+        yield file
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        encoded = Path(folder) / "embedded-f16.gguf"
+        if not encode_weights(file, encoded, _F16, threads):
+            raise UserError(f"llama.cpp cannot encode {file} in 16 bits")
+        yield encoded
 
 
 class LlamaCppPython:

@@ -18,11 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.peers import GenAi, LlamaCppPython, Load, llama_server
+from eval.peers import GenAi, LlamaCppPython, Load, half_precision, llama_server
 from submission.backends import model_spec
 from submission.backends.common import thread_count
-from submission.backends.llama.backend import weights
-from submission.backends.models import EMBEDDED
+from submission.backends.models import EMBEDDED, TUNED
 from submission.backends.openvino.backend import OpenVino, dtype_of, opened
 from submission.backends.openvino.graph import PRECISIONS
 from submission.backends.transformers.loading import stay_offline_and_quiet
@@ -115,10 +114,9 @@ def measure(config: ThroughputConfig) -> dict[str, Measured]:
     """
     if config.plot is not None:
         check_output(config.plot, [("input", config.input), ("file of shots", config.shots)])
-    bench = _Bench(config)
     results: dict[str, Measured] = {}
     with ExitStack() as stack:
-        bench.start_server(stack)
+        bench = _Bench(config, stack)
         for scenario in config.scenarios:
             results[scenario] = getattr(bench, scenario)()
             for line in table(scenario, results[scenario]):
@@ -146,15 +144,17 @@ def table(scenario: str, measured: Measured) -> Iterator[str]:
 class _Bench:
     """The models, loaded when a scenario asks for them, and the rows."""
 
-    def __init__(self, config: ThroughputConfig) -> None:
+    def __init__(self, config: ThroughputConfig, stack: ExitStack) -> None:
         unknown = [name for name in config.scenarios if name not in SCENARIOS]
         if unknown:
             raise UserError(f"unknown scenario {unknown[0]!r}; there are: {', '.join(SCENARIOS)}")
+        if config.model == TUNED:
+            raise UserError(f"throughput compares models without adapters: name --model {EMBEDDED}")
         stay_offline_and_quiet()
         self._config = config
         self._pairs = read_pairs(config.input)[: config.rows]
         self._threads = thread_count(config.threads)
-        self._file = weights(model_spec("llama_cpp", config.model))[0]
+        self._file = stack.enter_context(half_precision(config.model, self._threads))
         dtype = dtype_of(config.dtype)
         spec = model_spec("openvino", config.model, settings=[f"threads={self._threads}", f"dtype={dtype}"])
         backend = spec.load()
@@ -169,12 +169,10 @@ class _Bench:
             settings = [f"threads={self._threads}", "dtype=bfloat16"]
             self._transformers = model_spec("transformers", str(self._file), settings=settings).load()
         self._server: Callable[[Load], None] | None = None
-        LOG.info(f"model      {config.model}, {dtype}, {self._threads} threads, {config.repeats} repeats")
-
-    def start_server(self, stack: ExitStack) -> None:
-        if self._config.llama_server is not None:
-            server = llama_server(self._config.llama_server, self._file, self._threads, self._ours.encoder.context)
+        if config.llama_server is not None:
+            server = llama_server(config.llama_server, self._file, self._threads, backend.encoder.context)
             self._server = stack.enter_context(server)
+        LOG.info(f"model      {config.model}, {dtype}, {self._threads} threads, {config.repeats} repeats")
 
     def zero_shot(self) -> Measured:
         chats = self._chats("short", ())

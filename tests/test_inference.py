@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -16,13 +15,10 @@ import pytest
 from numpy.typing import NDArray
 
 from submission.backends import model_spec
-from submission.backends.llama import embedded
-from submission.backends.llama.backend import LlamaCpp, Options, _limits, weights
+from submission.backends.llama.backend import LlamaCpp, Options, _limits
 from submission.backends.llama.library import cache_bytes_per_token, encode_weights
-from submission.backends.llama.sampling import Chain, sample_token
 from submission.backends.llama.schedule import Shape
 from submission.backends.models import EMBEDDED, TUNED, tuned_adapter
-from submission.data.hashing import content_hash
 from submission.data.outputs import manifest_path
 from submission.prompts.templates import TEMPLATES, render_rewrite
 from submission.types import Backend, Chat, LogLikelihood, Message, Pair, Part, Request, Sampling, Triplet
@@ -161,13 +157,6 @@ DRAWS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("sampling", DRAWS, ids=str)
-def test_draws_follow_the_probabilities(sampling: Sampling) -> None:
-    logits = np.random.default_rng(1).normal(0, 3.2, 20_000).astype(np.float32)
-    counts = Counter(sample_token(Chain(sampling, seed), logits) for seed in range(3000))
-    assert chi_square_excess(counts, truncated(logits.astype(np.float64), sampling), 3000) < 5
-
-
 def test_tokens_of_the_model_are_drawn_by_their_probabilities(llama: LlamaCpp, hf: Backend) -> None:
     ids = np.array(llama.encoder.encode(CAPITAL, 1000).ids, np.int32)
     context = llama.new_context(Shape(1, 256))
@@ -248,39 +237,6 @@ def test_continuous_batching_of_transformers_gives_the_same_answers(
         assert completion.logprob == pytest.approx(expected[key].logprob, abs=0.01)
 
 
-def test_the_embedded_model_is_encoded_once(
-    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def fresh() -> Path:
-        embedded.fast_embedded.cache_clear()
-        return embedded.fast_embedded()[0]
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = fresh()
-    folder = tmp_path / "prompt-recovery" / "models"
-    assert path.parent == folder
-    assert len(capfd.readouterr().err.splitlines()) == 1, "one line, the first time"
-    assert fresh() == path
-    assert capfd.readouterr().err == ""
-    good = content_hash(path)
-    path.write_bytes(path.read_bytes()[:1000])  # a disk that lies
-    killed, busy = (folder / f".{path.name}.prompt-recovery-{name}.tmp" for name in ("killed__", "busy____"))
-    for file in (killed, busy):
-        file.touch()
-    os.utime(killed, (0, 0))
-    assert content_hash(fresh()) == good
-    assert busy.exists(), "another process may be writing it"
-    assert not killed.exists()
-    busy.unlink()
-    assert sorted(file.suffix for file in folder.iterdir()) == [".gguf", ".sha256"], "nothing is left over"
-    blocked = tmp_path / "blocked"
-    blocked.write_text("a file where the folder should be")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    assert fresh() == gguf
-    assert "used as they are" in capfd.readouterr().err
-    embedded.fast_embedded.cache_clear()
-
-
 def test_the_default_answers_as_the_study_says(cli: Cli, tmp_path: Path) -> None:
     sets, answers = ROOT / "docs/study/sets/test.parquet", ROOT / "docs/study/answers/default.csv"
     assert cli("predict", sets, "-o", "default.csv", "--limit", 8).code == 0
@@ -295,45 +251,9 @@ def test_the_default_answers_as_the_study_says(cli: Cli, tmp_path: Path) -> None
 
 def test_another_adapter_takes_the_place_of_the_default_one() -> None:
     assert model_spec("llama_cpp", TUNED, tuned_adapter()) == model_spec("llama_cpp", EMBEDDED, tuned_adapter())
-    beside, added, plain = (
-        model_spec("llama_cpp", model, adapter).fingerprint()
-        for model, adapter in ((EMBEDDED, tuned_adapter()), (TUNED, None), (EMBEDDED, None))
-    )
-    assert beside["adapter"] == added["adapter"]
-    assert beside["model"] == plain["model"] == added["model"]
-    assert beside != added  # it is rounded once more
-
-
-def test_an_adapter_added_to_the_weights_computes_as_beside_them(
-    gguf: Path, example_pairs: list[Pair], tmp_path: Path
-) -> None:
-    base, both = tmp_path / "base.gguf", tmp_path / "both.gguf"
-    for path in (base, both):
-        assert encode_weights(gguf, path, 0, 2)  # in 32 bits, where rounding hides nothing
-    embedded._add(tuned_adapter(), gguf, both)
-    asked = list(candidates(example_pairs[:1]))
-    specs = (model_spec("llama_cpp", str(both)), model_spec("llama_cpp", str(base), tuned_adapter()),
-             model_spec("llama_cpp", str(base)))  # fmt: skip
-    added, beside, without = (scored(spec.load(), asked) for spec in specs)
-    for key, found in added.items():
-        assert found.sum / found.tokens == pytest.approx(beside[key].sum / found.tokens, abs=0.005)
-    assert max(abs(found.sum - without[key].sum) / found.tokens for key, found in added.items()) > 0.3
-
-
-def test_the_packaged_adapter_is_loaded_beside_the_weights_where_it_cannot_be_added(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    added, plain = model_spec("llama_cpp", TUNED), model_spec("llama_cpp", EMBEDDED)
-    assert weights(added)[0] != weights(plain)[0]
-    assert weights(added)[1] is None
-    scaled = model_spec("llama_cpp", TUNED, settings=["adapter_scale=0.5"])
-    assert weights(scaled) == (weights(plain)[0], tuned_adapter())
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    embedded.fast_embedded.cache_clear()
-    assert weights(added) == (weights(plain)[0], tuned_adapter())
-    assert "gguf" in capfd.readouterr().err
-    embedded.fast_embedded.cache_clear()
+    tuned, plain = (model_spec("llama_cpp", model).fingerprint() for model in (TUNED, EMBEDDED))
+    assert tuned["model"] == plain["model"]
+    assert tuned != plain
 
 
 def test_throughput_compares_with_what_would_be_used_instead(cli: Cli, tmp_path: Path) -> None:

@@ -22,13 +22,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from submission.backends import backend_of, model_spec
+from submission.backends.llama.library import encode_weights
 from submission.backends.models import EMBEDDED, TUNED, resolve_gguf, tuned_adapter
 from submission.backends.openvino.backend import OpenVino
 from submission.backends.openvino.convert import _check_read
 from submission.backends.openvino.engine import BLOCK, Engine, Piece, Stepped
-from submission.backends.openvino.sampling import sample_token
 from submission.backends.openvino.schedule import Scheduler, Work
 from submission.backends.openvino.weights import made_folder
+from submission.backends.sampling import sample_token
 from submission.errors import BackendError, UserError
 from submission.prompts.templates import TEMPLATES, render_rewrite
 from submission.types import Backend, Chat, LogLikelihood, Message, Pair, Part, Request, Sampling, Triplet
@@ -340,9 +341,11 @@ def test_the_tokenizer_is_that_of_llama_cpp(example_pairs: list[Pair]) -> None:
     assert ours.tokenizer.render(messages) == theirs.tokenizer.render(messages)
 
 
-def test_a_gguf_adapter_is_added_to_the_weights(example_pairs: list[Pair]) -> None:
+def test_a_gguf_adapter_is_added_to_the_weights(gguf: Path, tmp_path: Path, example_pairs: list[Pair]) -> None:
     items = candidates(example_pairs[:1])
-    theirs = scored(model_spec("llama_cpp", EMBEDDED, tuned_adapter()).load(), items)
+    exact = tmp_path / "f32.gguf"
+    assert encode_weights(gguf, exact, 0, 2)
+    theirs = scored(model_spec("llama_cpp", str(exact), tuned_adapter()).load(), items)
     for spec in (model_spec("openvino", TUNED), model_spec("openvino", EMBEDDED, tuned_adapter())):
         assert "adapter" in spec.fingerprint()
         for key, found in scored(spec.load(), items).items():

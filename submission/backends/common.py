@@ -1,4 +1,4 @@
-"""What the backends share: thread counts, random streams, answers as they come, the arithmetic of a step."""
+"""What the backends share: thread counts, random streams, requests as they are answered, the arithmetic of a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from submission.errors import BackendError, first_line
 from submission.prompts.encoding import ChatEncoder, EncodedPrompt
@@ -37,67 +37,6 @@ class PendingRequest:
         there = [completion for completion in self.completions if completion is not None]
         if len(there) == len(self.completions):
             yield self.request.key, there
-
-
-class Pieces(Protocol):
-    """Tokens one by one, as a tokenizer knows them."""
-
-    def piece(self, token: int, *, special: bool = True) -> bytes:
-        """The bytes of one token; those of a special token are empty unless `special`."""
-        ...
-
-    def ends_answer(self, token: int) -> bool:
-        """True for end-of-turn, end-of-text and the like."""
-        ...
-
-
-class PendingAnswer:
-    """One answer on its way.
-
-    Args:
-        asked: what it answers.
-        number: which of the answers to it this is.
-        tokenizer: of the model.
-    """
-
-    def __init__(self, asked: PendingRequest, number: int, tokenizer: Pieces) -> None:
-        self.asked = asked
-        self.number = number
-        self._tokenizer = tokenizer
-        self._content = b""
-        self._text: str | None = None  # the final one, if a stop string ended it
-        self._tokens = 0
-        self._logprob = 0.0
-        self._ended = False
-
-    def add(self, token: int, logprob: float) -> bool:
-        """Add a token; True if the answer is complete with it."""
-        sampling = self.asked.request.sampling
-        self._tokens += 1
-        self._logprob += logprob
-        if self._tokenizer.ends_answer(token):
-            self._ended = True
-            return True
-        piece = self._tokenizer.piece(token, special=False)
-        self._content += piece
-        if sampling.stop:
-            # Only the end can hold a new one.
-            tail = len(piece) + max(len(stop.encode()) for stop in sampling.stop) + 4
-            if stop_at(self._content[-tail:].decode("utf-8", "replace"), sampling.stop) is not None:
-                self._text = stop_at(self._content.decode("utf-8", "replace"), sampling.stop)
-        return self._text is not None or self._tokens == sampling.max_new_tokens
-
-    def completion(self) -> Completion:
-        """What became of it."""
-        encoded = self.asked.encoded
-        return Completion(
-            self._content.decode("utf-8", "replace") if self._text is None else self._text,
-            self._logprob,
-            self._tokens,
-            "stop" if self._ended or self._text is not None else "length",
-            len(encoded.ids),
-            encoded.truncated,
-        )
 
 
 def scorable(
@@ -165,8 +104,7 @@ def processor_has(feature: str) -> bool:
 def stream_seed(seed: int, key: str, sample: int) -> int:
     """The 32-bit seed of one sample's random stream: depends on nothing but its three arguments."""
     digest = hashlib.sha256(f"{seed}\x1f{key}\x1f{sample}".encode("utf-8", "surrogatepass")).digest()
-    # 0xFFFFFFFF asks llama.cpp for a random seed, so it is left out.
-    return int.from_bytes(digest[:4], "little") % 0xFFFFFFFF
+    return int.from_bytes(digest[:4], "little")
 
 
 def log_probabilities(logits: NDArray[np.float32], tokens: NDArray[np.int32]) -> NDArray[np.float64]:

@@ -97,8 +97,8 @@ def resolve_folder(model: str) -> Path:
     """
     if model == TUNED:
         raise UserError(
-            f"model {TUNED} is a GGUF file and an adapter, for llama_cpp alone: name a folder with config.json and "
-            f"weights, or '{EMBEDDED}' for the model without its adapter"
+            f"model {TUNED} is a GGUF file and an adapter, which transformers does not load: name a folder with "
+            f"config.json and weights, or '{EMBEDDED}' for the model without its adapter"
         )
     path = Path(model).expanduser()
     if model == EMBEDDED or path.is_file():

@@ -64,13 +64,12 @@ class BestAnswers(Mapping[str, Prediction]):
 
     def put(self, answer: Prediction) -> bool:
         """Take a row's answer, in place of one that it had; whether it had none."""
-        before = self.get(answer.id)
-        if before is not None and before.status == "ok" != answer.status:
-            return False  # the best known answer counts
-        new = before is None
         cells = (key_of(answer.id), answer.text, answer.status, answer.reason, answer.truncated)
-        self._rows.execute("REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", cells)
-        return new
+        if self._rows.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)", cells).rowcount:
+            return True
+        if answer.status == "ok" or self[answer.id].status != "ok":  # the best known answer counts
+            self._rows.execute("REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", cells)
+        return False
 
     def __getitem__(self, row_id: str) -> Prediction:
         found = self._rows.execute(

@@ -50,6 +50,7 @@ _CLOSING = "\"”'’»`"
 _WRAPPERS = (("__", "__"), ("*", "*"), ("_", "_"), ("```", "```"), ("`", "`"), ('"', '"'), ("'", "'"),
              ("“", "”"), ("‘", "’"), ("«", "»"), ("„", "“"))  # fmt: skip
 _LONE_OPENERS = ('"', "“", "«", "„", "`")
+_OPENERS = frozenset(opening[0] for opening, _ in _WRAPPERS).union(_LONE_OPENERS)
 _MOST_PARAGRAPHS = 1000  # that are looked at for an answer
 
 
@@ -75,7 +76,7 @@ def clean_answer(raw: str) -> str:
 
 def is_blank(text: str) -> bool:
     """True for a text that is no answer: no letter or digit, or a word that a grader reads as null."""
-    return not any(character.isalnum() for character in text) or text.strip().lower() in _READ_AS_NULL
+    return _WORD.search(text) is None or text.strip().lower() in _READ_AS_NULL
 
 
 def strip_invalid_utf8(text: str) -> str:
@@ -159,6 +160,8 @@ class _Window:
     def _unwrap(self) -> bool:
         """Take off one pair of marks around the whole, or an opening mark that is never closed."""
         text, start, end = self.text, self.start, self.end
+        if start == end or text[start] not in _OPENERS:
+            return False
         if end - start > 1 and text[end - 1] in ".!" and text[end - 2] in _CLOSING:  # "Make it formal".
             end -= 1
         for opening, closing in _WRAPPERS:

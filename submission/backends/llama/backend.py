@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from submission.backends.common import PendingRequest, memory_budget, scorable, thread_count
-from submission.backends.llama.embedded import fast_embedded
 from submission.backends.llama.library import (
     cache_bytes_per_token,
     library,
@@ -26,7 +25,7 @@ from submission.backends.llama.sampling import LlamaSampler
 from submission.backends.llama.schedule import ContextLimits, QueuedPrompt, QueuedText, Scheduler, Shape
 from submission.backends.llama.streams import LlamaStreams
 from submission.backends.llama.tokenizer import GgufTokenizer
-from submission.backends.models import PACKAGED, TUNED, adapter_of, check_gguf_adapter, resolve_gguf
+from submission.backends.models import adapter_of, check_gguf_adapter, resolve_gguf
 from submission.data.hashing import content_hash
 from submission.errors import UserError
 from submission.prompts.encoding import ChatEncoder
@@ -75,21 +74,16 @@ def check(spec: ModelSpec) -> None:
 
 
 def fingerprint(spec: ModelSpec) -> dict[str, str]:
-    """What decides the answers: weights, adapter, its scale and the room for a prompt.
-
-    A packaged model counts as what it is made from: which encoding this CPU computes fastest is found out by workers.
-    """
+    """What decides the answers: weights, adapter, its scale and the room for a prompt."""
     marks = {"model": content_hash(resolve_gguf(spec.model)), "context": str(spec.options.context)}
     if adapter := adapter_of(spec.model, spec.adapter):
-        marks["adapter"] = f"{content_hash(adapter)} x {spec.options.adapter_scale:g}"
-        if _is_added(spec):
-            marks["adapter_is"] = "added to the weights"
+        marks["adapter"] = f"{content_hash(adapter)} x {spec.options.adapter_scale!r}"
     return marks
 
 
 def load(spec: ModelSpec) -> LlamaCpp:
     """Load the model; a context is made when the first requests tell what it must hold."""
-    return LlamaCpp(*weights(spec), spec.options)
+    return LlamaCpp(resolve_gguf(spec.model), adapter_of(spec.model, spec.adapter), spec.options)
 
 
 def load_encoder(spec: ModelSpec) -> ChatEncoder:
@@ -152,20 +146,6 @@ class LlamaCpp:
         for text in self._scheduler.score(texts, self._sampler.log_probabilities):
             yield text.payload, LogLikelihood(text.total, len(text.ids) - text.scored_from, text.scored_from)
         yield from without
-
-
-def weights(spec: ModelSpec) -> tuple[Path, Path | None]:
-    """The GGUF file to load, and the adapter to load beside it: packaged models are encoded for this CPU."""
-    if spec.model not in PACKAGED:
-        return resolve_gguf(spec.model), spec.adapter
-    adapter = adapter_of(spec.model, spec.adapter)
-    if _is_added(spec):
-        return fast_embedded(adapter)
-    return fast_embedded()[0], adapter
-
-
-def _is_added(spec: ModelSpec) -> bool:
-    return spec.model == TUNED and spec.options.adapter_scale == 1
 
 
 def _context_size(model: Any, options: Options) -> int:

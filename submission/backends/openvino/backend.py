@@ -25,8 +25,8 @@ from submission.backends.models import (
     is_openvino_folder,
     resolve_gguf,
 )
-from submission.backends.openvino.sampling import SampledAnswer
 from submission.backends.openvino.weights import made_folder
+from submission.backends.sampling import PendingAnswer
 from submission.data.files import read_json
 from submission.data.hashing import content_hash
 from submission.errors import UserError
@@ -166,11 +166,11 @@ class OpenVino:
                 sampling = request.sampling
                 encoded = self.encoder.encode_for(request.chat, sampling.max_new_tokens)
                 asked = PendingRequest(request, encoded, [None] * sampling.n)
-                answers: deque[Answer] = deque(SampledAnswer(asked, n, self.tokenizer) for n in range(sampling.n))
+                answers: deque[Answer] = deque(PendingAnswer(asked, n, self.tokenizer) for n in range(sampling.n))
                 yield Work(np.array(encoded.ids, np.int32), asked, sampling.max_new_tokens, answers)
 
         for answer in self._scheduler.run(work()):
-            assert isinstance(answer, SampledAnswer)
+            assert isinstance(answer, PendingAnswer)
             answer.asked.completions[answer.number] = answer.completion()
             yield from answer.asked.when_complete()
 

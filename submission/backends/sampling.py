@@ -1,11 +1,11 @@
-"""Answers whose tokens are sampled in numpy, each from a random stream of its own."""
+"""Answers on their way: tokens are sampled in numpy, each answer from a random stream of its own."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from submission.backends.common import PendingAnswer, PendingRequest, Pieces, stream_seed
-from submission.types import Sampling
+from submission.backends.common import PendingRequest, stop_at, stream_seed
+from submission.types import Completion, Sampling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,20 +15,75 @@ if TYPE_CHECKING:
 _COLDEST = 1e-6  # below it nothing but the likeliest token is left, and 32 bits divide by zero
 
 
-class SampledAnswer(PendingAnswer):
-    """An answer on its way; see `submission.backends.openvino.schedule.Answer`."""
+class Pieces(Protocol):
+    """Tokens one by one, as a tokenizer knows them."""
+
+    def piece(self, token: int, *, special: bool = True) -> bytes:
+        """The bytes of one token; those of a special token are empty unless `special`."""
+        ...
+
+    def ends_answer(self, token: int) -> bool:
+        """True for end-of-turn, end-of-text and the like."""
+        ...
+
+
+class PendingAnswer:
+    """One answer on its way.
+
+    Args:
+        asked: what it answers.
+        number: which of the answers to it this is.
+        tokenizer: of the model.
+    """
 
     def __init__(self, asked: PendingRequest, number: int, tokenizer: Pieces) -> None:
         import numpy as np
 
-        super().__init__(asked, number, tokenizer)
+        self.asked = asked
+        self.number = number
         sampling = asked.request.sampling
         self.samples = sampling.temperature > 0
+        """Whether tokens are sampled; the likeliest ones are taken else."""
         self._stream = np.random.Generator(np.random.Philox(stream_seed(sampling.seed, asked.request.key, number)))
+        self._tokenizer = tokenizer
+        self._content = b""
+        self._text: str | None = None  # the final one, if a stop string ended it
+        self._tokens = 0
+        self._logprob = 0.0
+        self._ended = False
 
     def sample(self, logits: NDArray[np.float32]) -> int:
         """A token from logits of shape (vocabulary,)."""
         return sample_token(logits, self.asked.request.sampling, self._stream.random())
+
+    def add(self, token: int, logprob: float) -> bool:
+        """Add a token; True if the answer is complete with it."""
+        sampling = self.asked.request.sampling
+        self._tokens += 1
+        self._logprob += logprob
+        if self._tokenizer.ends_answer(token):
+            self._ended = True
+            return True
+        piece = self._tokenizer.piece(token, special=False)
+        self._content += piece
+        if sampling.stop:
+            # Only the end can hold a new one.
+            tail = len(piece) + max(len(stop.encode()) for stop in sampling.stop) + 4
+            if stop_at(self._content[-tail:].decode("utf-8", "replace"), sampling.stop) is not None:
+                self._text = stop_at(self._content.decode("utf-8", "replace"), sampling.stop)
+        return self._text is not None or self._tokens == sampling.max_new_tokens
+
+    def completion(self) -> Completion:
+        """What became of it."""
+        encoded = self.asked.encoded
+        return Completion(
+            self._content.decode("utf-8", "replace") if self._text is None else self._text,
+            self._logprob,
+            self._tokens,
+            "stop" if self._ended or self._text is not None else "length",
+            len(encoded.ids),
+            encoded.truncated,
+        )
 
 
 def sample_token(logits: NDArray[np.float32], sampling: Sampling, point: float) -> int:

@@ -212,8 +212,8 @@ class Batches:
         first = pending.items.popleft()
         size = self._of_one(first)
         while first.rows > 1 and not self._room.holds(*size.room()):
-            first, *rest = first.parts()
-            pending.items.extendleft(reversed(rest))
+            first, other = first.parts()
+            pending.items.appendleft(other)
             size = self._of_one(first)
         batch = [first]
         if self._continuous and first.plain:

@@ -29,7 +29,7 @@ class Scorer:
 
     def __init__(self, model: Any, prefixes: Prefixes, pad: int, room: Callable[[], int]) -> None:
         self._model, self._prefixes, self._pad, self._room = model, prefixes, pad, room
-        self._vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        self._vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
         self._body, self._head = _parts(model, pad)
 
     @property
@@ -74,9 +74,9 @@ class Scorer:
         piece = self._piece()
         found = torch.cat([
             _chosen(self._head(part), chosen)
-            for part, chosen in zip(hidden.split(piece), tokens.split(piece), strict=True)
+            for part, chosen in zip(torch.split(hidden, piece), torch.split(tokens, piece), strict=True)
         ])  # fmt: skip
-        return found.split([text.outputs for text in batch])
+        return torch.split(found, [text.outputs for text in batch])
 
     def _at_once(self, batch: list[Text], fed: dict[str, Any], width: int) -> Any:
         """The same by a head that is not known apart from its model."""

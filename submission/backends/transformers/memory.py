@@ -85,7 +85,8 @@ def footprint(config: Any, value_bytes: int) -> Footprint:
         kept,
         windowed,
         window,
-        work=(4 * inner + 6 * hidden + 4 * most_query) * value_bytes,  # gate, up, their product; q, k, v repeated
+        # The MLP's gate, up and their product, or queries with keys and values repeated; residuals, norms in float32.
+        work=(max(3 * inner, 4 * most_query) + 6 * hidden) * value_bytes,
         pairs=heads * (4 + 2 * value_bytes) if eager else 2,  # scores and their softmax in float32, or a mask
         row=text.vocab_size * (value_bytes + 24),  # logits, in float32, probabilities, their sum in float64, choices
     )

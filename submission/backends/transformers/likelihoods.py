@@ -30,7 +30,7 @@ class Scorer:
     def __init__(self, model: Any, prefixes: Prefixes, pad: int, room: Callable[[], int]) -> None:
         self._model, self._prefixes, self._pad, self._room = model, prefixes, pad, room
         self._vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
-        self._body, self._head = _parts(model, pad)
+        self._body, self._head = _parts(model, self._vocabulary)
 
     @property
     def outputs(self) -> int | None:
@@ -103,7 +103,7 @@ def _chosen(logits: Any, tokens: Any) -> Any:
     return (logits.gather(1, tokens.to(logits.device)[:, None])[:, 0] - logits.logsumexp(dim=-1)).cpu()
 
 
-def _parts(model: Any, token: int) -> tuple[Any, Any]:
+def _parts(model: Any, vocabulary: int) -> tuple[Any, Any]:
     """A model's body and its head, which makes logits of hidden states; no head where they are not the whole of it.
 
     Some models do more to their logits than a linear layer and the bound of Gemma-2: the parts are tried.
@@ -121,7 +121,7 @@ def _parts(model: Any, token: int) -> tuple[Any, Any]:
     if body is inner or linear is None:
         return None, None
     with torch.inference_mode():
-        ids = torch.tensor([[token] * 2], device=model.device)
+        ids = torch.tensor([[vocabulary * part // 9 for part in range(1, 9)]], device=model.device)
         expected = model(input_ids=ids).logits.float()
         try:
             found = head(body(input_ids=ids, use_cache=False).last_hidden_state).float().to(expected.device)

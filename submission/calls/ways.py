@@ -47,8 +47,9 @@ class Way:
             from submission.calls.ray import Actors
 
             return Actors(spec, spec.placement)
-        gpus = [] if "CUDA_VISIBLE_DEVICES" in self.environment else visible_gpus()
-        count = spec.placement.count
+        spread = getattr(spec.options, "device", "") == "balanced"  # one copy takes all GPUs
+        gpus = [] if spread or "CUDA_VISIBLE_DEVICES" in self.environment else visible_gpus()
+        count = 1 if spread else spec.placement.count
         share = (
             one_of(spec)
             if count == 1

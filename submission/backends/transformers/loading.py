@@ -8,12 +8,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from submission.backends.transformers.devices import (
+    check_fits,
+    choose_dtype,
+    device_map,
+    find_device,
+    lowest_capability,
+    prepare_allocator,
+)
 from submission.backends.transformers.tokenizer import HfTokenizer
 from submission.data.tables import some
 from submission.errors import UserError, first_line
 
 
 def stay_offline_and_quiet() -> None:
+    """Set what torch and transformers read from the environment when they are first imported."""
+    prepare_allocator()
     # Read when huggingface_hub is first imported; `local_files_only` alone leaves some look-ups.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TQDM_DISABLE"] = "1"  # the run has a progress bar of its own
@@ -41,22 +51,28 @@ def _from_pretrained(kind: Any, path: Path, what: str) -> Any:
 
 
 def load_model(path: Path, adapter: Path | None, *, device: str, dtype: str, load_in_4bit: bool) -> Any:
+    """A model that is ready to compute, with its adapter.
+
+    Args:
+        path: folder or GGUF file.
+        adapter: PEFT folder; added to the weights, unless these are quantised.
+        device: auto, balanced (over all GPUs), or one of torch.
+        dtype: auto (see `choose_dtype`), or one of torch.
+        load_in_4bit: quantise the weights on loading, to nf4.
+
+    Raises:
+        UserError: something of this is not there, does not go together, or does not fit.
+    """
     import torch
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        on_gpu = torch.device(device).type == "cuda"
-    except RuntimeError as error:
-        raise UserError(f"option device={device!r} is no device of torch: {first_line(error)[:200]}") from None
-    if on_gpu and not torch.cuda.is_available():
-        raise UserError(f"option device={device!r}: torch finds no CUDA GPU; use device=cpu")
-    if dtype == "auto":
-        # T4 and older have no bfloat16 units.
-        dtype = ("bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16") if on_gpu else "float32"
+    device = find_device(device)
+    config = load_config(path)
+    dtype = choose_dtype(config.model_type, lowest_capability(device), dtype)
+    check_fits(path, config.model_type, device, dtype, load_in_4bit=load_in_4bit)
+    quantised = getattr(config, "quantization_config", None) is not None
     arguments: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     folder = path
     if path.is_file():
@@ -65,25 +81,36 @@ def load_model(path: Path, adapter: Path | None, *, device: str, dtype: str, loa
         folder = path.parent
         # Without `dequantize` the weights stay packed, at half the speed.
         arguments |= {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
-    if load_in_4bit:
+        quantised = False
+    elif load_in_4bit and not quantised:
         from transformers import BitsAndBytesConfig
 
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, dtype),
         )  # fmt: skip
-        arguments["device_map"] = {"": device}
-    model = from_disk(folder, path, **arguments)
+        quantised = True
+    model = from_disk(folder, path, **arguments, **device_map(device, quantised=quantised))
+    quantised = is_quantised(model)  # what became of it
+    if quantised:
+        _compute_in(model, getattr(torch, dtype))
     if adapter is not None:
         model = with_adapter(model, adapter)
-        if not load_in_4bit:
+        if not quantised:
             model = model.merge_and_unload()  # an unmerged adapter nearly halves the speed
-    if not load_in_4bit:
-        try:
-            model = model.to(device)
-        except (RuntimeError, AssertionError) as error:  # unknown, or not there, or too small
-            raise UserError(f"the model cannot be put on device={device!r}: {first_line(error)}") from error
     return model.eval()
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether the weights are packed, so that an adapter added to them would be rounded to a few bits."""
+    return any(getattr(model, name, False) for name in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"))
+
+
+def _compute_in(model: Any, dtype: Any) -> None:
+    """Have layers of 4 bits compute in the dtype that suits the device; a folder brings that of who quantised it."""
+    for module in model.modules():
+        if hasattr(module, "compute_dtype") and hasattr(module, "compute_type_is_set"):
+            module.compute_dtype = dtype
 
 
 def from_disk(folder: Path, path: Path, **arguments: Any) -> Any:

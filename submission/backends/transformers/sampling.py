@@ -13,22 +13,33 @@ from typing import Any
 from submission.backends.common import stop_at
 from submission.types import Sampling
 
+_TOP = 1024  # tokens that nearly always hold the nucleus of top-p
+
 
 class TransformersSampler:
     """A logits processor that draws the tokens and leaves only them to be picked.
 
+    An answer whose logits are not numbers ends at once, with a log-probability that is not finite: no index is ever
+    made of such logits, which would end the process on a GPU.
+
     Args:
-        sampling: of all answers of the batch.
-        seeds: of the answers' random streams.
+        answers: how each answer of the batch is drawn, and the seed of its random stream; all of one length.
+        end: token that ends an answer.
     """
 
-    def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
+    def __init__(self, answers: Sequence[tuple[Sampling, int]], end: int) -> None:
         import numpy as np
 
-        self._sampling = sampling
-        self._uniform = np.array(
-            [np.random.Generator(np.random.Philox(s)).random(sampling.max_new_tokens) for s in seeds]
-        )
+        self._end = end
+        self._groups: dict[tuple[float, float, float], list[int]] = {}
+        """Rows by temperature, top-p and min-p."""
+        self._uniform: Any = np.zeros((len(answers), answers[0][0].max_new_tokens))
+        for row, (sampling, seed) in enumerate(answers):
+            way = (0.0, 1.0, 0.0)
+            if sampling.temperature > 0:
+                way = (sampling.temperature, sampling.top_p, sampling.min_p)
+                self._uniform[row] = np.random.Generator(np.random.Philox(seed)).random(sampling.max_new_tokens)
+            self._groups.setdefault(way, []).append(row)
         self.logprobs: list[Any] = []
         """By step: log-probability of each drawn token at temperature 1 over the whole vocabulary, (answers,)."""
 
@@ -36,22 +47,68 @@ class TransformersSampler:
         """Scores, shape (answers, vocabulary), in which the drawn token has the highest."""
         import torch
 
-        step = len(self.logprobs)
-        drawn = scores.argmax(dim=-1, keepdim=True) if self._sampling.temperature <= 0 else self._draw(scores, step)
-        self.logprobs.append((scores.gather(1, drawn) - scores.logsumexp(dim=-1, keepdim=True))[:, 0])
+        if not self.logprobs:
+            self._uniform = torch.as_tensor(self._uniform, device=scores.device)
+        uniform = self._uniform[:, len(self.logprobs), None]
+        drawn = torch.empty((len(scores), 1), dtype=torch.long, device=scores.device)
+        for way, rows in self._groups.items():
+            if len(rows) == len(scores):
+                drawn = draw(scores, uniform, *way)
+            else:
+                drawn[rows] = draw(scores[rows], uniform[rows], *way)
+        logprobs = scores.gather(1, drawn) - scores.logsumexp(dim=-1, keepdim=True)
+        self.logprobs.append(logprobs[:, 0])
+        drawn = drawn.where(logprobs.isfinite(), self._end)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
-    def _draw(self, scores: Any, step: int) -> Any:
-        import torch
 
-        sampling = self._sampling
-        probabilities, order = (scores / sampling.temperature).softmax(dim=-1).double().sort(dim=-1, descending=True)
-        before = probabilities.cumsum(dim=-1) - probabilities
-        kept = (before < sampling.top_p) & (probabilities >= sampling.min_p * probabilities[:, :1])
-        cumulated = (probabilities * kept).cumsum(dim=-1)
-        uniform = torch.as_tensor(self._uniform[:, step, None], device=scores.device) * cumulated[:, -1:]
-        place = torch.searchsorted(cumulated, uniform, right=True)
-        return order.gather(1, torch.minimum(place, kept.sum(dim=-1, keepdim=True) - 1))
+def draw(scores: Any, uniform: Any, temperature: float, top_p: float, min_p: float, top: int = _TOP) -> Any:
+    """Draw a token for each row by inverting the distribution function.
+
+    Args:
+        scores: logits, (rows, vocabulary).
+        uniform: random numbers in [0, 1), (rows, 1), float64.
+        temperature: 0 takes the most probable token.
+        top_p: the most probable tokens that have this probability together are kept.
+        min_p: tokens are kept that have this share of the highest probability.
+        top: tokens that are sorted first; all are where these do not hold `top_p`.
+
+    Returns:
+        Tokens, (rows, 1): indices of the vocabulary even where scores are not numbers.
+    """
+    if temperature <= 0:
+        return scores.argmax(dim=-1, keepdim=True)
+    probabilities = (scores / temperature).softmax(dim=-1)
+    if top_p >= 1:
+        if min_p > 0:
+            probabilities = probabilities * (probabilities >= min_p * probabilities.amax(dim=-1, keepdim=True))
+        return _invert(probabilities.double(), uniform)
+    highest, order = probabilities.topk(min(top, probabilities.shape[-1]), dim=-1)
+    drawn = _of_nucleus(highest.double(), order, uniform, top_p, min_p)
+    if highest.shape[-1] < probabilities.shape[-1]:
+        # Where the nucleus may go on behind those that were sorted.
+        short = (highest.double().sum(dim=-1) < top_p) & (highest[:, -1] >= min_p * highest[:, 0])
+        if bool(short.any()):
+            everything, order = probabilities[short].sort(dim=-1, descending=True)
+            drawn[short] = _of_nucleus(everything.double(), order, uniform[short], top_p, min_p)
+    return drawn
+
+
+def _of_nucleus(highest: Any, order: Any, uniform: Any, top_p: float, min_p: float) -> Any:
+    """Draw of probabilities in descending order, (rows, tokens), the tokens `order`."""
+    before = highest.cumsum(dim=-1) - highest
+    kept = (before < top_p) & (highest >= min_p * highest[:, :1])
+    return order.gather(1, _invert(highest * kept, uniform))
+
+
+def _invert(weights: Any, uniform: Any) -> Any:
+    """The first index at which the sum of weights, (rows, n), exceeds its share `uniform` of the whole, (rows, 1)."""
+    import torch
+
+    summed = weights.cumsum(dim=-1)
+    place = torch.searchsorted(summed, uniform * summed[:, -1:], right=True)
+    last = torch.searchsorted(summed, summed[:, -1:].contiguous())  # that has any weight: rounding may reach the end
+    return torch.minimum(place, last).clamp(0, weights.shape[-1] - 1)
 
 
 class Stopper:

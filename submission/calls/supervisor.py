@@ -42,7 +42,7 @@ Message = tuple[Any, ...]
 """To a worker: ("ask", (call, try), method, items), ("stop", (call, try)).
 
 From it: ("ready", where), ("refused", words) of a model that cannot be loaded, ("answers", (call, try), [(key, answer),
-...]), ("trouble", (call, try), words).
+...]), ("trouble", (call, try), words), ("lost", words) when the model is.
 """
 
 
@@ -331,6 +331,9 @@ class Pool:
         elif kind == "refused":
             self._carrier.end(worker)
             self._leave_out(worker, str(told[0]))
+        elif kind == "lost":
+            self._carrier.end(worker)
+            self._lose(worker, f"worker {worker.number}: {told[0]}")
         elif kind == "answers":
             (number, _), answers = told
             gap = (now - worker.since) / max(1, len(answers))

@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from submission.backends.common import end_with
-from submission.errors import UserError, first_line
+from submission.errors import ModelLost, UserError, first_line
 
 Call = tuple[int, int]
 """A call and the try at it."""
@@ -132,7 +132,7 @@ def load(what: Loadable) -> tuple[Any, str]:
 
 
 def work(backend: Any, inbox: Inbox, tell: Callable[[tuple[Any, ...]], None]) -> None:
-    """Answer for as long as the process lives."""
+    """Answer for as long as the process lives, or the model does."""
     while True:
         call, method, items = inbox.next()
         try:
@@ -140,6 +140,9 @@ def work(backend: Any, inbox: Inbox, tell: Callable[[tuple[Any, ...]], None]) ->
                 if inbox.stopped(call):
                     break
                 tell(("answer", call, key, answer))
+        except ModelLost as error:
+            tell(("lost", str(error)))
+            return
         except Exception as error:
             tell(("trouble", call, str(error) if isinstance(error, UserError) else first_line(error)))
 

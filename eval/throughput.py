@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.peers import GenAi, LlamaCppPython, Load, llama_server
+from eval.peers import GenAi, LlamaCppPython, Load, Vllm, llama_server, vllm_peer
 from submission.backends import model_spec
 from submission.backends.common import thread_count
 from submission.backends.llama.backend import weights
@@ -41,6 +41,7 @@ LOG = logging.getLogger(__name__)
 SCENARIOS = ("zero_shot", "few_shot", "samples", "likelihood")
 OURS = "this program"
 _GENAI = "OpenVINO GenAI, its own pipeline"
+_VLLM = "vLLM, LLM.generate"
 _SHOTS, _SAMPLES, _CANDIDATES = 3, 8, 5
 
 
@@ -58,6 +59,7 @@ class ThroughputConfig:
     dtype: str = "auto"
     scenarios: Sequence[str] = SCENARIOS
     llama_server: Path | None = None
+    vllm: Path | None = None
     transformers: bool = True
     plot: Path | None = None
 
@@ -118,7 +120,7 @@ def measure(config: ThroughputConfig) -> dict[str, Measured]:
     bench = _Bench(config)
     results: dict[str, Measured] = {}
     with ExitStack() as stack:
-        bench.start_server(stack)
+        bench.start_peers(stack)
         for scenario in config.scenarios:
             results[scenario] = getattr(bench, scenario)()
             for line in table(scenario, results[scenario]):
@@ -169,9 +171,15 @@ class _Bench:
             settings = [f"threads={self._threads}", "dtype=bfloat16"]
             self._transformers = model_spec("transformers", str(self._file), settings=settings).load()
         self._server: Callable[[Load], None] | None = None
+        self._vllm: Vllm | None = None
+        self._dtype = dtype
         LOG.info(f"model      {config.model}, {dtype}, {self._threads} threads, {config.repeats} repeats")
 
-    def start_server(self, stack: ExitStack) -> None:
+    def start_peers(self, stack: ExitStack) -> None:
+        """Start those that are processes of their own."""
+        if self._config.vllm is not None:
+            peer = vllm_peer(self._config.vllm, self._file, self._dtype, self._threads, self._ours.encoder.context)
+            self._vllm = stack.enter_context(peer)
         if self._config.llama_server is not None:
             server = llama_server(self._config.llama_server, self._file, self._threads, self._ours.encoder.context)
             self._server = stack.enter_context(server)
@@ -214,6 +222,8 @@ class _Bench:
         ways: dict[str, Callable[[], object]] = {
             way: partial(self._score, backend, items) for way, backend in self._backends().items()
         }
+        if self._vllm is not None:
+            ways[_VLLM] = partial(self._vllm.score, [ids for ids, _ in sizes])
         self._by_turns(measured, ways)
         return measured
 
@@ -257,6 +267,8 @@ class _Bench:
             way: partial(self._answer, backend, chats, sampling) for way, backend in self._backends().items()
         }
         ways[_GENAI] = lambda: self._genai(load)
+        if self._vllm is not None:
+            ways[_VLLM] = partial(self._vllm, load)
         measured = Measured(len(chats), statistics.mean(map(len, load.prompts)), statistics.mean(counts))
         self._by_turns(measured, {**ways, **more})
         return measured
@@ -267,6 +279,8 @@ class _Bench:
             for way, run in ways.items():
                 if way == _GENAI:
                     self._genai.forget()
+                elif way == _VLLM and self._vllm is not None:
+                    self._vllm.forget()
                 measured.seconds[way].append(self._time(run))
             LOG.info(f"repeat {repeat + 1} of {self._config.repeats} is done")
 

@@ -136,12 +136,15 @@ def test_a_batch_that_fails_is_divided_until_the_culprit_stands_alone(trouble: t
 
 DEADLY = """
 import os, time
+from submission.errors import ModelLost
 from submission.backends.scripted import Scripted
 
 class Deadly(Scripted):
     def generate(self, requests):
         for key, answer in super().generate(requests):
             if key in os.environ["DEADLY"].split(","):
+                if os.environ["HOW"] == "lost":
+                    raise ModelLost("the GPU is gone")
                 os.abort() if os.environ["HOW"] == "abort" else time.sleep(3600)
             yield key, answer
 """
@@ -159,15 +162,15 @@ class DeadlySpec:
         return space["Deadly"]()
 
 
-@pytest.mark.parametrize("how", ["abort", "hang"])
+@pytest.mark.parametrize("how", ["abort", "hang", "lost"])
 def test_an_item_that_kills_its_worker_fails_alone(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEADLY", "33,200")
     monkeypatch.setenv("HOW", how)
-    pairs = PAIRS if how == "abort" else PAIRS[30:36]
+    pairs = PAIRS[30:36] if how == "hang" else PAIRS
     limits = Limits(stall=0.5) if how == "hang" else Limits()
     with open_models({"m": DeadlySpec()}, Log(tmp_path / "l"), limits) as models:
         found = ask(models, pairs)
-    said = "signal 6" if how == "abort" else "gave no answer"
+    said = {"abort": "signal 6", "hang": "gave no answer", "lost": "the GPU is gone"}[how]
     for pair in pairs:
         assert (said in found[pair.id]) if pair.id in ("33", "200") else found[pair.id] == EXPECTED[pair.id]
 

@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,14 @@ QUESTIONS = (
 ANSWERS = ("The capital of France is Paris.", "The capital of France is Rome.", "Bananas swim upwards.", "Paris", "")
 
 
+PASSAGE = (
+    "The lighthouse keeper climbs the stairs every evening at seven. He trims the wick, fills the lamp with oil, winds "
+    "the clockwork and writes the weather into a book with a green cover: wind, clouds, the height of the waves and "
+    "the ships that he saw pass. On Sundays his sister brings bread, and they look for whales until it is dark. "
+)
+"""What several prompts begin with, longer than any backend's unit of sharing."""
+
+
 def chat(text: str, prefix: str = "") -> Chat:
     return Chat((Message("user", (Part(text, trusted=False),)),), prefix)
 
@@ -137,6 +146,8 @@ class Reference:
         import torch
         from transformers import AutoModelForCausalLM
 
+        self.likelihood = cache(self._likelihood)  # the backends are asked the same, one after the other
+        self.greedy = cache(self._greedy)
         self._torch = torch
         self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.encoder = model_spec("transformers", str(folder), settings=[f"context={CONTEXT}"]).load_encoder()
@@ -147,21 +158,22 @@ class Reference:
             found: NDArray[np.float64] = self._model(self._torch.tensor([list(ids)])).logits[0].double().numpy()
         return found
 
-    def likelihood(self, item: tuple[str, Chat, str]) -> float:
+    def _likelihood(self, one: Chat, continuation: str) -> float:
         """log P(continuation | chat)."""
-        ids, begin = self.encoder.encode_scored(item[1], item[2])
+        ids, begin = self.encoder.encode_scored(one, continuation)
         rows = self.logits(ids)[begin - 1 : -1]
         chosen = rows[np.arange(len(rows)), ids[begin:]]
         return float((chosen - np.log(np.exp(rows - rows.max(1)[:, None]).sum(1)) - rows.max(1)).sum())
 
-    def greedy(self, request: Request, end: int) -> tuple[str, float]:
+    def _greedy(self, one: Chat, tokens: int) -> tuple[str, float]:
         """The likeliest answer, token by token, and its log-probability."""
-        ids = list(self.encoder.encode_for(request.chat, request.sampling.max_new_tokens).ids)
+        end = self.encoder.tokenizer.specials["<|im_end|>"].id
+        ids = list(self.encoder.encode_for(one, tokens).ids)
         begin, total = len(ids), 0.0
-        while len(ids) < begin + request.sampling.max_new_tokens and ids[-1:] != [end]:
+        while len(ids) < begin + tokens and (len(ids) == begin or ids[-1] != end):
             last = self.logits(ids)[-1]
             ids.append(int(last.argmax()))
-            total += float(last.max() - last.max() - math.log(np.exp(last - last.max()).sum()))
+            total -= math.log(np.exp(last - last.max()).sum())
         return self.encoder.text([token for token in ids[begin:] if token != end]), total
 
 
@@ -260,17 +272,17 @@ def test_a_known_question_has_the_known_answer(backend: Backend, encoder: ChatEn
 
 def test_greedy_answers_are_those_of_transformers(backend: Backend, case: Case, reference: Reference) -> None:
     found = generated(backend, asked(EIGHT))
-    end = reference.encoder.tokenizer.specials["<|im_end|>"].id
     for request in asked(EIGHT):
-        (answer,), (text, logprob) = found[request.key], reference.greedy(request, end)
+        (answer,), (text, logprob) = found[request.key], reference.greedy(request.chat, 8)
         assert answer.text == text
         assert answer.logprob == pytest.approx(logprob, abs=case.nats * answer.tokens)
 
 
-def test_neighbours_decide_no_answer(backend: Backend) -> None:
-    together = texts(backend, asked(EIGHT))
-    assert texts(backend, asked(EIGHT)[::-1]) == together
-    assert {key: text for one in asked(EIGHT)[::2] for key, text in texts(backend, [one]).items()}.items() <= (
+def test_neighbours_and_shared_beginnings_decide_no_answer(backend: Backend) -> None:
+    requests = asked(EIGHT, [*QUESTIONS, *(PASSAGE + question for question in QUESTIONS[:3]), PASSAGE])
+    together = texts(backend, requests)
+    assert texts(backend, requests[::-1]) == together
+    assert {key: text for one in requests[::2] for key, text in texts(backend, [one]).items()}.items() <= (
         together.items()
     )
 
@@ -327,13 +339,14 @@ def test_likelihoods_are_those_of_transformers(backend: Backend, case: Case, ref
     for item in items(chats):
         one = found[item[0]]
         assert one.tokens == len(reference.encoder.encode_continuation(item[2]))
-        assert one.sum == pytest.approx(reference.likelihood(item), abs=case.nats * one.tokens)
+        assert one.sum == pytest.approx(reference.likelihood(*item[1:]), abs=case.nats * one.tokens)
         assert one == LogLikelihood(0.0, 0) if not item[2] else one.sum < 0
 
 
 def test_a_likelihood_is_the_same_alone_and_beside_others(backend: Backend, case: Case) -> None:
-    together = scored(backend, items())
-    for item in items()[:-1]:
+    chats = [CAPITAL, chat(PASSAGE + QUESTIONS[1]), chat(PASSAGE + QUESTIONS[3])]
+    together = scored(backend, items(chats))
+    for item in items(chats)[:-1:2]:
         alone = scored(backend, [item])[item[0]]
         assert alone.tokens == together[item[0]].tokens
         assert alone.sum == pytest.approx(together[item[0]].sum, abs=case.nats * alone.tokens)

@@ -63,7 +63,7 @@ class Engine:
 
     def __init__(self, model: Path, adapter: Path | None, options: Options, context: int) -> None:
         _set_environment(options)
-        from vllm import LLMEngine
+        from vllm import EngineArgs, LLMEngine
 
         on_cpu = _check_platform(options)
         streams = options.streams or (_CPU_STREAMS if on_cpu else _GPU_STREAMS)
@@ -74,7 +74,7 @@ class Engine:
         self._lora: Any = None
         if adapter is not None:
             arguments |= _lora_arguments(adapter)
-        self._engine = LLMEngine.from_engine_args(_engine_args(arguments))
+        self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         if adapter is not None:
             self._lora = _add_adapter(self._engine, adapter)
         self._number = 0
@@ -198,19 +198,16 @@ def _arguments(model: Path, options: Options, *, on_cpu: bool) -> dict[str, Any]
     """Of `vllm.EngineArgs`, but for sizes and the adapter."""
     arguments: dict[str, Any] = {
         "model": str(model), "skip_tokenizer_init": True, "trust_remote_code": False, "load_format": "safetensors",
-        "dtype": options.dtype if options.dtype != "auto" else _dtype(on_cpu=on_cpu), "seed": 0, "logprobs_mode": "raw_logprobs", "disable_log_stats": True,
+        "dtype": _dtype(on_cpu=on_cpu) if options.dtype == "auto" else options.dtype,
+        "seed": 0, "logprobs_mode": "raw_logprobs", "disable_log_stats": True, "enable_prefix_caching": True,
         "generation_config": "vllm",  # nothing but what a request says
-        "enable_prefix_caching": True,
         # A prompt in parts would move the random stream of its sample by the parts, so by what runs beside it.
         "enable_chunked_prefill": False,
         "enforce_eager": on_cpu or options.eager,
     }  # fmt: skip
     if on_cpu:
-        if options.dtype == "auto":
-            arguments["dtype"] = "float32"
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(
-            max(1, round((options.memory * 1_000_000 or memory_budget()) / 2**30))
-        )
+        space = options.memory * 1_000_000 or memory_budget()
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(space / 2**30)))
     else:
         arguments["gpu_memory_utilization"] = options.gpu_memory
     if options.load_in_4bit:
@@ -224,12 +221,6 @@ def _dtype(*, on_cpu: bool) -> str:
     if on_cpu:
         return "float32"
     return "bfloat16" if current_platform.has_device_capability(80) else "float16"
-
-
-def _engine_args(arguments: dict[str, Any]) -> Any:
-    from vllm import EngineArgs
-
-    return EngineArgs(**arguments)
 
 
 def _lora_arguments(adapter: Path) -> dict[str, Any]:

@@ -206,8 +206,8 @@ def _arguments(model: Path, options: Options, *, on_cpu: bool) -> dict[str, Any]
         "enforce_eager": on_cpu or options.eager,
     }  # fmt: skip
     if on_cpu:
-        space = options.memory * 1_000_000 or memory_budget()
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(space / 2**30)))
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # which would come first
+        arguments["kv_cache_memory_bytes"] = options.memory * 1_000_000 or memory_budget()
     else:
         arguments["gpu_memory_utilization"] = options.gpu_memory
     if options.load_in_4bit:

@@ -183,35 +183,43 @@ class Vllm:
 
 @contextmanager
 def vllm_peer(python: Path, model: Path, dtype: str, threads: int, context: int) -> Iterator[Vllm]:
-    """Run vLLM with the weights of a GGUF file, dequantised to a folder for it.
+    """Run vLLM with the weights of a GGUF file, dequantised to a folder for it; see `vllm_with`."""
+    with tempfile.TemporaryDirectory(prefix="prompt-recovery-vllm-") as folder:
+        _dequantise(model, Path(folder), dtype)
+        with vllm_with(python, Path(folder), dtype, threads, context) as peer:
+            yield peer
+
+
+@contextmanager
+def vllm_with(python: Path, folder: Path, dtype: str, threads: int, context: int) -> Iterator[Vllm]:
+    """Run vLLM with a transformers folder.
 
     Args:
         python: of an environment that has vLLM.
-        model: GGUF file.
+        folder: of the model.
         dtype: float32 or bfloat16.
+        threads: of a CPU.
         context: tokens of a prompt and its answer.
 
     Raises:
         UserError: it does not start.
     """
-    with tempfile.TemporaryDirectory(prefix="prompt-recovery-vllm-") as folder:
-        _dequantise(model, Path(folder), dtype)
-        program = Path(__file__).with_name("vllm_peer.py")
-        command = [str(python), "-P", str(program), folder, dtype, str(context)]
-        more = {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "2"}
-        try:
-            process = subprocess.Popen(
-                command, env={**os.environ, **more}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-        except OSError as error:
-            raise UserError(f"--vllm {python} cannot be run: {error}") from None
-        try:
-            peer = Vllm(process)
-            peer.wait()
-            yield peer
-        finally:
-            process.kill()
-            process.wait()
+    program = Path(__file__).with_name("vllm_peer.py")
+    command = [str(python), "-P", str(program), str(folder), dtype, str(context)]
+    more = {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "2"}
+    try:
+        process = subprocess.Popen(
+            command, env={**os.environ, **more}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+    except OSError as error:
+        raise UserError(f"--vllm {python} cannot be run: {error}") from None
+    try:
+        peer = Vllm(process)
+        peer.wait()
+        yield peer
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _dequantise(model: Path, folder: Path, dtype: str) -> None:

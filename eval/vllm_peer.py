@@ -29,7 +29,7 @@ def main() -> None:
     from vllm.platforms import current_platform
 
     model = LLM(folder, skip_tokenizer_init=True, dtype=dtype, max_model_len=int(context), generation_config="vllm",
-                enforce_eager=current_platform.is_cpu(), load_format="safetensors")  # fmt: skip
+                enforce_eager=current_platform.is_cpu(), load_format="safetensors", use_tqdm_on_load=False)  # fmt: skip
     print(json.dumps({"ready": True}), file=out, flush=True)
     for line in sys.stdin:
         command = json.loads(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from eval.peers import Load, vllm_with
 from submission.backends import model_spec
 from submission.backends.common import PendingRequest
 from submission.backends.vllm.backend import Vllm, check, fingerprint
@@ -169,6 +171,13 @@ def test_every_sample_has_a_seed_of_its_own_and_a_greedy_answer_none() -> None:
     assert "seed" not in sample(Sampling()).params()
 
 
+@pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed")
+def test_a_python_without_vllm_is_no_peer(tmp_path: Path) -> None:
+    for python, words in ((Path(sys.executable), "ended with exit code 1"), (tmp_path / "none", "cannot be run")):
+        with pytest.raises(UserError, match=words), vllm_with(python, tmp_path, "float32", 1, 256):
+            pass
+
+
 # -- with vLLM ----------------------------------------------------------------------------------------------------
 
 
@@ -275,3 +284,11 @@ def test_an_engine_of_vllm_that_fails_is_lost_for_good(tiny: Path, monkeypatch: 
     for _ in range(2):
         with pytest.raises(ModelLost, match="device-side assert"):
             list(backend.generate([Request("q", CAPITAL, Sampling(max_new_tokens=2))]))
+
+
+@needs_vllm
+def test_vllm_answers_as_a_peer_in_a_process_of_its_own(tiny: Path) -> None:
+    with vllm_with(Path(sys.executable), tiny, "float32", 1, 256) as peer:
+        peer(Load([[1, 2, 3], [4, 5]], 3, [2], samples=2, temperature=0.8))
+        peer.forget()
+        peer.score([[1, 2, 3], [4, 5, 6, 7]])

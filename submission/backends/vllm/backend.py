@@ -112,10 +112,10 @@ class Vllm:
                 asked = PendingRequest(request, encoded, [None] * request.sampling.n)
                 yield from (SampleJob(asked, number, self.tokenizer) for number in range(request.sampling.n))
 
-        failed: set[int] = set()  # requests of which a sample failed
+        failed: set[PendingRequest] = set()  # of which a sample did
         for job in self._engine.run(jobs()):
-            if job.failure and id(job.asked) not in failed:
-                failed.add(id(job.asked))
+            if job.failure and job.asked not in failed:
+                failed.add(job.asked)
                 yield job.asked.request.key, Failure(job.failure)
             elif not job.failure:
                 job.asked.completions[job.number] = job.completion()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -172,6 +174,8 @@ def _set_environment(options: Options) -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
         "OMP_NUM_THREADS": str(thread_count(options.threads)), "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }  # fmt: skip
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # for what it says before it looks at the environment
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, at what vLLM does
 
 
 def _check_platform(options: Options) -> bool:
@@ -198,9 +202,10 @@ def _arguments(model: Path, options: Options, *, on_cpu: bool) -> dict[str, Any]
     """Of `vllm.EngineArgs`, but for sizes and the adapter."""
     arguments: dict[str, Any] = {
         "model": str(model), "skip_tokenizer_init": True, "trust_remote_code": False, "load_format": "safetensors",
-        "dtype": _dtype(on_cpu=on_cpu) if options.dtype == "auto" else options.dtype,
-        "seed": 0, "logprobs_mode": "raw_logprobs", "disable_log_stats": True, "enable_prefix_caching": True,
+        "dtype": _dtype(on_cpu=on_cpu) if options.dtype == "auto" else options.dtype, "seed": 0,
+        "logprobs_mode": "raw_logprobs", "disable_log_stats": True, "use_tqdm_on_load": False,
         "generation_config": "vllm",  # nothing but what a request says
+        "enable_prefix_caching": True,
         # A prompt in parts would move the random stream of its sample by the parts, so by what runs beside it.
         "enable_chunked_prefill": False,
         "enforce_eager": on_cpu or options.eager,

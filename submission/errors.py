@@ -4,7 +4,7 @@
     ├── UserError         the input, an option or the installation is wrong: printed as is, exit 2
     │   └── MissingExtra  a package is not installed: carries the pip command that brings it
     └── BackendError      a backend could not answer a request: the row is retried, then counted
-        └── ModelLost     it can answer nothing any more: its worker ends, and another takes its place
+        └── DeviceLostError   its process can compute no longer: another takes its place
 
 Anything else that escapes is a bug and shows its traceback.
 """
@@ -46,8 +46,8 @@ class BackendError(PromptRecoveryError):
     """A backend failed on a request; rows are retried in smaller batches, then take the fallback."""
 
 
-class ModelLost(BackendError):
-    """A model that was loaded can answer nothing any more, such as after an error of its GPU: its worker ends."""
+class DeviceLostError(BackendError):
+    """A GPU no longer computes for this process, which has to end: every later call would fail."""
 
 
 def is_stop(error: BaseException) -> bool:

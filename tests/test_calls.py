@@ -136,7 +136,7 @@ def test_a_batch_that_fails_is_divided_until_the_culprit_stands_alone(trouble: t
 
 DEADLY = """
 import os, time
-from submission.errors import ModelLost
+from submission.errors import DeviceLostError
 from submission.backends.scripted import Scripted
 
 class Deadly(Scripted):
@@ -144,7 +144,7 @@ class Deadly(Scripted):
         for key, answer in super().generate(requests):
             if key in os.environ["DEADLY"].split(","):
                 if os.environ["HOW"] == "lost":
-                    raise ModelLost("the GPU is gone")
+                    raise DeviceLostError("the GPU is gone")
                 os.abort() if os.environ["HOW"] == "abort" else time.sleep(3600)
             yield key, answer
 """

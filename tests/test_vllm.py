@@ -19,7 +19,7 @@ from submission.backends.common import PendingRequest
 from submission.backends.vllm.backend import Vllm, check, fingerprint
 from submission.backends.vllm.jobs import SampleJob, TextJob
 from submission.backends.vllm.options import Options, adapter_rank, check_gpus, head_size
-from submission.errors import MissingExtra, ModelLost, UserError
+from submission.errors import MissingExtra, DeviceLostError, UserError
 from submission.prompts.encoding import EncodedPrompt
 from submission.types import Chat, Failure, Message, Part, Request, Sampling
 from tests.conftest import generated, scored_first
@@ -282,7 +282,7 @@ def test_an_engine_of_vllm_that_fails_is_lost_for_good(tiny: Path, monkeypatch: 
 
     monkeypatch.setattr(backend._engine._engine, "step", broken)
     for _ in range(2):
-        with pytest.raises(ModelLost, match="device-side assert"):
+        with pytest.raises(DeviceLostError, match="device-side assert"):
             list(backend.generate([Request("q", CAPITAL, Sampling(max_new_tokens=2))]))
 
 

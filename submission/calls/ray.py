@@ -25,7 +25,7 @@ from submission.backends.hardware import Placement
 from submission.calls.shares import one_of
 from submission.calls.supervisor import Carrier, Message, Worker
 from submission.calls.worker import Inbox, Outbox, load, work
-from submission.errors import MissingExtra, UserError, first_line
+from submission.errors import DeviceLostError, MissingExtra, UserError, first_line
 
 _CONNECT_SECONDS = 5.0
 _PLACE_SECONDS = 15.0  # for an actor to find room
@@ -60,13 +60,19 @@ class ActorBody:
             return
         told: SimpleQueue[Message] = SimpleQueue()
         outbox = Outbox(told.put)
-        threading.Thread(target=work, args=(backend, self._inbox, outbox.put), daemon=True).start()
+        threading.Thread(target=self._work, args=(backend, outbox), daemon=True).start()
         while True:
             group = [told.get()]
             with suppress(Empty):
                 while True:
                     group.append(told.get(timeout=_TOLD_SECONDS))
             yield group
+
+    def _work(self, backend: Any, outbox: Outbox) -> None:
+        try:
+            work(backend, self._inbox, outbox.put)
+        except DeviceLostError:  # the supervisor ends this actor as soon as it is told
+            outbox.close()
 
 
 @dataclass(slots=True, eq=False)

@@ -42,7 +42,7 @@ Message = tuple[Any, ...]
 """To a worker: ("ask", (call, try), method, items), ("stop", (call, try)).
 
 From it: ("ready", where), ("refused", words) of a model that cannot be loaded, ("answers", (call, try), [(key, answer),
-...]), ("trouble", (call, try), words), ("lost", words) when the model is.
+...]), ("trouble", (call, try), words), ("lost", words) of one that is about to end, since its GPU is lost to it.
 """
 
 
@@ -333,7 +333,7 @@ class Pool:
             self._leave_out(worker, str(told[0]))
         elif kind == "lost":
             self._carrier.end(worker)
-            self._lose(worker, f"worker {worker.number}: {told[0]}")
+            self._lose(worker, f"worker {worker.number} lost its GPU: {told[0]}")
         elif kind == "answers":
             (number, _), answers = told
             gap = (now - worker.since) / max(1, len(answers))

@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from submission.backends.common import end_with
-from submission.errors import ModelLost, UserError, first_line
+from submission.errors import DeviceLostError, UserError, first_line
 
 Call = tuple[int, int]
 """A call and the try at it."""
@@ -132,7 +132,11 @@ def load(what: Loadable) -> tuple[Any, str]:
 
 
 def work(backend: Any, inbox: Inbox, tell: Callable[[tuple[Any, ...]], None]) -> None:
-    """Answer for as long as the process lives, or the model does."""
+    """Answer for as long as the process can.
+
+    Raises:
+        DeviceLostError: it cannot any more, and is to end.
+    """
     while True:
         call, method, items = inbox.next()
         try:
@@ -140,9 +144,9 @@ def work(backend: Any, inbox: Inbox, tell: Callable[[tuple[Any, ...]], None]) ->
                 if inbox.stopped(call):
                     break
                 tell(("answer", call, key, answer))
-        except ModelLost as error:
+        except DeviceLostError as error:
             tell(("lost", str(error)))
-            return
+            raise
         except Exception as error:
             tell(("trouble", call, str(error) if isinstance(error, UserError) else first_line(error)))
 
@@ -162,7 +166,8 @@ def main() -> None:
         outbox = Outbox(line.send)
         outbox.put(("refused", wrong) if wrong else ("ready", os.getpid()))
         if not wrong:
-            work(backend, inbox, outbox.put)
+            with suppress(DeviceLostError):
+                work(backend, inbox, outbox.put)
         outbox.close()
     os._exit(0)  # freeing a large model takes seconds, and some libraries hang when they are unloaded
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from submission.backends.common import memory_budget, thread_count
 from submission.backends.vllm.options import RANKS, Options, adapter_rank
-from submission.errors import ModelLost, UserError, first_line
+from submission.errors import DeviceLostError, UserError, first_line
 
 _GPU_STREAMS, _CPU_STREAMS = 256, 16  # answers computed together
 _STEP_TOKENS = 8192  # that a step computes at most, and at least a whole prompt
@@ -90,7 +90,7 @@ class Engine:
         """Yield each job when it is done or has failed; jobs are taken as room falls free.
 
         Raises:
-            ModelLost: the engine failed, and can answer nothing any more.
+            DeviceLostError: the engine failed, and can answer nothing any more.
             Exception: of `jobs`, when all that it gave before is done.
         """
         source: Iterator[T] | None = iter(jobs)
@@ -125,7 +125,7 @@ class Engine:
         from vllm.sampling_params import RequestOutputKind
 
         if self._lost:
-            raise ModelLost(self._lost)
+            raise DeviceLostError(self._lost)
         self._number += 1
         name = str(self._number)
         kind = RequestOutputKind.DELTA if job.stepwise else RequestOutputKind.FINAL_ONLY
@@ -141,7 +141,7 @@ class Engine:
             outputs = self._engine.step()
         except Exception as error:
             self._lost = f"vLLM's engine failed: {first_line(error)}"
-            raise ModelLost(self._lost) from error
+            raise DeviceLostError(self._lost) from error
         done, enough = [], []
         for output in outputs:
             job = running.get(output.request_id)

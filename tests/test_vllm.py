@@ -19,7 +19,7 @@ from submission.backends.common import PendingRequest
 from submission.backends.vllm.backend import Vllm, check, fingerprint
 from submission.backends.vllm.jobs import SampleJob, TextJob
 from submission.backends.vllm.options import Options, adapter_rank, check_gpus, head_size
-from submission.errors import MissingExtra, DeviceLostError, UserError
+from submission.errors import DeviceLostError, MissingExtra, UserError
 from submission.prompts.encoding import EncodedPrompt
 from submission.types import Chat, Failure, Message, Part, Request, Sampling
 from tests.conftest import generated, scored_first

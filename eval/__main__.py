@@ -236,20 +236,23 @@ def throughput(
         list[str] | None, typer.Option(help="zero_shot, few_shot, samples or likelihood; again for more. Default: all.")
     ] = None,
     llama_server: Annotated[Path | None, typer.Option(help="A llama-server binary to compare with.")] = None,
+    vllm: Annotated[
+        Path | None, typer.Option(metavar="PYTHON", help="Compare with vLLM, in the environment of this Python.")
+    ] = None,
     transformers: Annotated[bool, typer.Option(help="Compare with transformers, which takes minutes.")] = True,
     plot: Annotated[
         Path | None, typer.Option(help="PNG to write: speed against the number of rows and of samples.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time this program beside OpenVINO GenAI, llama.cpp in three ways, and transformers."""
+    """Time this program beside OpenVINO GenAI, llama.cpp in three ways, transformers, and vLLM where there is one."""
     from eval.throughput import SCENARIOS, ThroughputConfig, measure
 
     results = measure(
         ThroughputConfig(
             input=input, rows=rows, shots=shots, model=model, threads=threads, new_tokens=max_new_tokens,
             repeats=repeats, dtype=dtype, scenarios=scenario or SCENARIOS, llama_server=llama_server,
-            transformers=transformers, plot=plot,
+            vllm=vllm, transformers=transformers, plot=plot,
         )
     )  # fmt: skip
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import tempfile
@@ -10,7 +11,7 @@ import time
 import urllib.request
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,95 @@ def llama_server(binary: Path, model: Path, threads: int, context: int) -> Itera
     finally:
         process.terminate()
         process.wait()
+
+
+class Vllm:
+    """vLLM in the Python of another environment, loading left out; see `eval.vllm_peer`."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def forget(self) -> None:
+        """Begin with an empty cache of prompts."""
+        self._ask(do="forget")
+
+    def __call__(self, load: Load) -> None:
+        self._ask(
+            do="generate", prompts=[list(prompt) for prompt in load.prompts], new_tokens=load.new_tokens,
+            ends=sorted(load.ends), samples=load.samples, temperature=load.temperature,
+        )  # fmt: skip
+
+    def score(self, texts: Sequence[Sequence[int]]) -> None:
+        """Probabilities of all tokens of texts."""
+        self._ask(do="score", texts=[list(ids) for ids in texts])
+
+    def wait(self) -> None:
+        """Wait for a line that it tells.
+
+        Raises:
+            UserError: it ended.
+        """
+        assert self._process.stdout is not None
+        if not self._process.stdout.readline():
+            raise UserError(f"vLLM ended with exit code {self._process.wait()}: see what it says above")
+
+    def _ask(self, **command: object) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended, which its answer tells
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
+        self.wait()
+
+
+@contextmanager
+def vllm_peer(python: Path, model: Path, dtype: str, threads: int, context: int) -> Iterator[Vllm]:
+    """Run vLLM with the weights of a GGUF file, dequantised to a folder for it; see `vllm_with`."""
+    with tempfile.TemporaryDirectory(prefix="prompt-recovery-vllm-") as folder:
+        _dequantise(model, Path(folder), dtype)
+        with vllm_with(python, Path(folder), dtype, threads, context) as peer:
+            yield peer
+
+
+@contextmanager
+def vllm_with(python: Path, folder: Path, dtype: str, threads: int, context: int) -> Iterator[Vllm]:
+    """Run vLLM with a transformers folder.
+
+    Args:
+        python: of an environment that has vLLM.
+        folder: of the model.
+        dtype: float32 or bfloat16.
+        threads: of a CPU.
+        context: tokens of a prompt and its answer.
+
+    Raises:
+        UserError: it does not start.
+    """
+    program = Path(__file__).with_name("vllm_peer.py")
+    command = [str(python), "-P", str(program), str(folder), dtype, str(context)]
+    more = {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "2"}
+    try:
+        process = subprocess.Popen(
+            command, env={**os.environ, **more}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+    except OSError as error:
+        raise UserError(f"--vllm {python} cannot be run: {error}") from None
+    try:
+        peer = Vllm(process)
+        peer.wait()
+        yield peer
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _dequantise(model: Path, folder: Path, dtype: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model.parent, gguf_file=model.name, quantization_config=GgufConfig(dequantize=True),
+        dtype=getattr(torch, dtype), local_files_only=True,
+    )  # fmt: skip
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config  # its weights are plain now
+    loaded.save_pretrained(folder)

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.peers import GenAi, LlamaCppPython, Load, half_precision, llama_server
+from eval.peers import GenAi, LlamaCppPython, Load, Vllm, half_precision, llama_server, vllm_peer
 from submission.backends import model_spec
 from submission.backends.common import thread_count
 from submission.backends.models import EMBEDDED, TUNED
@@ -40,6 +40,7 @@ LOG = logging.getLogger(__name__)
 SCENARIOS = ("zero_shot", "few_shot", "samples", "likelihood")
 OURS = "this program"
 _GENAI = "OpenVINO GenAI, its own pipeline"
+_VLLM = "vLLM, LLM.generate"
 _SHOTS, _SAMPLES, _CANDIDATES = 3, 8, 5
 
 
@@ -57,6 +58,7 @@ class ThroughputConfig:
     dtype: str = "auto"
     scenarios: Sequence[str] = SCENARIOS
     llama_server: Path | None = None
+    vllm: Path | None = None
     transformers: bool = True
     plot: Path | None = None
 
@@ -169,6 +171,10 @@ class _Bench:
             settings = [f"threads={self._threads}", "dtype=bfloat16"]
             self._transformers = model_spec("transformers", str(self._file), settings=settings).load()
         self._server: Callable[[Load], None] | None = None
+        self._vllm: Vllm | None = None
+        if config.vllm is not None:
+            peer = vllm_peer(config.vllm, self._file, dtype, self._threads, backend.encoder.context)
+            self._vllm = stack.enter_context(peer)
         if config.llama_server is not None:
             server = llama_server(config.llama_server, self._file, self._threads, backend.encoder.context)
             self._server = stack.enter_context(server)
@@ -212,6 +218,8 @@ class _Bench:
         ways: dict[str, Callable[[], object]] = {
             way: partial(self._score, backend, items) for way, backend in self._backends().items()
         }
+        if self._vllm is not None:
+            ways[_VLLM] = partial(self._vllm.score, [ids for ids, _ in sizes])
         self._by_turns(measured, ways)
         return measured
 
@@ -255,6 +263,8 @@ class _Bench:
             way: partial(self._answer, backend, chats, sampling) for way, backend in self._backends().items()
         }
         ways[_GENAI] = lambda: self._genai(load)
+        if self._vllm is not None:
+            ways[_VLLM] = partial(self._vllm, load)
         measured = Measured(len(chats), statistics.mean(map(len, load.prompts)), statistics.mean(counts))
         self._by_turns(measured, {**ways, **more})
         return measured
@@ -265,6 +275,8 @@ class _Bench:
             for way, run in ways.items():
                 if way == _GENAI:
                     self._genai.forget()
+                elif way == _VLLM and self._vllm is not None:
+                    self._vllm.forget()
                 measured.seconds[way].append(self._time(run))
             LOG.info(f"repeat {repeat + 1} of {self._config.repeats} is done")
 

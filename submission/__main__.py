@@ -17,7 +17,9 @@ from submission.publish.commands import add_to
 
 app = new_app("Work out which prompt made a language model rewrite one text into another. Works offline.")
 
-_BACKENDS = "openvino, llama_cpp (GGUF files), transformers (folders), scripted (no model), or auto: by the model."
+_BACKENDS = (
+    "openvino, llama_cpp (GGUF files), transformers or vllm (folders), scripted (no model), or auto: by the model."
+)
 _MODELS = "GGUF file, transformers folder, 'embedded-tuned', or 'embedded', which is that model without its adapter."
 _TEMPLATES = (
     "short, detailed, brief or few_shot; default: what the model was trained on, few_shot with --shots, or short"
@@ -39,10 +41,10 @@ def predict(
     backend: Annotated[str, typer.Option(help=_BACKENDS)] = "auto",
     model: Annotated[str, typer.Option(help=_MODELS)] = "embedded-tuned",
     adapter: Annotated[
-        Path | None, typer.Option(help="GGUF LoRA file (openvino, llama_cpp) or PEFT folder (transformers).")
+        Path | None, typer.Option(help="GGUF LoRA file (openvino, llama_cpp) or PEFT folder (transformers, vllm).")
     ] = None,
     load_in_4bit: Annotated[
-        bool, typer.Option("--load-in-4bit", help="Quantise to nf4 on loading (transformers).")
+        bool, typer.Option("--load-in-4bit", help="Quantise to nf4 on loading (transformers, vllm).")
     ] = False,
     settings: Annotated[
         list[str] | None,

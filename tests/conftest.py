@@ -180,6 +180,16 @@ def gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
+def exact_gguf(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model's file in float32: llama.cpp rounds activations beside quantised weights."""
+    from submission.backends.llama.library import encode_weights
+
+    path = tmp_path_factory.mktemp("exact") / "f32.gguf"
+    assert encode_weights(gguf, path, 0, 2)
+    return path
+
+
+@pytest.fixture(scope="session")
 def hf_folder(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model as a transformers folder, dequantised to float32."""
     import torch

@@ -162,15 +162,15 @@ class DeadlySpec:
         return space["Deadly"]()
 
 
-@pytest.mark.parametrize("how", ["abort", "hang"])
+@pytest.mark.parametrize("how", ["abort", "hang", "lost"])
 def test_an_item_that_kills_its_worker_fails_alone(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEADLY", "33,200")
     monkeypatch.setenv("HOW", how)
-    pairs = PAIRS if how == "abort" else PAIRS[30:36]
+    pairs = PAIRS[30:36] if how == "hang" else PAIRS
     limits = Limits(stall=0.5) if how == "hang" else Limits()
     with open_models({"m": DeadlySpec()}, Log(tmp_path / "l"), limits) as models:
         found = ask(models, pairs)
-    said = "signal 6" if how == "abort" else "gave no answer"
+    said = {"abort": "signal 6", "hang": "gave no answer", "lost": "the GPU is gone"}[how]
     for pair in pairs:
         assert (said in found[pair.id]) if pair.id in ("33", "200") else found[pair.id] == EXPECTED[pair.id]
 

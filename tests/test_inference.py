@@ -1,4 +1,4 @@
-"""Batched inference with the real model: the same answers and likelihoods as one at a time, fair draws."""
+"""Batched inference with the real model: real rows in a batch as one at a time, fair draws, memory, the weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from submission.backends import model_spec
 from submission.backends.llama.backend import LlamaCpp, Options, _limits
-from submission.backends.llama.library import cache_bytes_per_token, encode_weights
+from submission.backends.llama.library import cache_bytes_per_token
 from submission.backends.llama.schedule import Shape
 from submission.backends.models import EMBEDDED, TUNED, tuned_adapter
 from submission.data.outputs import manifest_path
 from submission.prompts.templates import TEMPLATES, render_rewrite
-from submission.types import Backend, Chat, LogLikelihood, Message, Pair, Part, Request, Sampling, Triplet
+from submission.types import Backend, Chat, Message, Pair, Part, Request, Sampling, Triplet
 from tests.bench.parity import compare_greedy
 from tests.conftest import ROOT, Cli, environment, generated, read_csv, scored
 
@@ -31,16 +31,6 @@ CAPITAL = Chat((Message("user", (Part("What is the capital of France?"),)),))
 @pytest.fixture(scope="module")
 def llama() -> LlamaCpp:
     backend = model_spec("llama_cpp").load()
-    assert isinstance(backend, LlamaCpp)
-    return backend
-
-
-@pytest.fixture(scope="module")
-def exact(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> LlamaCpp:
-    """The embedded model with 32-bit weights in llama.cpp."""
-    path = tmp_path_factory.mktemp("exact") / "f32.gguf"
-    assert encode_weights(gguf, path, 0, 2)
-    backend = model_spec("llama_cpp", str(path)).load()
     assert isinstance(backend, LlamaCpp)
     return backend
 
@@ -69,58 +59,6 @@ def test_greedy_answers_in_a_batch_are_those_of_one_row_at_a_time(llama: LlamaCp
     assert result.rows == 12
     assert result.equal >= 10
     assert result.largest_gap < 0.1
-
-
-def test_batched_likelihoods_are_those_of_one_text_at_a_time(
-    exact: LlamaCpp, hf: Backend, example_pairs: list[Pair]
-) -> None:
-    items = candidates(example_pairs[:4])
-    for backend in (exact, hf):
-        together = scored(backend, items)
-        assert set(together) == {key for key, _, _ in items}
-        for item in items[::3]:
-            ((key, alone),) = scored(backend, [item]).items()
-            assert together[key].tokens == alone.tokens
-            assert together[key].sum == pytest.approx(alone.sum, abs=1e-3 * alone.tokens)
-
-
-def test_both_backends_agree_on_the_same_weights(exact: LlamaCpp, hf: Backend, example_pairs: list[Pair]) -> None:
-    items = candidates(example_pairs[:4])
-    ours, theirs = scored(exact, items), scored(hf, items)
-    for key, likelihood in ours.items():
-        assert likelihood.sum == pytest.approx(theirs[key].sum, abs=1e-2 * likelihood.tokens)
-    asked = [Request(key, chat, Sampling(max_new_tokens=12)) for key, chat in chats(example_pairs[:6])]
-    texts = [{key: c[0].text for key, c in generated(backend, asked).items()} for backend in (exact, hf)]
-    assert sum(texts[0][key] == texts[1][key] for key in texts[0]) >= 5
-
-
-def test_an_empty_continuation_has_probability_one(llama: LlamaCpp, hf: Backend) -> None:
-    for backend in (llama, hf):
-        scores = scored(backend, [("empty", CAPITAL, ""), ("full", CAPITAL, "Paris")])
-        assert scores["empty"] == LogLikelihood(0.0, 0)
-        assert scores["full"].sum < 0
-
-
-def test_a_rerun_gives_the_same_samples_whatever_ran_before(llama: LlamaCpp, example_pairs: list[Pair]) -> None:
-    sampling = Sampling(n=3, temperature=0.9, top_p=0.95, max_new_tokens=8, seed=5)
-    asked = [Request(key, chat, sampling) for key, chat in chats(example_pairs[:5])]
-
-    def texts(backend: Backend) -> dict[str, list[str]]:
-        return {key: [c.text for c in completions] for key, completions in generated(backend, asked).items()}
-
-    first = texts(llama)
-    list(llama.generate([Request("other", CAPITAL, Sampling(max_new_tokens=4))]))
-    assert texts(llama) == first == texts(model_spec("llama_cpp").load())
-
-
-def test_samples_of_transformers_do_not_depend_on_the_batch(hf_folder: Path, example_pairs: list[Pair]) -> None:
-    sampling = Sampling(n=2, temperature=1.0, top_p=0.9, min_p=0.01, max_new_tokens=6, seed=3)
-    asked = [Request(key, chat, sampling) for key, chat in chats(example_pairs[:3])]
-    wide, narrow = (
-        {key: [c.text for c in completions] for key, completions in generated(backend, asked).items()}
-        for backend in (model_spec("transformers", str(hf_folder), settings=[f"batch={n}"]).load() for n in (16, 1))
-    )
-    assert wide == narrow
 
 
 def chi_square_excess(counts: Counter[int], probabilities: NDArray[np.float64], draws: int) -> float:
@@ -155,25 +93,6 @@ DRAWS = [
     Sampling(temperature=0.8, top_p=0.9), Sampling(temperature=1.0, top_p=0.999), Sampling(temperature=1.0, min_p=0.05),
     Sampling(temperature=1.2, top_p=0.95, min_p=0.02),
 ]  # fmt: skip
-
-
-def test_tokens_of_the_model_are_drawn_by_their_probabilities(llama: LlamaCpp, hf: Backend) -> None:
-    ids = np.array(llama.encoder.encode(CAPITAL, 1000).ids, np.int32)
-    context = llama.new_context(Shape(1, 256))
-    scored = np.arange(len(ids)) == len(ids) - 1
-    logits = context.run(0, ids[None], np.zeros(1, np.int32), scored[None])[0].astype(np.float64)
-    context.close()
-    for backend, draws in ((llama, 2000), (hf, 1000)):
-        tokenizer: Any = backend.tokenizer  # type: ignore[attr-defined]
-        sampling = Sampling(n=draws, temperature=1.3, top_p=0.9, max_new_tokens=1, seed=11)
-        ((_, completions),) = generated(backend, [Request("q", CAPITAL, sampling)]).items()
-        probabilities = truncated(logits, sampling)
-        texts = Counter(c.text for c in completions)
-        names = {int(token): tokenizer.detokenize([int(token)]) for token in np.argsort(-probabilities)[:200]}
-        counts = Counter({token: texts[name] for token, name in names.items() if list(names.values()).count(name) == 1})
-        assert sum(counts.values()) > 0.9 * draws
-        # Two backends round logits differently, which a thousand draws must not show.
-        assert chi_square_excess(counts, probabilities, draws) < 6
 
 
 def test_memory_bounds_the_streams(llama: LlamaCpp) -> None:

@@ -28,6 +28,7 @@ _BACKENDS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     ),
     "llama_cpp": ("submission.backends.llama.backend", (("llama_cpp", "llama"),)),
     "transformers": ("submission.backends.transformers.backend", (("torch", "hf"), ("transformers", "hf"))),
+    "vllm": ("submission.backends.vllm.backend", (("vllm", "vllm"), ("tokenizers", ""), ("jinja2", ""))),
     "scripted": ("submission.backends.scripted", ()),
 }
 

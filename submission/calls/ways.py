@@ -17,7 +17,7 @@ from submission.errors import BackendError, first_line
 from submission.types import Chat, Encoded, Failure
 
 _SMALL = {"batch": 4, "streams": 4}  # answers that are computed together when memory or a GPU gave trouble
-_OF_SMALL = {"transformers": "batch", "llama_cpp": "streams", "openvino": "streams"}
+_OF_SMALL = {"transformers": "batch", "llama_cpp": "streams", "openvino": "streams", "vllm": "streams"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def ways(what: Loadable) -> Iterator[Way]:
     small = replace(what, placement=ALONE, options=replace(what.options, **{name: _SMALL[name]}))
     if small != what:
         yield Way(small, f"with one worker and {name}={_SMALL[name]}")
-    if visible_gpus():
+    if visible_gpus() and what.backend != "vllm":  # whose build is for one or the other
         less = {"load_in_4bit": False, "device": "auto"} if what.backend == "transformers" else {}
         on_cpu = replace(small, options=replace(small.options, **less))
         yield Way(on_cpu, "on the CPU", {"CUDA_VISIBLE_DEVICES": ""})

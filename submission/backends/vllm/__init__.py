@@ -1,0 +1,1 @@
+"""Backend vllm: transformers folders on GPUs, with paged attention, continuous batching and a prefix cache."""

@@ -1,0 +1,141 @@
+"""Transformers folders by vLLM, on a GPU or with its CPU build, optionally in 4 bits and with a PEFT adapter.
+
+    python -m submission predict test.csv -o submission.csv --backend vllm --model FOLDER --adapter PEFT_FOLDER
+
+The engine is stepped here, in the worker's own process, so that every answer is told as it is finished. vLLM sees token
+ids only: prompts are encoded, and answers decoded, by the tokenizer of this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from submission.backends.common import PendingRequest, scorable
+from submission.backends.folder_tokenizer import FolderTokenizer
+from submission.backends.hardware import nvidia_smi
+from submission.backends.models import check_peft_adapter, resolve_folder
+from submission.backends.vllm.engine import Engine
+from submission.backends.vllm.jobs import SampleJob, TextJob
+from submission.backends.vllm.options import LEAST_CONTEXT, Options, adapter_rank, check_gpus, check_options
+from submission.data.files import read_json
+from submission.data.hashing import content_hash
+from submission.errors import BackendError, PromptRecoveryError, UserError, first_line
+from submission.prompts.encoding import ChatEncoder
+from submission.types import Chat, Completion, Failure, LogLikelihood, Request
+
+if TYPE_CHECKING:
+    from submission.backends import ModelSpec
+
+_END_MARKERS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "</s>")
+
+
+def check(spec: ModelSpec) -> None:
+    """Refuse a model or adapter that this backend does not load, and a GPU that the model does not run on."""
+    from submission.backends import require
+
+    options = spec.options
+    path = resolve_folder(spec.model)
+    if path.is_file():
+        raise UserError(
+            f"backend vllm takes a transformers folder, and {path} is a GGUF file: name a folder with --model, or "
+            "leave --backend out"
+        )
+    check_peft_adapter(spec.adapter)
+    if options.load_in_4bit:
+        require("bitsandbytes", "hf", "--load-in-4bit")
+    check_options(options)
+    if spec.adapter is not None:
+        adapter_rank(spec.adapter)
+    check_gpus(path, options.dtype, nvidia_smi("compute_cap,name") or [])
+
+
+def fingerprint(spec: ModelSpec) -> dict[str, str]:
+    """What decides the answers: weights, adapter, precision and the room for a prompt."""
+    options = spec.options
+    marks = {
+        "model": content_hash(resolve_folder(spec.model)),
+        "context": str(options.context),
+        "precision": f"{options.dtype}{', 4 bit' if options.load_in_4bit else ''}",
+    }
+    if spec.adapter:
+        marks["adapter"] = content_hash(spec.adapter)
+    return marks
+
+
+def load(spec: ModelSpec) -> Vllm:
+    """Load model, adapter and tokenizer from disk; never from a hub."""
+    try:
+        return Vllm(resolve_folder(spec.model), spec.adapter, spec.options)
+    except PromptRecoveryError:
+        raise
+    except Exception as error:  # of whatever in it does not suit
+        raise UserError(f"model {spec.model} cannot be loaded by vLLM: {first_line(error)}") from error
+
+
+def load_encoder(spec: ModelSpec) -> ChatEncoder:
+    """Load the tokenizer only."""
+    return _encoder(resolve_folder(spec.model), spec.options.context)[0]
+
+
+class Vllm:
+    """A model of vLLM.
+
+    Args:
+        model: folder of its weights.
+        adapter: PEFT folder.
+        options: see there.
+    """
+
+    def __init__(self, model: Path, adapter: Path | None, options: Options) -> None:
+        self.encoder, self.tokenizer = _encoder(model, options.context)
+        names = (name for name in _END_MARKERS if name in self.tokenizer.specials)
+        self.tokenizer.ends |= {self.tokenizer.specials[name].id for name in names}
+        self._engine = Engine(model, adapter, options, self.encoder.context)
+
+    def forget(self) -> None:
+        """Let go of prompts that were computed, for measurements."""
+        self._engine.forget()
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion] | Failure]]:
+        """See `submission.types.Backend`; samples have a random stream each, by seed, key and number."""
+        without: list[tuple[str, Failure]] = []  # prompts that cannot be fed
+
+        def jobs() -> Iterator[SampleJob]:
+            for request in requests:
+                try:
+                    encoded = self.encoder.encode_for(request.chat, request.sampling.max_new_tokens)
+                except BackendError as error:
+                    without.append((request.key, Failure(first_line(error))))
+                    continue
+                asked = PendingRequest(request, encoded, [None] * request.sampling.n)
+                yield from (SampleJob(asked, number, self.tokenizer) for number in range(request.sampling.n))
+
+        failed: set[PendingRequest] = set()  # of which a sample did
+        for job in self._engine.run(jobs()):
+            if job.failure and job.asked not in failed:
+                failed.add(job.asked)
+                yield job.asked.request.key, Failure(job.failure)
+            elif not job.failure:
+                job.asked.completions[job.number] = job.completion()
+                yield from job.asked.when_complete()
+        yield from without
+
+    def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood | Failure]]:
+        """See `submission.types.Backend`."""
+        without: list[tuple[str, LogLikelihood | Failure]] = []  # what needs no computing
+        texts = (TextJob(key, ids, begin) for key, ids, begin in scorable(items, self.encoder, without))
+        for job in self._engine.run(texts):
+            yield job.key, Failure(job.failure) if job.failure else job.likelihood()
+        yield from without
+
+
+def _encoder(model: Path, context: int) -> tuple[ChatEncoder, FolderTokenizer]:
+    tokenizer = FolderTokenizer(model)
+    config: Any = read_json(model / "config.json", "model configuration")
+    config = config.get("text_config", config) if isinstance(config, dict) else {}
+    trained = config.get("max_position_embeddings")
+    if trained is not None and (type(trained) is not int or trained < LEAST_CONTEXT):
+        raise UserError(f"{model / 'config.json'}: max_position_embeddings is {trained!r:.40}, which no prompt fits")
+    return ChatEncoder(tokenizer, min(context, trained or context)), tokenizer

@@ -355,7 +355,8 @@ def test_a_likelihood_is_the_same_alone_and_beside_others(backend: Backend, case
 
 
 def test_the_probability_of_an_answer_is_its_likelihood(backend: Backend, case: Case) -> None:
-    sampled = Sampling(n=3, temperature=1.3, top_p=0.9, max_new_tokens=6)
+    # Hot samples have rare words, whose text may be cut into as many tokens of other kinds.
+    sampled = Sampling(n=3, temperature=0.8, top_p=0.9, max_new_tokens=6)
     compared = 0
     for sampling in (Sampling(max_new_tokens=6), sampled):
         for key, answers in generated(backend, asked(sampling, QUESTIONS[:3])).items():

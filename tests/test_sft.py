@@ -123,7 +123,7 @@ def test_two_processes_have_the_losses_of_one_with_the_doubled_batch(run: Cli, r
     assert two.stderr.count("written to two") == 1
 
 
-@pytest.mark.parametrize("name", ["zero2.yaml", "fsdp.yaml"])
+@pytest.mark.parametrize("name", ["ddp.yaml", "fsdp.yaml"])
 def test_accelerate_reads_the_configurations(name: str) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
@@ -230,6 +230,36 @@ def test_an_adapter_trained_in_four_bits_predicts(run: Cli, recipe: Path, tiny: 
     )  # fmt: skip
     assert predicted.code == 0, predicted.err
     assert len(read_csv(tmp_path / "s.csv")) == 4
+
+
+def test_what_is_trained_beside_four_bit_weights_is_of_32_bits(recipe: Path, tmp_path: Path) -> None:
+    import torch
+
+    from train.sft import prepare
+    from train.sft_config import read_sft
+    from train.trainer import make_trainer
+
+    config = read_sft(recipe, ["load_in_4bit=true"])
+    ready = prepare(config, Path(config.base))
+    model = make_trainer(config, ready.base, ready.tokenizer, ready.train, [], tmp_path / "a", []).model
+    assert model.base_model.model.is_loaded_in_4bit
+    trained = [one for one in model.parameters() if one.requires_grad]
+    assert len(trained) == 2 * 2 * 4  # A and B, layers, targets
+    assert {one.dtype for one in trained} == {torch.float32}
+
+
+def test_sharded_adapters_keep_the_one_dtype_that_sharding_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from train.trainer import FSDP, keep_trainable_in_float32
+
+    model = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    monkeypatch.setenv(FSDP, "true")
+    keep_trainable_in_float32(model)
+    assert model.weight.dtype == torch.bfloat16
+    monkeypatch.delenv(FSDP)
+    keep_trainable_in_float32(model)
+    assert model.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -23,14 +23,16 @@ from submission.backends import require
 from submission.backends.common import thread_count
 from submission.backends.llama.library import encode_weights, library
 from submission.backends.models import check_peft_adapter, resolve_folder, template_of
-from submission.backends.transformers.loading import load_model, load_tokenizer, stay_offline_and_quiet
+from submission.backends.transformers.loading import load_tokenizer, stay_offline_and_quiet
 from submission.data.files import atomic_path
 from submission.data.hashing import content_hash
 from submission.data.outputs import check_output, claim, up_to_date, write_manifest
 from submission.errors import UserError
 from train.bases import base_folder
 from train.converter import Converter, find_converter
+from train.divergence import LONGEST, MOST_DIVERGENCE, PROBES, compare, log_softmax
 from train.merge import named_base
+from train.streamed import logits_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,18 +78,11 @@ class Gguf:
 
 
 _WHOLE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}  # what the converter writes itself
-# Mean KL divergence a token, in nats, from transformers in 32 bits to llama.cpp: with weights in 16 bits, and with a
-# base in 32 bits, where it is what an adapter in 16 bits costs. A wrong conversion is off by a thousand times as much.
-_MOST_DIVERGENCE, _MOST_DIVERGENCE_32 = 2e-3, 1e-4
+# Mean KL divergence a token, in nats, from transformers to llama.cpp, both with a base in 32 bits: what an adapter
+# costs in 16 bits.
+_MOST_DIVERGENCE_32 = 1e-4
 _SMALL = 2e9  # bytes of a base that is converted just to check an adapter
-_CONTEXT = 256
 ADAPTER = "adapter.gguf"  # as `train run` calls it
-_PROBES = (
-    "The night train stopped between two stations and the lights went out. For a while nobody spoke.",
-    "Dear neighbours, on Saturday we will celebrate that the scaffolding is finally gone.",
-    "Original text:\nIt rained for nine days.\n\nRewritten text:\nNine days of rain, o weary town!\n\nInstruction:",
-    "Bees find their way by the sun, and on cloudy days by the light that the clouds let through.",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +203,7 @@ def make_adapter(
     divergence: float | None = None
     with atomic_path(output) as target, TemporaryDirectory(dir=output.parent, prefix=".base-", suffix=".tmp") as name:
         converter.adapter(adapter, folder, target)
-        most = _MOST_DIVERGENCE
+        most = MOST_DIVERGENCE
         if base_gguf is None and sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= _SMALL:
             # In 32 bits, so that what is seen is the adapter: 16 bits of a base alone may move logits by 0.03.
             base_gguf, most = Path(name) / "base.gguf", _MOST_DIVERGENCE_32
@@ -249,21 +244,16 @@ def _file_type(name: str) -> int:
 
 
 def _compare_with_transformers(
-    folder: Path, file: Path, adapter: Path | None = None, lora: Path | None = None, *, most: float = _MOST_DIVERGENCE
+    folder: Path, file: Path, adapter: Path | None = None, lora: Path | None = None, *, most: float = MOST_DIVERGENCE
 ) -> tuple[float, list[NDArray[np.float32]], list[list[int]]]:
-    """Largest difference of logits, the file's logits by probe, and the probes' ids.
+    """Mean KL divergence from transformers in 32 bits, the file's logits by probe, and the probes' ids.
 
     Raises:
         UserError: they differ too much, or the tokenizers do.
     """
-    import torch
-
     tokenizer = load_tokenizer(folder)
-    model = load_model(folder, adapter, device="cpu", dtype="float32", load_in_4bit=False)
-    ids = [tokenizer(text, add_special_tokens=True).input_ids[:_CONTEXT] for text in _PROBES]
-    with torch.inference_mode():
-        expected = [model(torch.tensor([row])).logits[0].numpy() for row in ids]
-    del model
+    ids = [tokenizer(text, add_special_tokens=True).input_ids[:LONGEST] for text in PROBES]
+    expected = logits_of(folder, adapter, ids)
     lib, llama = library(), _open(file, lora)
     template = lib.llama_model_chat_template(llama.model, None)
     theirs = template.decode("utf-8", "replace") if template else ""
@@ -272,14 +262,12 @@ def _compare_with_transformers(
     ends = {lib.llama_vocab_eos(llama._model.vocab), lib.llama_vocab_eot(llama._model.vocab)}
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         raise UserError(f"the end-of-text token of the file is not that of {folder}")
-    for text, row in zip(_PROBES, ids, strict=True):
+    for text, row in zip(PROBES, ids, strict=True):
         bos = tokenizer.bos_token_id is not None and row[:1] == [tokenizer.bos_token_id]
         if llama.tokenize(text.encode(), add_bos=bos, special=False) != row:
             raise UserError(f"the file tokenises {text[:40]!r} otherwise than {folder}")
     found = [_logits(llama, row)[0] for row in ids]
-    divergence = _divergence(
-        expected, [ours[:, : theirs.shape[1]] for ours, theirs in zip(found, expected, strict=True)]
-    )
+    divergence = compare(expected, found).divergence
     if not divergence <= most:
         raise UserError(
             f"its probabilities diverge from those of transformers by {divergence:.2g} nats a token, more than "
@@ -287,17 +275,6 @@ def _compare_with_transformers(
             "Written in 16 bits it does not compute the same: use its folder as it is, with --backend transformers."
         )
     return divergence, found, ids
-
-
-def _divergence(theirs: Sequence[NDArray[np.float32]], ours: Sequence[NDArray[np.float32]]) -> float:
-    """Mean KL divergence a token from their probabilities to ours, in nats; from logits (tokens, vocabulary)."""
-    import numpy as np
-
-    by_token: list[float] = []
-    for expected, found in zip(theirs, ours, strict=True):
-        logs, other = _log_softmax(expected), _log_softmax(found)
-        by_token += (np.exp(logs) * (logs - other)).sum(axis=1).tolist()
-    return float(np.mean(by_token))
 
 
 def _check(
@@ -311,13 +288,13 @@ def _check(
         logits, spent = _logits(llama, row)
         seconds += spent
         found.append(logits)
-        ours = _log_softmax(logits)
+        ours = log_softmax(logits)
         losses += [-float(ours[place, token]) for place, token in enumerate(row[1:])]
     if not np.isfinite(losses).all():
         raise UserError(f"the file of {name} gives numbers that are not finite: not written")
     tokens = sum(map(len, ids))
     return Checked(
-        str(path), name, file.stat().st_size / 1e6, _divergence(exact, found), math.exp(float(np.mean(losses))),
+        str(path), name, file.stat().st_size / 1e6, compare(exact, found).divergence, math.exp(float(np.mean(losses))),
         tokens / seconds,
     )  # fmt: skip
 
@@ -328,7 +305,7 @@ def _open(file: Path, lora: Path | None = None) -> Any:
 
     try:
         return Llama(
-            str(file), lora_path=str(lora) if lora else None, n_ctx=_CONTEXT, logits_all=True, verbose=False,
+            str(file), lora_path=str(lora) if lora else None, n_ctx=LONGEST, logits_all=True, verbose=False,
             n_threads=thread_count(0), type_k=0, type_v=0,  # 32-bit floats: weights are compared, not the cache
         )  # fmt: skip
     except (ValueError, RuntimeError, AssertionError) as error:
@@ -340,11 +317,3 @@ def _logits(llama: Any, ids: Sequence[int]) -> tuple[NDArray[np.float32], float]
     began = time.perf_counter()
     llama.eval(list(ids))
     return llama.scores[: len(ids)].copy(), time.perf_counter() - began
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    import numpy as np
-
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    found: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return found

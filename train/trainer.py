@@ -95,10 +95,26 @@ def make_trainer(
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"[sft] cannot be set up: {first_line(error)}") from error
+    keep_trainable_in_float32(trainer.model)
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ == "PrinterCallback":  # raw dictionaries: the watcher says it
             trainer.remove_callback(callback)
     return trainer
+
+
+def keep_trainable_in_float32(model: Any) -> None:
+    """Undo TRL's cast of the adapters of 4-bit models to bfloat16; adapters of other models are 32-bit already.
+
+    At a learning rate of 2e-5 most entries of A cannot move in bfloat16, and under float16 training gradient clipping
+    raises. Not under FSDP, which wants one dtype for all that it shards.
+    """
+    import torch
+
+    if os.environ.get(FSDP) == "true":
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
 
 
 def batch_order(lengths: Sequence[int], together: int, seed: int) -> list[int]:

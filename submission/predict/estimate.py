@@ -81,8 +81,10 @@ def estimate(config: RunConfig) -> dict[str, float]:
 def _known(made: Plan) -> set[str]:
     """Rows whose answers are in the log."""
     with open_models(made.roles, Log(log_path(made.config.output), read_only=True), compute=False) as models:
-        answers = answer_all(made.strategy, made.pairs, models, Budget())
-        known = {answer.id for answer in answers if answer.status == "ok"}
+        known: set[str] = set()
+        for answer in answer_all(made.strategy, made.pairs, models, Budget(), known.__contains__):
+            if answer.status == "ok":
+                known.add(answer.id)
         # Only where a row is one call does an answer tell that nothing of it is missing.
         return known if isinstance(made.strategy, Ask) or not models.missing else set()
 

@@ -56,7 +56,7 @@ class BestOfOptions:
     concat: how many of the best candidates are joined into the answer.
     constant: a prompt that is put behind the answer.
     encoder: of the metric; see `eval.encoders.find_encoder`.
-    near: candidates that are so near are one; see `ensemble.candidates.NEAR`.
+    near: candidates that are so near are one; see `ensemble.candidates.NEAR`. At 1 no encoder is asked for it.
     rotations: of the letters that `judge_pick` sees; 0 for as many as candidates.
     """
 
@@ -204,13 +204,14 @@ class _Kit:
         while other models answer.
         """
         texts = {text: None for row in todo for text, _ in row.drawn}
-        if texts:
-            self._encoder.embed(list(texts))
+        encoder = self._encoder if self._near < 1 else None  # alike but for case and punctuation: no encoder tells that
+        if texts and encoder is not None:
+            encoder.embed(list(texts))
 
         def in_order(row: _Row) -> list[tuple[str, Draw]]:  # requests are finished in any order
             return sorted(row.drawn, key=lambda one: (names.index(one[1].source), one[1].number))
 
-        return [CandidateRow(row.pair, tuple(merge(in_order(row), self._encoder, self._near))) for row in todo]
+        return [CandidateRow(row.pair, tuple(merge(in_order(row), encoder, self._near))) for row in todo]
 
 
 def _draws(source: CandidateSource) -> int:

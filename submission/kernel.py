@@ -147,7 +147,8 @@ def main() -> int:
 def predict(
     settings: Settings, bundle: Path, table: Path, ids: list[str], output: Path, scratch: Path, report: Report
 ) -> None:
-    """Install and predict. A process that was killed is started once more: it finds what it had computed.
+    """Install and predict. A process that was killed is started again, and finds what it had computed: once more, and
+    as often as the one before it computed something and time is left.
 
     Trouble with a model, a GPU or memory is the business of `predict`; see `submission.calls`.
     """
@@ -157,22 +158,26 @@ def predict(
     report.found["gpus"] = f"{len(gpus)} ({', '.join(f'{memory} MB' for memory in gpus)})" if gpus else "none"
     command = arguments(settings, bundle, gpus, len(ids), scratch, report)
     place = scratch / output.name  # with its log: the disk of the output may be small
-    for _ in range(2):
+    log = place.with_name(place.name + ".calls.jsonl")
+    idle = 0  # tries that computed nothing
+    while idle < 2:
         left = settings.deadline - (time.monotonic() - STARTED)
         if left <= 0 and not report.attempts:
             raise KernelFailure("the deadline was over before predicting began")
-        left = max(left, _LAST_SHARE * settings.deadline, 5.0)  # what it takes to write what is known
+        least = max(_LAST_SHARE * settings.deadline, 5.0)  # what it takes to write what is known
+        known = log.stat().st_size if log.exists() else 0
         code, tail = run(
             [sys.executable, "-m", "submission", "predict", str(table), "-o", str(place), *command,
-             "--deadline", f"{left:.0f}s"], environment, left)  # fmt: skip
+             "--deadline", f"{max(left, least):.0f}s"], environment, max(left, least))  # fmt: skip
         report.attempts.append({"exit_code": code, "seconds": round(time.monotonic() - STARTED)})
         if not problems(place, ids):
             take(place, output)
             take_summary(place, report)
             return
         report.reason = f"predict ended with {code}: {tail}"
-        if code == 2:  # wrong input or option: it would fail again
+        if code == 2 or (left < least and len(report.attempts) > 1):  # it would fail again; this was the last moment
             return
+        idle = 0 if log.exists() and log.stat().st_size > known else idle + 1
 
 
 def take(place: Path, output: Path) -> None:

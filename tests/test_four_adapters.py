@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,15 @@ from submission.calls.log import Log
 from submission.calls.models import open_models
 from submission.errors import UserError
 from submission.predict.strategies import Setup, roles_of
+from submission.prompts.answers import strip_invalid_utf8
 from submission.prompts.templates import get_template
 from submission.publish.attachable import Attached, attached_copies, handle_of
 from submission.publish.bundle import BundleConfig, bundle, read_contents, split_adapters
 from submission.publish.dry_run import lay_out
 from submission.publish.wheels import own_wheel
-from submission.types import Budget, Pair, Prediction
-from tests.bench.kernel_kills import CONSTANT, make_bundle, make_models, run
-from tests.conftest import Cli, read_csv, runner, write_csv
+from submission.types import Budget, Pair, Prediction, Request, Sampling
+from tests.bench.kernel_kills import CONSTANT, EXAMPLE, make_bundle, make_models, run
+from tests.conftest import ROOT, Cli, read_csv, runner, write_csv
 
 PAIRS = [Pair(str(number), f"text {number}", f"rewrite {number}") for number in range(12)]
 
@@ -39,19 +39,33 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Attached]
     return make_bundle(folder / "bundle", own_wheel(folder), adapters), models
 
 
+def expected(models: list[Attached], folder: Path, rows: int) -> list[str]:
+    """What the four sources of the example answer, asked here one after the other."""
+    found: list[list[str]] = [[] for _ in range(rows)]
+    pairs = [Pair(*row) for row in read_csv(ROOT / "examples" / "test.csv")[1 : rows + 1]]
+    for model in models:
+        for letter, template in (("a", get_template("instruct")), ("b", get_template(str(EXAMPLE / "winner.toml")))):
+            adapter = folder / f"{model.path.name}-{letter}"
+            loaded = model_spec("transformers", str(model.path), adapter, ["context=1024"]).load()
+            asked = [Request(str(number), template.render(pair), Sampling(max_new_tokens=6))
+                     for number, pair in enumerate(pairs)]  # fmt: skip
+            for key, completions in loaded.generate(asked):
+                assert isinstance(completions, list)
+                found[int(key)].append(strip_invalid_utf8(template.parse(completions[0].text)))
+    ended = (".", "!", "?")
+    return [" ".join(text if text.endswith(ended) else f"{text}." for text in [*texts, CONSTANT]) for texts in found]
+
+
+@pytest.mark.parametrize(("layout", "kills"), [("flat", 0), ("nested", 2)])
 def test_four_adapters_on_two_bases_answer_in_both_layouts_and_kills_change_nothing(
-    four: tuple[Path, list[Attached]], tmp_path: Path
+    four: tuple[Path, list[Attached]], layout: str, kills: int, tmp_path: Path
 ) -> None:
     made, models = four
-    whole, answers = run(tmp_path / "whole", made, models, 4, "nested")
-    assert whole.problem == "", whole.log
-    assert whole.report["fallbacks"] == 0
-    assert all(answer.endswith(CONSTANT) for answer in answers.values())
-    assert len(set(answers.values())) == 4
-    killed, again = run(tmp_path / "killed", made, models, 4, "flat", kills=2)
-    assert killed.problem == "", killed.log
-    assert [attempt["exit_code"] for attempt in killed.report["attempts"]] == [-9, -9, 0]
-    assert again == answers
+    outcome, answers = run(tmp_path / "run", made, models, 3, layout, kills)
+    assert outcome.problem == "", outcome.log
+    assert outcome.report["fallbacks"] == 0
+    assert [attempt["exit_code"] for attempt in outcome.report["attempts"]] == [-9] * kills + [0]
+    assert list(answers.values()) == expected(models, made.parent, 3)
 
 
 def test_the_bundle_of_several_adapters_is_flat_and_names_its_models(four: tuple[Path, list[Attached]]) -> None:
@@ -138,19 +152,20 @@ def strategy(sources: list[dict[str, Any]], **options: Any) -> best_of:
 
 def answered(made: best_of, folder: Path, budget: Budget) -> list[Prediction]:
     roles = roles_of(made, Setup(lambda: model_spec("scripted"), get_template("short")))
+    folder.mkdir(exist_ok=True)
     with open_models(roles, Log(folder / "calls.jsonl")) as models:
         return list(made(iter(PAIRS), models, budget))
 
 
 @pytest.fixture
-def answers(tmp_path: Path) -> Iterator[list[str]]:
+def answers(tmp_path: Path) -> list[str]:
     """Files of answers for two scripted sources."""
     names = []
     for name in ("a", "b"):
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps({f"{pair.id}/{n}": f"Make it {name} {pair.id}" for pair in PAIRS for n in (0, 1)}))
         names.append(f"answers={path}")
-    yield names
+    return names
 
 
 def test_on_a_gpu_each_model_is_loaded_once_and_alone_whatever_the_deadline(
@@ -193,21 +208,28 @@ def test_what_one_source_answered_counts_when_the_next_one_hangs(answers: list[s
     )
     predict: Cli = runner("submission", tmp_path)
     done = predict("predict", "test.csv", "-o", "s.csv", "--recover", "ensemble.best_of:best_of", "--recover-config",
-                   "b.toml", "--deadline", "30s", "--json")  # fmt: skip
+                   "b.toml", "--deadline", "15s", "--json")  # fmt: skip
     assert done.code == 0, done.err
     assert done.summary["fallbacks"] == 0
     assert all(row[1].startswith(f"Make it a {row[0]}") for row in read_csv(tmp_path / "s.csv")[1:])
 
 
-def test_a_source_that_cannot_be_loaded_is_left_out(answers: list[str], tmp_path: Path) -> None:
-    broken = tmp_path / "broken.gguf"
-    broken.write_bytes(b"GGUF" + bytes(64))
-    bad = {"name": "bad", "backend": "llama_cpp", "model": str(broken), "n": 0}
+def test_a_source_that_cannot_be_loaded_is_left_out(
+    answers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing(handles.Pool):
+        def __init__(self, carrier: Any, *more: Any) -> None:
+            if carrier._shares[0][0].options.batch == 7:
+                raise UserError("a damaged adapter")
+            super().__init__(carrier, *more)
+
+    monkeypatch.setattr(handles, "Pool", Refusing)
+    bad = scripted("bad", "batch=7")
     made = strategy([bad, scripted("a", answers[0])])
     found = {one.id: one.text for one in answered(made, tmp_path, Budget()) if one.status == "ok"}
     assert found["3"] == "Make it a 3"
-    with pytest.raises(UserError, match="broken.gguf"):
-        answered(strategy([bad]), tmp_path, Budget())
+    with pytest.raises(UserError, match="a damaged adapter"):
+        answered(strategy([bad]), tmp_path / "alone", Budget())
 
 
 def test_fitted_weights_are_a_selector_in_a_configuration_too(answers: list[str], tmp_path: Path) -> None:

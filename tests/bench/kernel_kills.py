@@ -2,8 +2,8 @@
 
 python -m tests.bench.kernel_kills --kills 10 --deadlines 10
 
-Whatever happens there is a valid submission; kills change no answer, and a run that is cut short has of each row what was
-known of it.
+Whatever happens there is a valid submission; kills change no answer, and a run that is cut short has what was known of
+each row.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _kill(folder: Path, kills: int, over: threading.Event, draw: random.Random) 
 
 
 def is_part_of(answer: str, whole: str) -> bool:
-    """Whether an answer joins some of the parts that another one joins, the constant behind both; or is the fallback."""
+    """Whether an answer is the fallback, or joins the first parts of another one, with the constant behind them."""
     return answer == DEFAULT_PROMPT or whole.startswith(answer.removesuffix(CONSTANT).rstrip())
 
 
@@ -137,9 +137,9 @@ def main() -> None:
             cut, answers = run(folder / f"cut-{number}", short, models, given.rows, layout)
             odd = [key for key, answer in answers.items() if not is_part_of(answer, whole[key])]
             assert not odd, f"answers that no source gave: {odd}"
-            parts = [answers[key].count(".") for key in answers if answers[key] != DEFAULT_PROMPT]
-            print(f"deadline {deadline:5.1f} s: valid, {cut.report['fallbacks'] or 0} of {given.rows} rows fell back, "
-                  f"{sum(answers[key] == whole[key] for key in answers)} answers are whole, {sum(parts)} sentences")  # fmt: skip
+            alike = sum(answers[key] == whole[key] for key in answers)
+            print(f"deadline {deadline:5.1f} s: valid, {alike} of {given.rows} answers are those of the whole run, "
+                  f"{cut.report['fallbacks']} fell back")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: submission test check format examples data kill-loop deadline-loop ray-kills fuzz throughput study clean
+.PHONY: submission test check format examples data kill-loop deadline-loop kernel-kills ray-kills fuzz throughput study clean
 .DELETE_ON_ERROR:
 
 submission: .venv/.submission
@@ -45,6 +45,10 @@ kill-loop: .venv/.all
 
 deadline-loop: .venv/.all
 	$(BIN)/python -m tests.bench.deadline_loop --tries 10
+
+# The kernel of four adapters, on tiny models: ten kills, ten deadlines, both layouts.
+kernel-kills: .venv/.all
+	$(BIN)/python -m tests.bench.kernel_kills --kills 10 --deadlines 10
 
 ray-kills: .venv/.all
 	$(BIN)/python -m tests.bench.ray_kills --runs 10

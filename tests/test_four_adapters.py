@@ -16,6 +16,7 @@ from submission import kernel
 from submission.backends import model_spec
 from submission.calls.log import Log
 from submission.calls.models import open_models
+from submission.calls.supervisor import Pool
 from submission.errors import UserError
 from submission.predict.strategies import Setup, roles_of
 from submission.prompts.answers import strip_invalid_utf8
@@ -175,7 +176,7 @@ def test_on_a_gpu_each_model_is_loaded_once_and_alone_whatever_the_deadline(
     alive: list[int] = []
     opened: list[int] = []
 
-    class Counted(handles.Pool):
+    class Counted(Pool):
         def __init__(self, *arguments: Any) -> None:
             opened.append(len(alive))
             alive.append(1)
@@ -217,7 +218,7 @@ def test_what_one_source_answered_counts_when_the_next_one_hangs(answers: list[s
 def test_a_source_that_cannot_be_loaded_is_left_out(
     answers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Refusing(handles.Pool):
+    class Refusing(Pool):
         def __init__(self, carrier: Any, *more: Any) -> None:
             if carrier._shares[0][0].options.batch == 7:
                 raise UserError("a damaged adapter")

@@ -188,7 +188,7 @@ def kernel_metadata(
     changes: list[str] = []
     needs = needs_of(bundle) if bundle is not None and bundle.is_dir() else None
     if needs is not None:
-        content, changes = fit_metadata(content, needs, machine_shape(accelerator or "t4x2"))
+        content, changes = fit_metadata(content, needs, machine_shape(accelerator) or machine_shape("t4x2"))
     if accelerator:
         content = ask_for(content, accelerator, needs)
     raise_problems(path, check_metadata(content, folder))

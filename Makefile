@@ -6,7 +6,8 @@ BIN := .venv/bin
 VLLM := .venv-vllm/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: submission test check format examples data kill-loop deadline-loop ray-kills fuzz throughput study test-vllm clean
+.PHONY: submission test check format examples data kill-loop deadline-loop kernel-kills ray-kills fuzz throughput study \
+	test-vllm clean
 .DELETE_ON_ERROR:
 
 submission: .venv/.submission
@@ -52,6 +53,10 @@ kill-loop: .venv/.all
 
 deadline-loop: .venv/.all
 	$(BIN)/python -m tests.bench.deadline_loop --tries 10
+
+# The kernel of four adapters, on tiny models: ten kills, ten deadlines, both layouts.
+kernel-kills: .venv/.all
+	$(BIN)/python -m tests.bench.kernel_kills --kills 10 --deadlines 10
 
 ray-kills: .venv/.all
 	$(BIN)/python -m tests.bench.ray_kills --runs 10

@@ -9,37 +9,42 @@ with b.toml:
     [[source]]
     n = 8
 
-Under `--deadline` it draws fewer samples when time gets short, then the greedy answer alone, and says so.
+The sources answer in turn, each all rows before the next one begins, so that a GPU holds one model at a time and loads
+each once. A row has an answer as soon as the first source gave one, and a better one after every source. Under
+`--deadline` each source has its share of the time, draws fewer samples when that gets short, then the greedy answer
+alone, and says so.
 """
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from ensemble.candidates import NEAR, CandidateRow, Draw, merge
+from ensemble import fitting
+from ensemble.candidates import NEAR, Candidate, CandidateRow, Draw, merge
 from ensemble.choose import answer_of, best, score_rows
 from ensemble.models import RoleModel, likelihoods, parse_models, roles_needed, tools, with_gate
+from ensemble.pace import Pace, Turns, words
 from ensemble.sample import read, requests
 from ensemble.selectors import Selector, make_selectors
 from ensemble.sources import CandidateSource, parse_sources
 from eval.encoders import Encoder, find_encoder
-from submission.backends.hardware import visible_gpus
 from submission.calls.likelihoods import Likelihoods
 from submission.calls.models import Spec
+from submission.calls.supervisor import LostError
 from submission.config import from_mapping
+from submission.errors import PromptRecoveryError, UserError
 from submission.predict.strategies import Setup
-from submission.progress import print_line
 from submission.types import Budget, Failure, Model, Pair, Prediction
 
+LOG = logging.getLogger(__name__)
+
 _WHAT = "recover ensemble.best_of:best_of"
-_TOGETHER = 16  # rows between two looks at the clock
-_TOGETHER_ON_GPU = 512  # where each look costs loading every model
-_FIRST = 4  # rows that tell how long a row takes, where there is a deadline
-_RESERVE = 0.9  # of the time that is left is planned with
+_SELECTION = 0.05  # of the time, for a selector that asks no model; one that does has the share of a source
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +52,29 @@ class BestOfOptions:
     """Settings beside [[source]], [target], [judge] and [gate].
 
     selector: as `python -m ensemble select` takes it.
+    weights: files of `python -m ensemble fit`, whose names are selectors too.
+    concat: how many of the best candidates are joined into the answer.
+    constant: a prompt that is put behind the answer.
     encoder: of the metric; see `eval.encoders.find_encoder`.
-    near: candidates that are so near are one; see `ensemble.candidates.NEAR`.
+    near: candidates that are so near are one; see `ensemble.candidates.NEAR`. At 1 no encoder is asked for it.
     rotations: of the letters that `judge_pick` sees; 0 for as many as candidates.
     """
 
     selector: str = "consensus"
+    weights: tuple[str, ...] = ()
+    concat: int = 1
+    constant: str = ""
     encoder: str = ""
     near: float = NEAR
     rotations: int = 0
 
 
 class best_of:
-    """See the module; made by `predict`. Its roles are its sources by name, target, judge and encoder."""
+    """See the module; made by `predict`. Its roles are its sources by name, target, judge and encoder.
+
+    Attributes:
+        answers: by role, how many answers of how many tokens a row asks of it at most, for `predict --dry-run`.
+    """
 
     def __init__(self, setup: Setup) -> None:
         self._options, self._sources, self._models = _parse(setup.config)
@@ -71,110 +86,136 @@ class best_of:
             for source in self._sources
         }
         self._encoder = find_encoder(self._options.encoder)
-        self._judges = _roles(self._options, self._models)
+        self._weights = fitting.read([Path(path).expanduser() for path in self._options.weights], [])
+        selectors = list(self._weights.get(self._options.selector, {self._options.selector: 1.0}))
+        self._judges = sorted(with_gate(roles_needed(selectors)) & set(self._models))
         self.roles: dict[str, Spec | None] = {  # None: the model of `predict`
             **{f"source {one.name}": None if one.name in plain else one.spec() for one in self._sources},
             **{role: self._models[role].spec() for role in self._judges},
             "encoder": self._encoder.spec,
         }
+        self.answers = {f"source {one.name}": (_draws(one), one.max_new_tokens) for one in self._sources}
 
     def __call__(self, pairs: Iterable[Pair], models: Mapping[str, Model], budget: Budget) -> Iterator[Prediction]:
         """See `submission.types.Recover`."""
-        todo = list(pairs)  # their number is needed to share out the time
-        kit = _Kit(self._options, self._encoder.asked_through(models["encoder"]), likelihoods(models, self._judges))
-        pace = _SampleBudget(budget, max(source.n for source in self._sources))
+        todo = [_Row(pair) for pair in pairs]
+        encoder = self._encoder.asked_through(models["encoder"])
+        kit = _Kit(self._options, encoder, likelihoods(models, self._judges), self._weights)
+        weights = [float(_draws(source)) for source in self._sources]
+        asks = bool(self._judges)
+        turns = Turns(budget, [*weights, max(weights) if asks else _SELECTION * sum(weights)])
+        lost: list[PromptRecoveryError] = []
+        for source in self._sources:
+            pace = turns.next(source.name, max(1, source.n))
+            try:
+                yield from self._sample(source, todo, models[f"source {source.name}"], pace)
+            except (UserError, LostError) as error:  # the others answer without it
+                LOG.error("source %s is left out: %s", source.name, error)
+                lost.append(error)
+            # Should the time end in the next source's turn, the best of these answers count.
+            if source is not self._sources[-1] and not asks and budget.remaining() < float("inf"):
+                yield from self._select(todo, kit, Pace(budget, float("inf"), "selection"))
+        if lost and not any(row.drawn for row in todo):
+            raise lost[0]
+        yield from self._select(todo, kit, turns.next("selection"))
+
+    def _sample(self, full: CandidateSource, todo: list[_Row], model: Model, pace: Pace) -> Iterator[Prediction]:
+        """Ask one source about all rows, those without an answer first; yields the first answer of each row."""
+        rows = sorted(todo, key=lambda row: bool(row.drawn))
+        while rows:
+            share = pace.share(len(rows))
+            count = pace.wave(len(rows))
+            wave, rows = rows[:count], rows[count:]
+            if pace.left == 0:  # the time of this source is over: what has an answer does without its own
+                wave = [row for row in wave if not row.drawn]
+                if not wave:
+                    return
+            began = time.monotonic()
+            yield from self._ask(full, wave, share, model, pace)
+            pace.took(time.monotonic() - began, len(wave), share)
+
+    def _ask(
+        self, full: CandidateSource, wave: list[_Row], share: float, model: Model, pace: Pace
+    ) -> Iterator[Prediction]:
+        source, (template, shots) = _reduced(full, share), self._layouts[full.name]
+        by_id = {row.pair.id: row for row in wave}
+        optional = all(row.drawn for row in wave)
+        for row in wave:
+            row.share = min(row.share, share)
+        for key, completions in model.generate(requests([row.pair for row in wave], source, template, shots)):
+            if not isinstance(completions, Failure):
+                row_id, answers = read(key, completions, source, template)
+                row = by_id[row_id]
+                row.drawn += answers
+                if answers and len(row.drawn) == len(answers):
+                    (text, draw), *_ = answers
+                    yield row.predict(self._options, (Candidate(text, (draw,)),), [0.0])
+            if optional and pace.left == 0:
+                return  # the call is given up; what it had computed is in the log
+
+    def _select(self, todo: list[_Row], kit: _Kit, pace: Pace) -> Iterator[Prediction]:
+        """Choose for all rows; yields better answers."""
+        candidates = kit.rows(todo, [source.name for source in self._sources])
         start = 0
         while start < len(todo):
-            share = pace.share(len(todo) - start)
-            # The first row under a deadline loads the models: it tells nothing of the pace.
-            count = pace.together(len(todo)) if pace.known else _FIRST if start else 1
-            some = todo[start : start + count]
+            some = slice(start, start + pace.wave(len(todo) - start))
             began = time.monotonic()
-            rows = self._draw(some, share, models, kit)
-            yield from self._select(rows, share, kit)
-            if start:
-                pace.took(time.monotonic() - began, len(some), share)
-            start += len(some)
+            scores = score_rows(candidates[some], {"it": kit.selector}, quiet=True)["it"].values
+            for row, found, said in zip(todo[some], candidates[some], scores, strict=True):
+                yield row.predict(self._options, found.candidates, said)
+            pace.took(time.monotonic() - began, some.stop - start, 1.0)
+            start = some.stop
 
-    def _draw(self, pairs: list[Pair], share: float, models: Mapping[str, Model], kit: _Kit) -> list[CandidateRow]:
-        """Candidates of some pairs; `share` of the samples are drawn, and none at 0."""
-        drawn: dict[str, list[tuple[str, Draw]]] = {pair.id: [] for pair in pairs}
-        for number, full in enumerate(self._sources):
-            if share == 0 and number > 0:
-                break  # one greedy answer is all there is time for
-            source, (template, shots) = _reduced(full, share), self._layouts[full.name]
-            asked = requests(pairs, source, template, shots)
-            for key, found in models[f"source {source.name}"].generate(asked):
-                if not isinstance(found, Failure):
-                    row_id, answers = read(key, found, source, template)
-                    drawn[row_id] += answers
-        names = [source.name for source in self._sources]
-        for answers in drawn.values():  # requests are finished in any order
-            answers.sort(key=lambda one: (names.index(one[1].source), one[1].number))
-        return [CandidateRow(pair, tuple(merge(drawn[pair.id], kit.encoder, self._options.near))) for pair in pairs]
 
-    def _select(self, rows: list[CandidateRow], share: float, kit: _Kit) -> Iterator[Prediction]:
-        chosen = {"it": kit.selector} if share > 0 else {}
-        scores = score_rows(rows, chosen, quiet=True) if chosen else {}
-        for number, row in enumerate(rows):
-            if not row.candidates:
-                yield Prediction(row.pair.id, "", "failed", "no candidate")
-                continue
-            said = scores["it"].values[number] if scores else [0.0] * len(row.candidates)
-            text = answer_of(row, said)
-            draws = sum(len(candidate.draws) for candidate in row.candidates)
-            raw = f"{len(row.candidates)} candidates of {draws} draws; chosen: {best(said) + 1}"
-            yield Prediction(row.pair.id, text, reason=_short(share), raw=raw)
+@dataclass(slots=True, eq=False)
+class _Row:
+    """A pair, its answers so far in the order in which they came, and the least share of the samples that it had."""
+
+    pair: Pair
+    drawn: list[tuple[str, Draw]] = field(default_factory=list)
+    share: float = 1.0
+
+    def predict(self, options: BestOfOptions, candidates: tuple[Candidate, ...], scores: Sequence[float]) -> Prediction:
+        """The best answer so far, from candidates and their scores."""
+        if not candidates:
+            return Prediction(self.pair.id, "", "failed", "no candidate")
+        text = answer_of(CandidateRow(self.pair, candidates), scores, options.concat, options.constant)
+        raw = f"{len(candidates)} candidates of {len(self.drawn)} draws; chosen: {best(scores) + 1}"
+        reason = "" if self.share == 1 else f"time was short: {words(self.share)}"
+        return Prediction(self.pair.id, text, reason=reason, raw=raw)
 
 
 class _Kit:
     """What rows are selected with, once the models are there."""
 
-    def __init__(self, options: BestOfOptions, encoder: Encoder, opened: Mapping[str, Likelihoods]) -> None:
-        self.encoder = encoder
-        made = make_selectors([options.selector], tools(encoder, opened, rotations=options.rotations))
-        self.selector: Selector = made[options.selector]
+    def __init__(
+        self,
+        options: BestOfOptions,
+        encoder: Encoder,
+        opened: Mapping[str, Likelihoods],
+        weights: dict[str, dict[str, float]],
+    ) -> None:
+        self._encoder, self._near = encoder, options.near
+        kit = tools(encoder, opened, rotations=options.rotations, weights=weights)
+        self.selector: Selector = make_selectors([options.selector], kit)[options.selector]
+
+    def rows(self, todo: Sequence[_Row], names: Sequence[str]) -> list[CandidateRow]:
+        """The candidates of all rows. Their texts are embedded together: one call, and the encoder is not asked again
+        while other models answer.
+        """
+        texts = {text: None for row in todo for text, _ in row.drawn}
+        encoder = self._encoder if self._near < 1 else None  # alike but for case and punctuation: no encoder tells that
+        if texts and encoder is not None:
+            encoder.embed(list(texts))
+
+        def in_order(row: _Row) -> list[tuple[str, Draw]]:  # requests are finished in any order
+            return sorted(row.drawn, key=lambda one: (names.index(one[1].source), one[1].number))
+
+        return [CandidateRow(row.pair, tuple(merge(in_order(row), encoder, self._near))) for row in todo]
 
 
-class _SampleBudget:
-    """How many samples a row may have, so that all rows are answered in time."""
-
-    def __init__(self, budget: Budget, most: int) -> None:
-        self._budget = budget
-        self._most = max(1, most)
-        self._seconds: float | None = None  # that a row takes with all its samples
-        self._last = 1.0
-
-    @property
-    def known(self) -> bool:
-        """Whether the pace is known, or of no matter."""
-        return self._seconds is not None or self._budget.remaining() == float("inf")
-
-    def together(self, rows: int) -> int:
-        """Rows between two looks at the clock: all where there is no deadline, so that each model comes once."""
-        if self._budget.remaining() == float("inf"):
-            return rows
-        return _TOGETHER_ON_GPU if visible_gpus() else _TOGETHER
-
-    def share(self, rows: int) -> float:
-        """The share of the samples that the next rows may draw, 0 for greedy answers alone."""
-        left = self._budget.remaining()
-        if left == float("inf") or self._seconds is None:
-            return 1.0
-        afford = left * _RESERVE / (rows * self._seconds)
-        share = 1.0 if afford >= 1 else afford if afford * self._most >= 1 else 0.0
-        if (share < 1) != (self._last < 1) or (share == 0) != (self._last == 0):
-            what = (
-                "all samples" if share == 1 else "greedy answers only" if share == 0 else f"{share:.0%} of the samples"
-            )
-            print_line(f"time: {left:.0f} s for {rows} rows: {what} from here on", sys.stderr)
-        self._last = share
-        return share
-
-    def took(self, seconds: float, rows: int, share: float) -> None:
-        """Learn from the rows that were answered; a row's cost is taken to grow with its samples."""
-        if share > 0:
-            self._seconds = seconds / rows / max(share, 1 / self._most)
+def _draws(source: CandidateSource) -> int:
+    return source.n + source.greedy
 
 
 def _reduced(source: CandidateSource, share: float) -> CandidateSource:
@@ -182,16 +223,6 @@ def _reduced(source: CandidateSource, share: float) -> CandidateSource:
     if share == 0:
         return replace(source, greedy=True, n=0)
     return replace(source, n=max(1, round(source.n * share))) if source.n else source
-
-
-def _short(share: float) -> str:
-    if share == 1:
-        return ""
-    return "time was short: greedy answer only" if share == 0 else f"time was short: {share:.0%} of the samples"
-
-
-def _roles(options: BestOfOptions, models: Mapping[str, RoleModel]) -> list[str]:
-    return sorted(with_gate(roles_needed([options.selector])) & set(models))
 
 
 def _without_a_model(sources: Sequence[CandidateSource], config: Mapping[str, Any]) -> set[str]:

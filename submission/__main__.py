@@ -22,7 +22,8 @@ _BACKENDS = (
 )
 _MODELS = "GGUF file, transformers folder, 'embedded-tuned', or 'embedded', which is that model without its adapter."
 _TEMPLATES = (
-    "short, detailed, brief or few_shot; default: what the model was trained on, few_shot with --shots, or short"
+    "short, detailed, brief, instruct, few_shot or a TOML file; default: what the model was trained on, few_shot with "
+    "--shots, instruct from 1B parameters on, or short"
 )
 
 

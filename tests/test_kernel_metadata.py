@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from submission.errors import UserError
 from submission.publish.metadata import check_dataset_metadata, check_metadata, read_metadata, with_owner
+from submission.publish.push import kernel_metadata
 from tests.conftest import ROOT
 from tests.kaggle_server import USER
 
 KERNEL, DATASET, CODE = f"{USER}/prompt-recovery", f"{USER}/prompt-recovery-wheels", 'print("ä kernel")\n'
+GEMMA, MISTRAL = "google/gemma/transformers/7b-it/3", "mistral-ai/mistral/pytorch/7b-instruct-v0.1-hf/1"
 METADATA = {
     "id": "OWNER/prompt-recovery",
     "title": "Prompt recovery",
@@ -160,3 +163,50 @@ def test_a_file_that_is_no_metadata_is_refused(tmp_path: Path, text: str, proble
 )
 def test_the_metadata_of_a_dataset_is_checked(change: dict[str, object], problem: str | None) -> None:
     assert check_dataset_metadata({**DATASET_METADATA, **change}) == ([problem] if problem else [])
+
+
+# -- what a bundle asks for -----------------------------------------------------------------------------------
+
+
+def bundle_of(folder: Path, settings: str, attach: tuple[str, ...] = ()) -> Path:
+    folder.mkdir()
+    (folder / "kernel.toml").write_text(settings)
+    (folder / "bundle.json").write_text(json.dumps({"files": {}, **({"attach": list(attach)} if attach else {})}))
+    return folder
+
+
+def test_the_models_of_a_bundle_are_written_into_the_metadata(folder: Path, tmp_path: Path) -> None:
+    made = bundle_of(tmp_path / "b", 'recover = "ensemble.best_of:best_of"\n', (MISTRAL, GEMMA))
+    idle = {**METADATA, "enable_gpu": False, "machine_shape": "", "model_sources": []}
+    (folder / "kernel-metadata.json").write_text(json.dumps(idle))
+    content, changes = kernel_metadata(folder, USER, "", made)
+    assert content["model_sources"] == [MISTRAL, GEMMA]
+    assert (content["enable_gpu"], content["machine_shape"]) == (True, "NvidiaTeslaT4")
+    assert any(MISTRAL in change for change in changes)
+    assert json.loads((folder / "kernel-metadata.json").read_text()) == idle
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "gpu", "shape"),
+    [("t4x2", True, "NvidiaTeslaT4"), ("l4x4", True, "NvidiaL4"), ("A100", True, "NvidiaTeslaA100"),
+     ("h100", True, "NvidiaH100"), ("NvidiaL4X1", True, "NvidiaL4X1"), ("none", False, "")],
+)  # fmt: skip
+def test_the_machine_is_an_option(folder: Path, accelerator: str, gpu: bool, shape: str) -> None:
+    content, _ = kernel_metadata(folder, USER, accelerator)
+    assert (content["enable_gpu"], content["machine_shape"]) == (gpu, shape)
+
+
+def test_a_machine_that_kaggle_does_not_lend_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="machine_shape 'P100'"):
+        kernel_metadata(folder, USER, "P100")
+
+
+def test_a_gpu_for_a_llama_cpp_of_the_cpu_is_refused(folder: Path, tmp_path: Path) -> None:
+    made = bundle_of(tmp_path / "b", 'model = "q4.gguf"\n')
+    (made / "q4.gguf").write_bytes(b"GGUF")
+    assert kernel_metadata(folder, USER, "", made)[0]["enable_gpu"] is False
+    with pytest.raises(UserError, match="CUDA build"):
+        kernel_metadata(folder, USER, "t4x2", made)
+    with zipfile.ZipFile(made / "llama_cpp_python-0.3-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("llama_cpp/lib/libggml-cuda.so", "")
+    assert kernel_metadata(folder, USER, "t4x2", made)[0]["enable_gpu"] is True

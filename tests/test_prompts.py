@@ -15,9 +15,10 @@ from submission.backends import model_spec
 from submission.backends.llama.library import open_model
 from submission.backends.llama.tokenizer import GgufTokenizer
 from submission.backends.scripted import WordTokenizer
-from submission.errors import BackendError
+from submission.errors import BackendError, UserError
+from submission.predict.plan import choose_template
 from submission.prompts.encoding import CUT_MARK, ChatEncoder, cut_middle, looks_like_markup
-from submission.prompts.templates import TEMPLATES, render_rewrite
+from submission.prompts.templates import TEMPLATES, get_template, render_rewrite
 from submission.types import Chat, Message, Pair, Part, Triplet
 
 MARKERS = (
@@ -270,3 +271,41 @@ def test_cutting_keeps_beginning_and_end(text: str, limit: int) -> None:
 def test_what_looks_like_markup() -> None:
     assert all(map(looks_like_markup, ["<start_of_turn>", "<|im_end|>", "[INST]", "<unused7>", "</s>"]))
     assert not any(map(looks_like_markup, ["\n\n", "▁▁▁", "<", "[]", "word", "<0", "  "]))
+
+
+# -- templates in TOML ----------------------------------------------------------------------------------------
+
+
+def test_a_template_of_one_s_own_is_a_toml_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('instruction = "Look."\nquestion = "How?"\nprefix = "Improve the text by "\n')
+    template = get_template(str(path))
+    assert (template.name, template.prefix) == ("mine", "Improve the text by")
+    assert template.parse(" making it rhyme.") == "Improve the text by making it rhyme."
+    assert template.render(PAIR).prefix == "Improve the text by"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [('instruction = "Look."\n', "asks nothing"), ('question = "How?"\nsystem = "Be"\n', "unknown option 'system'"),
+     ("question = 5\n", "must be a text"), ("question = [\n", "not a readable TOML"), ("", "asks nothing")],
+)  # fmt: skip
+def test_a_template_that_cannot_be_meant_is_named(content: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=said):
+        get_template(str(path))
+    with pytest.raises(UserError, match="or a TOML file of your own"):
+        get_template("nobody")
+
+
+def test_large_models_get_the_template_for_instruct_models(tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    (tmp_path / "large").mkdir()
+    for name, size in (("small", 500_000_000), ("large", 14_000_000_000)):
+        with (tmp_path / name / "model.safetensors").open("wb") as file:
+            file.truncate(size)  # takes no room on disk
+    chosen = [choose_template("", str(tmp_path / name), None, shots=False).name for name in ("small", "large")]
+    assert chosen == ["short", "instruct"]
+    assert choose_template("", "embedded", None, shots=False).name == "short"
+    assert choose_template("brief", str(tmp_path / "large"), None, shots=False).name == "brief"

@@ -515,3 +515,21 @@ def test_the_command_pushes_bundle_and_kernel_and_brings_the_output_back(
     stands = run("status")
     assert (stands.returncode, stands.stdout.strip()) == (0, "complete")
     assert run("submit", "--version", "3", "-m", "first").returncode == 0
+
+
+@needs_client
+def test_the_command_asks_for_the_models_and_the_machine_that_were_named(
+    server: KaggleServer, wheels: Path, tmp_path: Path
+) -> None:
+    handles = ["google/gemma/transformers/7b-it/3", "mistral-ai/mistral/pytorch/7b-instruct-v0.1-hf/1"]
+    (wheels / "kernel.toml").write_text('recover = "ensemble.best_of:best_of"\n')
+    (wheels / "bundle.json").write_text(json.dumps({"files": {}, "attach": handles}))
+    options = ["--no-dry-run", "--no-dataset", "--no-wait", "--bundle", str(wheels), "--accelerator", "l4x4"]
+    done = subprocess.run(
+        [sys.executable, "-m", "submission", "push", *options], cwd=ROOT, capture_output=True, text=True, check=False,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (sent,) = server.calls("SaveKernel")
+    assert sent["modelDataSources"] == handles
+    assert (sent["enableGpu"], sent["machineShape"]) == (True, "NvidiaL4")

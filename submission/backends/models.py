@@ -18,6 +18,7 @@ EMBEDDED_NAME = "SmolLM2-135M-Instruct (Q4_1)"
 SENTENCE_T5 = "sentence-t5-base"  # the competition's encoder
 OPENVINO_MODEL = "openvino_model.xml"
 NOTE = "prompt-recovery.json"  # in a folder that training wrote: the template it was trained on, its base
+_LARGE_BYTES = 1_500_000_000  # 1B parameters in 16 bits have 2 GB, 3B in 4 bits as much
 _KAGGLE_INPUT = Path("/kaggle/input")
 
 
@@ -167,6 +168,19 @@ def template_of(*paths: Path | None) -> str:
         if isinstance(name, str) and name:
             return name
     return ""
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of a model's weights: of a file, or of the weight files in a folder; 0 if there are none."""
+    if path.is_dir():
+        files = [file for file in path.iterdir() if file.suffix in (".safetensors", ".gguf", ".bin")]
+        return sum(file.stat().st_size for file in files)
+    return path.stat().st_size if path.is_file() else 0
+
+
+def is_large(model: str) -> bool:
+    """Whether a model has about 1B parameters or more, by the size of its weights."""
+    return model not in PACKAGED and weight_bytes(Path(model).expanduser()) > _LARGE_BYTES
 
 
 def is_openvino_folder(path: Path) -> bool:

@@ -1,29 +1,38 @@
 """What a run would take, before it is started: models, rows, tokens, memory, time.
 
-python -m submission predict test.csv -o submission.csv --dry-run
+    python -m submission predict test.csv -o submission.csv --dry-run
+
+A few rows are timed here; for transformers folders it is also computed from their sizes what Kaggle's GPUs would take.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from submission.backends import ModelSpec
+from submission.backends.common import memory_budget
+from submission.backends.hardware import visible_gpus
+from submission.backends.models import weight_bytes
 from submission.calls.log import Log, log_path
 from submission.calls.models import encode, open_models
+from submission.data.files import read_json
 from submission.data.tables import has_text
 from submission.errors import UserError
 from submission.predict.asking import answer_all
+from submission.predict.capacity import MACHINES, Fit, ModelShape, Precision, Work, fit, shown, together
 from submission.predict.plan import Plan, RunConfig, plan
 from submission.predict.strategies import GENERATOR, Ask
 from submission.types import Budget, Failure, Pair
 
 LOG = logging.getLogger(__name__)
 
+_CHARACTERS = 4  # of a token, about
 _SAMPLE = 5  # rows that are answered to measure the speed
 
 
@@ -33,7 +42,8 @@ def estimate(config: RunConfig) -> dict[str, float]:
     Returns:
         rows, rows_left; of strategies that ask models also memory_mb (peak of a worker so far) and seconds (to be
         expected for the rows left, loading included); of zero-shot and few-shot also tokens (prompt tokens in all),
-        longest (of one prompt) and truncated (rows).
+        longest (of one prompt) and truncated (rows); of transformers folders also minutes_t4x2 and so on, as computed
+        for each machine on which the models fit. A model that is too large for this machine is not timed.
 
     Raises:
         UserError: as `predict`.
@@ -66,6 +76,11 @@ def estimate(config: RunConfig) -> dict[str, float]:
         LOG.info(f"truncated  {truncated} rows have texts cut to fit a context of {context} tokens")
     else:
         lengths = array("I", (len(pair.original_text) + len(pair.rewritten_text) for pair in left()))
+    prompt = sum(lengths) / (rows_left if "tokens" in figures else _CHARACTERS * rows_left)
+    figures |= _capacity(made, rows_left, round(prompt))
+    if too_large := _too_large(made):
+        LOG.info(f"{too_large} is larger than this machine's memory: nothing is timed here")
+        return figures
     by_length = sorted(range(rows_left), key=lengths.__getitem__)
     step = max(1, rows_left // _SAMPLE)
     chosen = set(by_length[step // 2 :: step][:_SAMPLE])
@@ -78,11 +93,45 @@ def estimate(config: RunConfig) -> dict[str, float]:
     return figures
 
 
+def _capacity(made: Plan, rows: int, prompt_tokens: int) -> dict[str, float]:
+    """Minutes by machine where all models fit, one after the other; all figures are told."""
+    totals: list[list[Fit]] = []
+    usual = (max(1, made.config.sampling.n), made.config.sampling.max_new_tokens)
+    asked: Mapping[str, tuple[int, int]] = getattr(made.strategy, "answers", {})
+    for role, spec in made.roles.items():
+        if not isinstance(spec, ModelSpec) or spec.backend != "transformers" or not Path(spec.model).is_dir():
+            continue
+        answers, new_tokens = asked.get(role, usual)
+        shape = ModelShape.from_config(read_json(Path(spec.model) / "config.json"))
+        adapter = weight_bytes(spec.adapter) if spec.adapter else 0
+        precision = Precision(4 if getattr(spec.options, "load_in_4bit", False) else 16, adapter)
+        work = Work(rows, prompt_tokens, new_tokens, answers)
+        totals.append([fit(machine, shape, work, precision) for machine in MACHINES])
+        LOG.info(f"capacity   {role}: {shape.parameters / 1e9:.2f}B parameters in {precision.bits} bits, computed")
+        for line in shown(totals[-1]):
+            LOG.info(f"           {line}")
+    machines = [together(fits) for fits in zip(*totals, strict=True)]
+    return {f"minutes_{one.machine.name}": round(one.minutes, 1) for one in machines if one.fits}
+
+
+def _too_large(made: Plan) -> str:
+    """The first model whose weights are more than this machine could hold; "" if there is none."""
+    most = 4 * memory_budget() if not visible_gpus() else math.inf
+    for spec in made.roles.values():
+        if isinstance(spec, ModelSpec) and spec.backend == "transformers":
+            size = weight_bytes(Path(spec.model))
+            if 2 * size > most:  # 16 bits become 32 on a CPU
+                return f"model {spec.model} ({size / 1e9:.1f} GB)"
+    return ""
+
+
 def _known(made: Plan) -> set[str]:
     """Rows whose answers are in the log."""
     with open_models(made.roles, Log(log_path(made.config.output), read_only=True), compute=False) as models:
-        answers = answer_all(made.strategy, made.pairs, models, Budget())
-        known = {answer.id for answer in answers if answer.status == "ok"}
+        known: set[str] = set()
+        for answer in answer_all(made.strategy, made.pairs, models, Budget(), known.__contains__):
+            if answer.status == "ok":
+                known.add(answer.id)
         # Only where a row is one call does an answer tell that nothing of it is missing.
         return known if isinstance(made.strategy, Ask) or not models.missing else set()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from submission.backends import AUTO, ModelSpec, model_spec
 from submission.backends.hardware import ALONE, Placement
-from submission.backends.models import PACKAGED, TUNED, adapter_of, template_of
+from submission.backends.models import PACKAGED, TUNED, adapter_of, is_large, template_of
 from submission.calls.log import is_log, log_path
 from submission.calls.models import Spec
 from submission.calls.supervisor import STALL_SECONDS
@@ -23,7 +23,7 @@ from submission.data.tables import read_triplets
 from submission.errors import UserError
 from submission.predict.strategies import DEFAULT_PROMPT, RecoverSource, Setup, find_recover, roles_of
 from submission.prompts.answers import is_blank, strip_invalid_utf8
-from submission.prompts.templates import Template, get_template
+from submission.prompts.templates import INSTRUCT, Template, get_template
 from submission.types import Recover, Sampling, Triplet
 
 
@@ -151,10 +151,10 @@ def _files_in(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:
 
 
 def choose_template(asked: str, model: str, adapter: Path | None, *, shots: bool) -> Template:
-    """The template that was asked for, or the one that suits: shots, what the model was trained on, any model.
+    """The template that was asked for, or the one that suits: shots, what the model was trained on, the model's size.
 
     Raises:
         UserError: there is no such template.
     """
     suits = "few_shot" if shots else template_of(adapter_of(model, adapter), Path(model).expanduser())
-    return get_template(asked or suits or "short")
+    return get_template(asked or suits or (INSTRUCT if is_large(model) else "short"))

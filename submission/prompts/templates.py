@@ -3,7 +3,8 @@
     python -m submission inspect ID      shows the exact prompt of one row
 
 A template's text is trusted, the texts of pairs and shots are not. Shared text comes first and the row
-last, so that the prompts of a run have a long common beginning that is computed once.
+last, so that the prompts of a run have a long common beginning that is computed once. A template of one's own is a
+TOML file with the keys of `TemplateFile`; `instruct.toml` beside this module is one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from submission.config import from_mapping, read_toml
 from submission.errors import UserError
 from submission.prompts.answers import clean_answer
 from submission.prompts.encoding import cut_middle
@@ -87,6 +90,31 @@ class Template:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class TemplateFile:
+    """The keys of a template in TOML; only `question` is required. See `Template` for what each is."""
+
+    about: str = ""
+    instruction: str = ""
+    question: str = ""
+    prefix: str = ""
+
+
+def read_template(path: Path) -> Template:
+    """A template from a TOML file; its name is the file's, without the ending.
+
+    Raises:
+        UserError: the file is missing, has an unknown key, or asks no question.
+    """
+    file = from_mapping(TemplateFile, read_toml(path, "--template"), f"template {path}")
+    if not file.question.strip():
+        raise UserError(f'template {path} asks nothing: add question = "..."')
+    return Template(path.stem, file.about, file.instruction.strip(), file.question.strip(), file.prefix.rstrip())
+
+
+INSTRUCT = "instruct"
+"""The default template of instruct models of 1B parameters and more."""
+
 TEMPLATES: dict[str, Template] = {
     template.name: template
     for template in (
@@ -127,20 +155,24 @@ TEMPLATES: dict[str, Template] = {
             ),
             question="Instruction:",
         ),
+        read_template(Path(__file__).with_name(f"{INSTRUCT}.toml")),
     )
 }
 
 
 def get_template(name: str) -> Template:
-    """The template of that name.
+    """The template of that name, or of a TOML file.
 
     Raises:
         UserError: lists what exists.
     """
+    if name.endswith(".toml"):
+        return read_template(Path(name).expanduser())
     try:
         return TEMPLATES[name]
     except KeyError:
-        raise UserError(f"unknown template {name!r}; there are: {', '.join(TEMPLATES)}") from None
+        known = ", ".join(TEMPLATES)
+        raise UserError(f"unknown template {name!r}; there are: {known}, or a TOML file of your own") from None
 
 
 def render_rewrite(prompt: str, text: str) -> Chat:

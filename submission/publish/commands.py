@@ -21,7 +21,14 @@ _PUBLIC_TEST = Path("examples/test.csv")
 Metadata = Annotated[Path, typer.Option(help="kernel-metadata.json of the kernel.")]
 TestOption = Annotated[list[Path] | None, typer.Option(help="CSV of pairs for the larger test; again for more.")]
 AttachOption = Annotated[
-    list[Path] | None, typer.Option(help="Folder or file to attach as a model in the rehearsal; again for more.")
+    list[str] | None,
+    typer.Option(
+        help="Copy of an attached model for the rehearsal, [NAME=]PATH; in the bundle's order; again for more."
+    ),
+]
+Accelerator = Annotated[
+    str,
+    typer.Option(help="Machine: t4x2, l4x4, a100, h100, a machine shape of Kaggle, or none; default: by the bundle."),
 ]
 Show = Annotated[bool, typer.Option("--print", help="Print the client's commands instead of running them.")]
 
@@ -40,11 +47,19 @@ def bundle(
     ] = None,
     model: Annotated[
         str,
-        typer.Option(
-            help="embedded-tuned, embedded, a GGUF file, or attached (model_sources in kernel-metadata.json)."
-        ),
+        typer.Option(help="embedded-tuned, embedded, a GGUF file, or attached: a model of --attach, which implies it."),
     ] = "embedded-tuned",
-    adapter: Annotated[Path | None, typer.Option(help="GGUF LoRA file, or PEFT folder.")] = None,
+    attach: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Kaggle model: gemma-7b-it, mistral-7b-it ... or owner/model/framework/variation/VERSION; "
+            "again for more."
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="GGUF LoRA file or PEFT folder; NAME=PATH, again, for the sources of an ensemble."),
+    ] = None,
     include: Annotated[
         list[Path] | None, typer.Option(help="One more file: TOML of recover_config, shots, a module; again for more.")
     ] = None,
@@ -62,7 +77,11 @@ def bundle(
     if model_instance:
         made.model_instance(model, model_instance, output, license_name)
         return
-    made.bundle(made.BundleConfig(output, settings, model, adapter, include or (), wheel or ()))
+    alone, named = made.split_adapters(adapter or [])
+    made.bundle(made.BundleConfig(
+        output, settings, made.ATTACHED if attach else model, alone, include or (), wheel or (),
+        adapters=named, attach=attach or (),
+    ))  # fmt: skip
 
 
 def dry_run(
@@ -71,9 +90,10 @@ def dry_run(
     test: TestOption = None,
     model: AttachOption = None,
     shorten: Annotated[float, typer.Option(min=1, help="Divide the deadline by this.")] = 1.0,
+    accelerator: Accelerator = "",
 ) -> None:
     """Run the kernel as Kaggle does: its folders in both layouts, its packages, no network. Exit code 0 or 1."""
-    raise typer.Exit(0 if _rehearse(bundle, metadata, test, model, shorten) else 1)
+    raise typer.Exit(0 if _rehearse(bundle, metadata, test, model, shorten, accelerator) else 1)
 
 
 def push(
@@ -85,7 +105,7 @@ def push(
     rehearse: Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Rehearse first.")] = True,
     dataset: Annotated[bool, typer.Option("--dataset/--no-dataset", help="Upload the bundle first.")] = True,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the run to its end.")] = True,
-    accelerator: Annotated[str, typer.Option(help="Machine shape instead of the file's; none: no GPU.")] = "",
+    accelerator: Accelerator = "",
     show: Show = False,
 ) -> None:
     """Check, rehearse, upload bundle and kernel, and follow its run."""
@@ -159,14 +179,16 @@ def submit(
 
 
 def _rehearse(
-    bundle: Path | None, metadata: Path, tests: list[Path] | None, models: list[Path] | None, shorten: float,
+    bundle: Path | None, metadata: Path, tests: list[Path] | None, models: list[str] | None, shorten: float,
     accelerator: str = "",
 ) -> bool:  # fmt: skip
     """Check the metadata and run the kernel; True if all went well."""
     import tempfile
 
     from submission.publish import bundle as made
+    from submission.publish.attachable import attached_copies
     from submission.publish.dry_run import dry_run as run
+    from submission.publish.forecast import forecast
     from submission.publish.metadata import KERNEL_FILE
     from submission.publish.needs import hardware_of, needs_of
     from submission.publish.push import kernel_metadata
@@ -183,11 +205,16 @@ def _rehearse(
         LOG.info(f"hardware   {hardware_of(content)} on Kaggle, for this bundle: {needs_of(bundle).why}")
         for change in changes:
             LOG.info(f"           {change}")
-        attached = content.get("model_sources")
-        if attached and not models:
-            LOG.info(f"not here: {', '.join(map(str, attached))} (--model DIR attaches a copy)")  # type: ignore[call-overload]
+        sources = content.get("model_sources")
+        handles = [str(handle) for handle in sources] if isinstance(sources, list) else []
+        attached = attached_copies(models or [], handles)
+        for line in forecast(bundle, handles):
+            LOG.info(line)
+        missing = [handle for handle in handles if handle not in {one.handle for one in attached}]
+        if missing:
+            LOG.info(f"not here: {', '.join(missing)} (--model DIR attaches a copy)")
         code_file = folder / str(content["code_file"])
-        outcomes = run(bundle, tests, code_file, models=models or (), shorten=shorten)
+        outcomes = run(bundle, tests, code_file, models=attached, shorten=shorten)
     failed = sum(bool(outcome.problem) for outcome in outcomes)
     LOG.info(
         f"{failed} of {len(outcomes)} runs failed" if failed else f"all {len(outcomes)} runs left valid predictions"

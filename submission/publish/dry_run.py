@@ -26,6 +26,7 @@ from submission.data.outputs import installed_version
 from submission.data.tables import PAIR_COLUMNS, read_pairs, write_table
 from submission.data.validation import validate
 from submission.errors import PromptRecoveryError, UserError
+from submission.publish.attachable import Attached
 from submission.publish.bundle import DATASET, read_contents, write_contents
 from submission.publish.image import Image, kaggle_image
 from submission.publish.wheels import DATA_ONLY, OURS, distribution, fetch, required
@@ -75,7 +76,7 @@ class Outcome:
 
 
 def dry_run(
-    bundle: Path, tests: Sequence[Path], code_file: Path, *, models: Sequence[Path] = (),
+    bundle: Path, tests: Sequence[Path], code_file: Path, *, models: Sequence[Attached | Path] = (),
     shorten: float = 1.0,
 ) -> list[Outcome]:  # fmt: skip
     """Run the kernel in both layouts, with a test of one row and with each of `tests`.
@@ -84,7 +85,7 @@ def dry_run(
         bundle: the dataset's folder.
         tests: tables of pairs.
         code_file: what Kaggle runs.
-        models: folders or files that are attached as models.
+        models: folders or files that are attached as models, with their handles where they have any.
         shorten: the deadline is divided by this.
 
     Raises:
@@ -118,17 +119,22 @@ def dry_run(
     return outcomes
 
 
-def lay_out(root: Path, layout: str, test: Path, bundle: Path, models: Sequence[Path]) -> None:
+def lay_out(root: Path, layout: str, test: Path, bundle: Path, models: Sequence[Attached | Path]) -> None:
     """Make /kaggle/input and /kaggle/working below `root`."""
     competition, dataset, model = (root / "input" / name for name in LAYOUTS[layout])
     competition.mkdir(parents=True)
     shutil.copyfile(test, competition / "test.csv")
     dataset.parent.mkdir(parents=True, exist_ok=True)
     dataset.symlink_to(bundle.resolve())
-    for number, path in enumerate(models):
-        place = model.with_name(f"{model.name}-{number}") / "framework" / "variation"
-        place.mkdir(parents=True)
-        (place / "1" if path.is_dir() else place / path.name).symlink_to(path.resolve())
+    for number, given in enumerate(models):
+        one = given if isinstance(given, Attached) else Attached(given)
+        # Kaggle's layouts: with the owner's folder or without it.
+        handle = (one.handle or f"owner/{model.name}-{number}/framework/variation/1").lower().split("/")
+        place = root.joinpath("input", *(["models", *handle] if layout == "nested" else handle[1:]))
+        if one.path.is_file():
+            place = place / one.path.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(one.path.resolve())
     (root / "working").mkdir()
 
 

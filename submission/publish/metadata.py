@@ -111,7 +111,7 @@ def check_metadata(content: Mapping[str, object], folder: Path) -> list[str]:
         "dataset_sources": _list_of(_check_reference),
         "kernel_sources": _list_of(_check_reference),
         "competition_sources": _list_of(_check_competition),
-        "model_sources": _list_of(_check_model),
+        "model_sources": _list_of(check_model),
         "docker_image": _check_text,
         "docker_image_pinning_type": _one_of(_PINNING),
         "keywords": _list_of(_check_text),
@@ -239,7 +239,8 @@ def _check_competition(value: object) -> str:
     return "" if isinstance(value, str) and _PART.fullmatch(value) else "use the competition's slug alone"
 
 
-def _check_model(value: object) -> str:
+def check_model(value: object) -> str:
+    """What is wrong with a model's handle; "" if nothing is."""
     parts = value.split("/") if isinstance(value, str) else []
     if len(parts) == 5 and all(map(_PART.fullmatch, parts)) and re.fullmatch(r"[1-9]\d*", parts[4]):
         return ""

@@ -34,7 +34,7 @@ from submission.publish.metadata import (
     read_object,
     with_owner,
 )
-from submission.publish.needs import fit_metadata, needs_of
+from submission.publish.needs import ask_for, fit_metadata, machine_shape, needs_of
 
 LOG = logging.getLogger(__name__)
 
@@ -76,7 +76,8 @@ def push(
     Args:
         folder: holds `kernel-metadata.json`; left as it is.
         owner: the user who takes the place of OWNER.
-        accelerator: machine shape instead of the file's or the bundle's; "none" for a run without a GPU.
+        accelerator: machine instead of the file's or the bundle's: t4x2, l4x4, a100, h100 or a machine shape of Kaggle;
+            "none" for a run without a GPU.
         bundle: that the kernel runs; the metadata is fitted to what it needs. None leaves it as it is.
         timeout: seconds for the upload.
         wait: follow the run to its end.
@@ -185,11 +186,11 @@ def kernel_metadata(
     content = with_owner(read_object(path), owner)
     raise_problems(path, check_metadata(content, folder))
     changes: list[str] = []
-    if bundle is not None and bundle.is_dir():
-        content, changes = fit_metadata(content, needs_of(bundle))
+    needs = needs_of(bundle) if bundle is not None and bundle.is_dir() else None
+    if needs is not None:
+        content, changes = fit_metadata(content, needs, machine_shape(accelerator) or machine_shape("t4x2"))
     if accelerator:
-        asked = {"enable_gpu": accelerator != "none", "machine_shape": "" if accelerator == "none" else accelerator}
-        content |= asked
+        content = ask_for(content, accelerator, needs)
     raise_problems(path, check_metadata(content, folder))
     return content, changes
 

@@ -7,12 +7,14 @@ llama-cpp-python's low-level API does the computing; `submission.backends.llama.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from submission.backends.common import PendingRequest, memory_budget, scorable, thread_count
+from submission.backends.hardware import visible_gpus
 from submission.backends.llama.library import (
     cache_bytes_per_token,
     library,
@@ -33,6 +35,8 @@ from submission.types import Chat, Completion, Failure, LogLikelihood, Request
 
 if TYPE_CHECKING:
     from submission.backends import ModelSpec
+
+LOG = logging.getLogger(__name__)
 
 # Measured: with more streams a step costs less per token, up to here; each takes memory.
 _STREAMS = 48
@@ -98,6 +102,11 @@ class LlamaCpp:
     """A GGUF model and the contexts that it needs, one at a time."""
 
     def __init__(self, model: Path, adapter: Path | None, options: Options) -> None:
+        if options.gpu_layers and visible_gpus() and not library().llama_supports_gpu_offload():
+            LOG.warning(
+                "%s is computed on the CPU and the GPU stands idle: this llama.cpp was built without CUDA. Install a "
+                "CUDA build of llama-cpp-python, or choose the CPU with --set gpu_layers=0", model
+            )  # fmt: skip
         self._free_model = library().llama_model_free  # at hand when the interpreter ends
         probe(model, adapter)
         self._model = open_model(model, vocab_only=False, gpu_layers=options.gpu_layers)

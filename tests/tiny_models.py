@@ -1,0 +1,96 @@
+"""Models of the Gemma and of the Mistral architecture that load in moments: random weights, a tokenizer made here.
+
+What they answer makes no sense; the rest (chat templates, special tokens, LoRA) is as of the real ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from tests.conftest import ROOT, read_csv
+
+Kind = Literal["gemma", "mistral"]
+
+# As the real ones have it: Gemma refuses a system role, Mistral knows none.
+_CHAT = {
+    "gemma": (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{% for message in messages %}"
+        "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+        "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    ),
+    "mistral": (
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+        "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token }}{% endif %}"
+        "{% endfor %}"
+    ),
+}
+_TOKENS = {
+    "gemma": {"pad": "<pad>", "eos": "<eos>", "bos": "<bos>", "unk": "<unk>"},
+    "mistral": {"unk": "<unk>", "bos": "<s>", "eos": "</s>"},
+}
+
+
+def tiny_model(folder: Path, kind: Kind, seed: int = 0) -> Path:
+    """A transformers folder of two narrow layers; a megabyte."""
+    import torch
+    from transformers import GemmaConfig, GemmaForCausalLM, MistralConfig, MistralForCausalLM
+
+    tokenizer = _tokenizer(kind)
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "initializer_range": 0.5,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    model: Any = (
+        GemmaForCausalLM(GemmaConfig(**sizes))
+        if kind == "gemma"
+        else MistralForCausalLM(MistralConfig(**sizes, sliding_window=4096))
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_adapter(folder: Path, base: Path, seed: int) -> Path:
+    """A PEFT adapter for a base, whose answers it changes."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, lora_alpha=8, target_modules=targets)
+    )
+    for name, weights in model.named_parameters():
+        if "lora_B" in name:  # zeros at first, which change nothing
+            torch.nn.init.normal_(weights, std=0.5)
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def _tokenizer(kind: Kind) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = _TOKENS[kind]
+    specials = [*tokens.values(), *(["<start_of_turn>", "<end_of_turn>"] if kind == "gemma" else [])]
+    made = Tokenizer(models.BPE(unk_token=tokens["unk"]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    texts = [cell for row in read_csv(ROOT / "examples" / "test.csv")[1:] for cell in row[1:]]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    made.train_from_iterator(texts, trainer)
+    bos = tokens["bos"]
+    made.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, made.token_to_id(bos))]
+    )
+    named = {f"{name}_token": token for name, token in tokens.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=_CHAT[kind], **named)

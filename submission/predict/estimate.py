@@ -12,7 +12,7 @@ import math
 import tempfile
 import time
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from submission.backends import ModelSpec
@@ -20,7 +20,7 @@ from submission.backends.common import memory_budget
 from submission.backends.hardware import visible_gpus
 from submission.backends.models import weight_bytes
 from submission.calls.log import Log, log_path
-from submission.calls.models import encode, open_models
+from submission.calls.models import Models, encode, open_models
 from submission.data.files import read_json
 from submission.data.tables import has_text
 from submission.errors import UserError
@@ -32,6 +32,7 @@ from submission.types import Budget, Failure, Pair
 
 LOG = logging.getLogger(__name__)
 
+_OF_FOLDERS = ("transformers", "vllm")  # backends whose models have a config.json
 _CHARACTERS = 4  # of a token, about
 _SAMPLE = 5  # rows that are answered to measure the speed
 
@@ -99,10 +100,14 @@ def _capacity(made: Plan, rows: int, prompt_tokens: int) -> dict[str, float]:
     usual = (max(1, made.config.sampling.n), made.config.sampling.max_new_tokens)
     asked: Mapping[str, tuple[int, int]] = getattr(made.strategy, "answers", {})
     for role, spec in made.roles.items():
-        if not isinstance(spec, ModelSpec) or spec.backend != "transformers" or not Path(spec.model).is_dir():
+        if not isinstance(spec, ModelSpec) or spec.backend not in _OF_FOLDERS or not Path(spec.model).is_dir():
             continue
         answers, new_tokens = asked.get(role, usual)
-        shape = ModelShape.from_config(read_json(Path(spec.model) / "config.json"))
+        try:
+            shape = ModelShape.from_config(read_json(Path(spec.model) / "config.json"))
+        except UserError as error:  # of a kind that the plan does not know
+            LOG.info(f"capacity   {role}: {error}")
+            continue
         adapter = weight_bytes(spec.adapter) if spec.adapter else 0
         precision = Precision(4 if getattr(spec.options, "load_in_4bit", False) else 16, adapter)
         work = Work(rows, prompt_tokens, new_tokens, answers)
@@ -128,12 +133,10 @@ def _too_large(made: Plan) -> str:
 def _known(made: Plan) -> set[str]:
     """Rows whose answers are in the log."""
     with open_models(made.roles, Log(log_path(made.config.output), read_only=True), compute=False) as models:
-        known: set[str] = set()
-        for answer in answer_all(made.strategy, made.pairs, models, Budget(), known.__contains__):
-            if answer.status == "ok":
-                known.add(answer.id)
+        status = _answer(made, made.pairs, models)
         # Only where a row is one call does an answer tell that nothing of it is missing.
-        return known if isinstance(made.strategy, Ask) or not models.missing else set()
+        whole = isinstance(made.strategy, Ask) or not models.missing
+        return {row for row, of in status.items() if of == "ok"} if whole else set()
 
 
 def _count(made: Plan, spec: ModelSpec, pairs: Iterator[Pair]) -> tuple[array[int], int, int]:
@@ -155,10 +158,19 @@ def _time(made: Plan, sample: list[Pair]) -> tuple[float, float, float]:
     with tempfile.TemporaryDirectory() as folder, \
             open_models(made.roles, Log(Path(folder) / "sample.calls.jsonl")) as models:  # fmt: skip
         began = time.monotonic()
-        list(answer_all(made.strategy, sample[:1], models, Budget()))
+        _answer(made, sample[:1], models)
         with_loading = time.monotonic() - began
         began = time.monotonic()
-        rest = list(answer_all(made.strategy, sample[1:], models, Budget()))
+        rest = _answer(made, sample[1:], models)
         seconds = time.monotonic() - began
         each = seconds / len(rest) if rest else 0.0
         return max(0.0, with_loading - each), each or with_loading, models.peak_memory()
+
+
+def _answer(made: Plan, pairs: Iterable[Pair], models: Models) -> dict[str, str]:
+    """The status of each row's last answer, by id."""
+    status: dict[str, str] = {}
+    for answer in answer_all(made.strategy, pairs, models, Budget(), status.__contains__):
+        status[answer.id] = answer.status
+    return status
+

@@ -173,4 +173,3 @@ def _answer(made: Plan, pairs: Iterable[Pair], models: Models) -> dict[str, str]
     for answer in answer_all(made.strategy, pairs, models, Budget(), status.__contains__):
         status[answer.id] = answer.status
     return status
-

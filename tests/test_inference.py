@@ -15,8 +15,9 @@ import pytest
 from numpy.typing import NDArray
 
 from submission.backends import model_spec
+from submission.backends.hardware import free_gpu_memory
 from submission.backends.llama.backend import LlamaCpp, Options, _limits
-from submission.backends.llama.library import cache_bytes_per_token
+from submission.backends.llama.library import cache_bytes_per_token, library
 from submission.backends.llama.schedule import Shape
 from submission.backends.models import EMBEDDED, TUNED, tuned_adapter
 from submission.data.outputs import manifest_path
@@ -103,6 +104,23 @@ def test_memory_bounds_the_streams(llama: LlamaCpp) -> None:
     shape = limits.shape(500, 1000)
     assert shape == Shape(50_000_000 // per_token // 512, 512)
     assert _limits(llama._model, Options(memory=1)).shape(500, 1000).streams == 1
+
+
+def test_the_cache_of_a_model_on_gpus_is_bounded_by_their_memory(
+    llama: LlamaCpp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nprintf '0, GPU-a, 300 MiB\\n1, GPU-b, 100 MiB\\n2, GPU-c, [N/A]\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(library(), "llama_supports_gpu_offload", lambda: True)
+    for visible, megabytes in (("0,1", 400), ("GPU-b,2", 100), ("1", 100)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert free_gpu_memory() == megabytes << 20
+        tokens = (megabytes << 20) // 2 // cache_bytes_per_token(llama._model)
+        assert _limits(llama._model, Options()).tokens == min(tokens, 48 * 512)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")  # nothing is told of it: as without GPUs
+    assert _limits(llama._model, Options()).tokens == _limits(llama._model, Options(gpu_layers=0)).tokens
 
 
 def test_little_memory_changes_the_speed_and_no_answer(llama: LlamaCpp, example_pairs: list[Pair]) -> None:

@@ -29,6 +29,18 @@ def nvidia_smi(query: str) -> list[str] | None:
     return [line.strip() for line in listed.splitlines() if line.strip()]
 
 
+def free_gpu_memory() -> int:
+    """Bytes that are free on the GPUs that this process may use, together; 0 where nothing tells."""
+    visible = visible_gpus()
+    free = 0
+    for line in nvidia_smi("index,uuid,memory.free") or []:
+        index, uuid, memory = (part.strip() for part in line.split(","))
+        megabytes = memory.removesuffix("MiB").strip()
+        if megabytes.isdigit() and (index in visible or uuid in visible):
+            free += int(megabytes) << 20
+    return free
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """How many copies of a model there are, and where.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from submission.backends.common import PendingRequest, memory_budget, scorable, thread_count
-from submission.backends.hardware import visible_gpus
+from submission.backends.hardware import free_gpu_memory, visible_gpus
 from submission.backends.llama.library import (
     cache_bytes_per_token,
     library,
@@ -51,7 +51,7 @@ class Options:
     threads: 0 means every core this process may use.
     batch: tokens per call of llama_decode.
     streams: sequences that are decoded together at most; 0 means what measured best.
-    memory: megabytes that the KV cache may take; 0 means a quarter of what is free.
+    memory: megabytes that the KV cache may take; 0 means a quarter of what is free, or half of it on GPUs.
     gpu_layers: layers to put on a GPU where llama.cpp was built for one.
     adapter_scale: strength of the LoRA adapter.
     """
@@ -164,5 +164,13 @@ def _context_size(model: Any, options: Options) -> int:
 
 def _limits(model: Any, options: Options) -> ContextLimits:
     streams = options.streams or _STREAMS
-    budget = options.memory * 1_000_000 or memory_budget()
-    return ContextLimits(min(streams * _CELLS, budget // cache_bytes_per_token(model)), streams)
+    return ContextLimits(min(streams * _CELLS, _cache_budget(options) // cache_bytes_per_token(model)), streams)
+
+
+def _cache_budget(options: Options) -> int:
+    """Bytes that the KV cache may take, once the weights are loaded: it lies where they do."""
+    if options.memory:
+        return options.memory * 1_000_000
+    if options.gpu_layers and library().llama_supports_gpu_offload() and (free := free_gpu_memory()):
+        return free // 2  # the rest is for the buffers of a step
+    return memory_budget()

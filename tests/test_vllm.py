@@ -124,7 +124,7 @@ def output(tokens: Sequence[int], logprobs: Sequence[float], prompt: Sequence[fl
 
 
 def sample(sampling: Sampling, number: int = 0) -> SampleJob:
-    asked = PendingRequest(Request("k", CAPITAL, sampling), EncodedPrompt((5, 6), False), [None] * sampling.n)
+    asked = PendingRequest(Request("k", CAPITAL, sampling), EncodedPrompt((5, 6), False))
     return SampleJob(asked, number, Letters())
 
 

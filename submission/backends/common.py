@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,13 +30,16 @@ class PendingRequest:
 
     request: Request
     encoded: EncodedPrompt
-    completions: list[Completion | None]
+    _answers: dict[int, Completion | Failure] = field(default_factory=dict)
 
-    def when_complete(self) -> Iterator[tuple[str, list[Completion]]]:
-        """Yield `(key, completions)` when the last one is there, once."""
-        there = [completion for completion in self.completions if completion is not None]
-        if len(there) == len(self.completions):
-            yield self.request.key, there
+    def take(self, number: int, answer: Completion | Failure) -> Iterator[tuple[str, list[Completion] | Failure]]:
+        """Take an answer. With the last one yield the key and all completions; the failure of one is that of all."""
+        self._answers[number] = answer
+        count = self.request.sampling.n
+        if len(self._answers) == count:
+            answers = [self._answers[number] for number in range(count)]
+            failed = next((answer for answer in answers if isinstance(answer, Failure)), None)
+            yield self.request.key, failed or [answer for answer in answers if isinstance(answer, Completion)]
 
 
 def scorable(

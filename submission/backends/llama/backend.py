@@ -133,20 +133,19 @@ class LlamaCpp:
         if (model := getattr(self, "_model", None)) is not None:
             self._free_model(model)
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion]]]:
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion] | Failure]]:
         """See `submission.types.Backend`."""
         import numpy as np
 
         def prompts() -> Iterator[QueuedPrompt]:
             for request in requests:
                 encoded = self.encoder.encode_for(request.chat, request.sampling.max_new_tokens)
-                asked = PendingRequest(request, encoded, [None] * request.sampling.n)
+                asked = PendingRequest(request, encoded)
                 ids = np.array(encoded.ids, np.int32)
                 yield QueuedPrompt(ids, request.sampling.max_new_tokens, request.sampling.n, asked)
 
         for answer in self._scheduler.generate(prompts(), self._sampler):
-            answer.asked.completions[answer.number] = answer.completion()
-            yield from answer.asked.when_complete()
+            yield from answer.asked.take(answer.number, answer.completion())
 
     def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood | Failure]]:
         """See `submission.types.Backend`."""

@@ -155,7 +155,7 @@ class OpenVino:
         """Let go of prompts that were computed, for measurements."""
         self._scheduler.forget()
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion]]]:
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion] | Failure]]:
         """See `submission.types.Backend`."""
         import numpy as np
 
@@ -165,14 +165,13 @@ class OpenVino:
             for request in requests:
                 sampling = request.sampling
                 encoded = self.encoder.encode_for(request.chat, sampling.max_new_tokens)
-                asked = PendingRequest(request, encoded, [None] * sampling.n)
+                asked = PendingRequest(request, encoded)
                 answers: deque[Answer] = deque(PendingAnswer(asked, n, self.tokenizer) for n in range(sampling.n))
                 yield Work(np.array(encoded.ids, np.int32), asked, sampling.max_new_tokens, answers)
 
         for answer in self._scheduler.run(work()):
             assert isinstance(answer, PendingAnswer)
-            answer.asked.completions[answer.number] = answer.completion()
-            yield from answer.asked.when_complete()
+            yield from answer.asked.take(answer.number, answer.completion())
 
     def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood | Failure]]:
         """See `submission.types.Backend`."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from submission.backends.common import scorable, thread_count
+from submission.backends.common import PendingRequest, scorable, thread_count
 from submission.backends.models import check_peft_adapter, resolve_folder
-from submission.backends.transformers.batches import Asked, Batches, Prompt, Text
+from submission.backends.transformers.batches import Batches, Prompt, Text
 from submission.backends.transformers.devices import BALANCED
 from submission.backends.transformers.generation import Generator
 from submission.backends.transformers.likelihoods import Scorer
@@ -162,15 +162,14 @@ class Transformers:
             most = self._room.rows
             for request in requests:
                 encoded = self.encoder.encode_for(request.chat, request.sampling.max_new_tokens)
-                asked = Asked(request, encoded, [None] * request.sampling.n)
+                asked = PendingRequest(request, encoded)
                 ids = np.array(encoded.ids, np.int32)
                 for first in range(0, request.sampling.n, most):
                     yield Prompt(ids, asked, range(first, min(request.sampling.n, first + most)))
 
         for prompt in self._prompts.run(prompts(), self._answer):
             for number, answer in zip(prompt.numbers, prompt.answers, strict=True):
-                prompt.asked.answers[number] = answer
-            yield from prompt.asked.when_complete()
+                yield from prompt.asked.take(number, answer)
 
     def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood | Failure]]:
         """See `submission.types.Backend`."""

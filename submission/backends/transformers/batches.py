@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
+from submission.backends.common import PendingRequest
 from submission.backends.transformers.memory import Room, device_lost, out_of_memory
 from submission.backends.transformers.prefixes import Prefixes
 from submission.backends.window import Window, common_length
 from submission.errors import DeviceLostError, first_line
-from submission.prompts.encoding import EncodedPrompt
-from submission.types import Completion, Failure, Request, Sampling
+from submission.types import Completion, Failure, Sampling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,28 +22,11 @@ _WASTE = 1.1  # times the tokens that items cost apart may be computed for them 
 
 
 @dataclass(slots=True, eq=False)
-class Asked:
-    """A request, what is fed for it, and its answers by number as they come."""
-
-    request: Request
-    encoded: EncodedPrompt
-    answers: list[Completion | Failure | None]
-
-    def when_complete(self) -> Iterator[tuple[str, list[Completion] | Failure]]:
-        """Yield the key and its completions when the last answer is there, once; the failure of one is that of all."""
-        if any(answer is None for answer in self.answers):
-            return
-        failed = next((answer for answer in self.answers if isinstance(answer, Failure)), None)
-        done = [answer for answer in self.answers if isinstance(answer, Completion)]
-        yield self.request.key, failed or done
-
-
-@dataclass(slots=True, eq=False)
 class Prompt:
     """Answers of these numbers to a request are wanted."""
 
     ids: NDArray[np.int32]
-    asked: Asked
+    asked: PendingRequest
     numbers: range
     again: bool = False
     answers: list[Completion | Failure] = field(default_factory=list)

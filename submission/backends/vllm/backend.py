@@ -109,17 +109,11 @@ class Vllm:
                 except BackendError as error:
                     without.append((request.key, Failure(first_line(error))))
                     continue
-                asked = PendingRequest(request, encoded, [None] * request.sampling.n)
+                asked = PendingRequest(request, encoded)
                 yield from (SampleJob(asked, number, self.tokenizer) for number in range(request.sampling.n))
 
-        failed: set[PendingRequest] = set()  # of which a sample did
         for job in self._engine.run(jobs()):
-            if job.failure and job.asked not in failed:
-                failed.add(job.asked)
-                yield job.asked.request.key, Failure(job.failure)
-            elif not job.failure:
-                job.asked.completions[job.number] = job.completion()
-                yield from job.asked.when_complete()
+            yield from job.asked.take(job.number, Failure(job.failure) if job.failure else job.completion())
         yield from without
 
     def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood | Failure]]:

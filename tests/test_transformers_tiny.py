@@ -380,8 +380,14 @@ class Memory:
     def _check(self, rows: int) -> None:
         import torch
 
+        kinds = [
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+            RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory"),
+            MemoryError(),
+            torch.AcceleratorError("CUDA error: out of memory"),
+        ]
         if rows > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+            raise kinds[len(self.fed) % len(kinds)]
 
     def rows(self) -> list[int]:
         """How many rows were computed together, since this was last asked."""
@@ -403,6 +409,18 @@ def test_batches_are_smaller_after_memory_ran_out_and_grow_back(llama: Path) -> 
     assert {key: plain(one) for key, one in generated(memory.backend, asked).items()} == expected
     rows = memory.rows()
     assert rows[0] < 8 == max(rows)
+
+
+def test_samples_and_likelihoods_come_whole_though_memory_runs_out(llama: Path) -> None:
+    memory = Memory(llama)
+    asked = requests(Sampling(n=5, temperature=1.0, max_new_tokens=3, seed=2))
+    items = [(f"{number} {text}", chat(one), text) for number, one in enumerate(TEXTS) for text in ("Yes", "No.")]
+    samples = {key: plain(one) for key, one in generated(memory.backend, asked).items()}
+    likelihoods = scored(memory.backend, items)
+    memory.most = 2
+    assert {key: plain(one) for key, one in generated(memory.backend, asked).items()} == samples
+    for key, found in scored(memory.backend, items).items():
+        assert found.sum == pytest.approx(likelihoods[key].sum, abs=1e-4)
 
 
 def test_a_row_that_never_fits_fails_alone(llama: Path) -> None:

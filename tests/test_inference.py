@@ -8,7 +8,6 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from submission.data.outputs import manifest_path
 from submission.prompts.templates import TEMPLATES, render_rewrite
 from submission.types import Backend, Chat, Message, Pair, Part, Request, Sampling, Triplet
 from tests.bench.parity import compare_greedy
-from tests.conftest import ROOT, Cli, environment, generated, read_csv, scored
+from tests.conftest import ROOT, Cli, environment, generated, read_csv
 
 CAPITAL = Chat((Message("user", (Part("What is the capital of France?"),)),))
 
@@ -132,35 +131,6 @@ def test_little_memory_changes_the_speed_and_no_answer(llama: LlamaCpp, example_
     many = [Request(pair.id, TEMPLATES["few_shot"].render(pair, [shot]), Sampling(n=2, temperature=1, max_new_tokens=3))
             for pair in example_pairs[:3]]  # fmt: skip
     assert {key: len(c) for key, c in generated(tight, many).items()} == {request.key: 2 for request in many}
-
-
-def test_memory_that_runs_out_makes_batches_smaller(hf_folder: Path, example_pairs: list[Pair]) -> None:
-    import torch
-
-    backend: Any = model_spec("transformers", str(hf_folder)).load()
-    forward, rows = backend._model.forward, []
-
-    def scarce(*args: Any, **kwargs: Any) -> Any:
-        rows.append(len(kwargs["input_ids"]))
-        if rows[-1] > 2:
-            kinds = [
-                torch.OutOfMemoryError("CUDA out of memory."),
-                RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory"),
-                MemoryError(),
-            ]
-            raise kinds[len(rows) % 3]
-        return forward(*args, **kwargs)
-
-    asked = [Request(key, chat, Sampling(max_new_tokens=3)) for key, chat in chats(example_pairs[:6])]
-    expected = {key: c[0].text for key, c in generated(backend, asked).items()}
-    backend._model.forward = scarce
-    assert {key: c[0].text for key, c in generated(backend, asked).items()} == expected
-    assert max(rows) > 2
-    ((_, samples),) = generated(
-        backend, [Request("s", asked[0].chat, Sampling(n=5, temperature=1, max_new_tokens=2))]
-    ).items()
-    assert len(samples) == 5
-    assert len(scored(backend, candidates(example_pairs[:2]))) == 12
 
 
 def test_continuous_batching_of_transformers_gives_the_same_answers(

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from submission.backends.common import PendingRequest, scorable, thread_count
 from submission.backends.models import check_peft_adapter, resolve_folder
-from submission.backends.transformers.batches import Batches, Prompt, Text
+from submission.backends.transformers.batches import Batches
 from submission.backends.transformers.devices import BALANCED
 from submission.backends.transformers.generation import Generator
+from submission.backends.transformers.items import Prompt, Text
 from submission.backends.transformers.likelihoods import Scorer
 from submission.backends.transformers.loading import (
     end_tokens,

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from submission.backends.common import stop_at, stream_seed
-from submission.backends.transformers.batches import Prompt
+from submission.backends.transformers.items import Prompt
 from submission.backends.transformers.prefixes import Prefixes
 from submission.backends.transformers.sampling import Stopper, TransformersSampler
 from submission.backends.transformers.tokenizer import HfTokenizer

@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from submission.backends.transformers.batches import Text
 from submission.backends.transformers.generation import NOT_FINITE
+from submission.backends.transformers.items import Text
 from submission.backends.transformers.prefixes import Prefixes
 from submission.types import Failure
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from submission.backends.transformers.batches import Prompt, Text
+    from submission.backends.transformers.items import Prompt, Text
 
 _WORTH_SHARING = 16  # tokens of a common beginning below which it is not computed apart
 

@@ -44,7 +44,6 @@ NULLS = ("#n/a", "#n/a n/a", "#na", "-1.#ind", "-1.#qnan", "-nan", "1.#ind", "1.
          "none", "null")  # fmt: skip
 PACKAGED = ("embedded-tuned", "embedded")  # models that come as packages
 BLANK_INPUT = "blank rewritten_text"  # why a row failed that no model can answer
-_SMALL_GPU, _LARGE_GPU = 20_000, 45_000  # MB
 IN_4_BITS = "load_in_4bit=true"
 _NAMED_ADAPTER = re.compile(r"([A-Za-z0-9_-]+)\.lora\.(.+)")  # files of one of several adapters: a dataset is flat
 _GPU_CODE = ("libggml-cuda", "libggml-hip", "libggml-vulkan")  # in a wheel of llama-cpp-python that uses GPUs
@@ -239,11 +238,9 @@ def arguments(settings: Settings, bundle: Path, gpus: list[int], rows: int, scra
     options = list(settings.settings)
     if backend == "transformers" and gpus:
         smallest = min(gpus)
-        batch = 16 if smallest < _SMALL_GPU else 32 if smallest < _LARGE_GPU else 64
         weights = sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) / 1e6 if is_folder else 0
-        for option in (f"batch={batch}", IN_4_BITS if weights > smallest / 2 else ""):
-            if option and not any(given.startswith(option.split("=")[0] + "=") for given in options):
-                options.append(option)
+        if weights > smallest / 2 and not any(given.startswith("load_in_4bit=") for given in options):
+            options.append(IN_4_BITS)
     if not gpus:
         options = [option for option in options if option != IN_4_BITS]  # slower than 32 bits on a CPU
     elif backend == "llama_cpp" and not uses_gpus(bundle):

@@ -70,16 +70,16 @@ def test_the_sizes_here_are_those_of_transformers(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("model", "bits", "machine", "weights", "tokens"),
-    [  # GB of weights, and thousands of KV tokens in what is left of 95 % of the memory without 0.54 GB and the logits:
-        # 0.95 x 15.78 - 0.54 - 5.57 - 0.20 = 8.69 GB of 448 KiB each, and so on
-        (GEMMA, 4, "t4x2", 5.57, 18.9),
+    [  # GB of weights, and thousands of KV tokens in what is left of 95 % of the memory without 0.54 GB:
+        # 0.95 x 15.78 - 0.54 - 5.57 = 8.89 GB of 448 KiB each, and so on
+        (GEMMA, 4, "t4x2", 5.57, 19.4),
         (GEMMA, 16, "t4x2", 17.07, 0),
-        (GEMMA, 16, "l4x4", 17.07, 10.5),
-        (GEMMA, 16, "a100", 17.07, 49.2),
-        (GEMMA, 16, "h100", 17.07, 137.1),
-        (MISTRAL, 4, "t4x2", 4.12, 78.6),
+        (GEMMA, 16, "l4x4", 17.07, 10.9),
+        (GEMMA, 16, "a100", 17.07, 49.6),
+        (GEMMA, 16, "h100", 17.07, 137.5),
+        (MISTRAL, 4, "t4x2", 4.12, 78.8),
         (MISTRAL, 16, "t4x2", 14.48, 0),
-        (MISTRAL, 16, "l4x4", 14.48, 58.0),
+        (MISTRAL, 16, "l4x4", 14.48, 58.2),
     ],
 )
 def test_memory_is_planned(model: ModelShape, bits: int, machine: str, weights: float, tokens: float) -> None:
@@ -97,22 +97,22 @@ def test_minutes_are_the_roofline_s() -> None:
     assert toy.layer_parameters == 2 * 100 * 100 * 2 + 3 * 100 * 100
     assert toy.embedding_parameters == 100_000
     slow = Machine("slow", "", Gpu("slow", 2e9, 1e6, 1e15), 1)  # all time goes into reading
-    work = Work(rows=64, prompt_tokens=10, new_tokens=5)
-    step = 2 * 70_000 + 2 * 100_000 + 64 * 12.5 * 400
+    work = Work(rows=256, prompt_tokens=10, new_tokens=5)
+    step = 2 * 70_000 + 2 * 100_000 + 256 * 12.5 * 400
     assert fit(slow, toy, work).minutes * 60 == pytest.approx(5 * step / 0.6e6 + 2 * 170_000 / 0.3e9, rel=1e-4)
-    assert fit(slow, toy, Work(128, 10, 5)).minutes == pytest.approx(2 * fit(slow, toy, work).minutes, rel=0.01)
+    assert fit(slow, toy, Work(512, 10, 5)).minutes == pytest.approx(2 * fit(slow, toy, work).minutes, rel=0.01)
     two = Machine("two", "", slow.gpu, 2)
-    assert fit(two, toy, Work(128, 10, 5)).minutes == pytest.approx(fit(slow, toy, work).minutes, rel=0.01)
+    assert fit(two, toy, Work(512, 10, 5)).minutes == pytest.approx(fit(slow, toy, work).minutes, rel=0.01)
     busy = Machine("busy", "", Gpu("busy", 2e9, 1e15, 1e6), 1)  # all time goes into arithmetic
-    prefill = 64 * (2 * 70_000 * 10 + 2 * 100 * 10**2 + 2 * 100_000)
-    decode = 5 * 2 * 64 * 170_000
+    prefill = 256 * (2 * 70_000 * 10 + 2 * 100 * 10**2 + 2 * 100_000)
+    decode = 5 * 2 * 256 * 170_000
     loading = 2 * 170_000 / 0.3e9
     assert fit(busy, toy, work).minutes * 60 == pytest.approx((prefill + decode) / 0.4e6 + loading, rel=1e-4)
 
 
 def test_an_adapter_beside_4_bits_costs_time_and_one_that_is_merged_does_not() -> None:
     four, sixteen = (fit(BY_NAME["a100"], MISTRAL, WORK, Precision(bits, 100e6)) for bits in (4, 16))
-    assert four.minutes > 1.5 * fit(BY_NAME["a100"], MISTRAL, WORK, Precision(4)).minutes
+    assert four.minutes > 1.4 * fit(BY_NAME["a100"], MISTRAL, WORK, Precision(4)).minutes
     assert sixteen.minutes == fit(BY_NAME["a100"], MISTRAL, WORK, Precision(16)).minutes
 
 
@@ -122,7 +122,7 @@ def test_models_that_take_turns_add_up_and_cautions_are_told() -> None:
     both: Fit = together(fits)
     assert both.minutes == sum(one.minutes for one in fits)
     assert both.weight_bytes == fits[1].weight_bytes
-    assert "overflows in float16" in both.caution
+    assert "computes in float32 on a T4" in both.caution
     lines = list(shown([both, fit(BY_NAME["t4x2"], gemma2, WORK)], limit_minutes=1))
     assert "over the 0.0167 h" in lines[1]
     assert "does not fit" in lines[2]

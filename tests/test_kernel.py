@@ -350,9 +350,9 @@ def test_two_gpus_get_a_worker_each_and_weights_that_fit(attached: Path, tmp_pat
     assert options(command, "--model")[0].endswith("7b-it/3")
     assert options(command, "--adapter") == [str(attached)]
     assert options(command, "--workers") == ["2"]
-    assert options(command, "--set") == ["batch=16", "load_in_4bit=true"]
+    assert options(command, "--set") == ["load_in_4bit=true"]
     large = kernel.arguments(kernel.Settings(), attached, [81920], 1400, tmp_path, kernel.Report())
-    assert options(large, "--set") == ["batch=64"]
+    assert options(large, "--set") == []
     one_row = kernel.arguments(kernel.Settings(), attached, [15360, 15360], 1, tmp_path, kernel.Report())
     assert options(one_row, "--workers") == ["1"]
 

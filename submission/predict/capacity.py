@@ -24,7 +24,8 @@ _UNMERGED = 1.75  # an adapter beside 4-bit weights: 7 h where the merged model 
 _READING = 0.3e9  # bytes a second from Kaggle's inputs, an assumption
 _NF4 = 4.127 / 8  # bytes of a weight: 4 bits, 8 bits for 64 of them, 32 bits for 256 of those
 _CONTEXT_BYTES, _FREE_SHARE = 0.5 * 2**30, 0.05  # of CUDA itself, and of fragments that cannot be used
-_MOST_AT_ONCE = 64  # answers of a batch of the transformers backend
+_LOGIT_BYTES = 3 * 4  # of a vocabulary's entry: logits, probabilities and their sums in 32 bits
+_MOST_AT_ONCE = 256  # answers of a batch of the transformers backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,10 +213,9 @@ class Fit:
 def fit(machine: Machine, shape: ModelShape, work: Work, precision: Precision = Precision()) -> Fit:
     """Plan a run with a copy of the model on each GPU."""
     gpu, weights = machine.gpu, precision.weight_bytes(shape)
-    logits = 3 * 4 * shape.vocabulary * _MOST_AT_ONCE
-    room = gpu.memory * (1 - _FREE_SHARE) - _CONTEXT_BYTES - weights - logits
+    room = gpu.memory * (1 - _FREE_SHARE) - _CONTEXT_BYTES - weights
     length = work.prompt_tokens + work.new_tokens
-    each = length * shape.kv_bytes + work.prompt_tokens * shape.working_bytes
+    each = length * shape.kv_bytes + work.prompt_tokens * shape.working_bytes + _LOGIT_BYTES * shape.vocabulary
     at_once = max(0, min(_MOST_AT_ONCE, int(room // each)))
     kv_tokens = max(0, int(room // shape.kv_bytes))
     if not at_once:
@@ -252,7 +252,9 @@ def _prefill_flop(shape: ModelShape, tokens: int) -> float:
 
 def _caution(gpu: Gpu, shape: ModelShape) -> str:
     if not gpu.bfloat16 and shape.kind.startswith(("gemma2", "gemma3")):
-        return f"{shape.kind} overflows in float16, and a {gpu.name} has no bfloat16"
+        return (
+            f"{shape.kind} computes in float32 on a {gpu.name}, which has no bfloat16: several times slower than this"
+        )
     return ""
 
 

@@ -51,8 +51,8 @@ class Options:
     batch_tokens: tokens of all answers and prompts of a batch, padding included; 0 means 1024 times `batch` on a CPU
         and as many as the free memory holds on a GPU.
     load_in_4bit: quantise the weights to nf4 with double quantisation on loading (bitsandbytes).
-    dtype: auto (float32 on a CPU; bfloat16 on a GPU that has it, else float16, or float32 for Gemma, which overflows in
-        float16), float32, bfloat16 or float16.
+    dtype: auto (float32 on a CPU; bfloat16 on a GPU that has it, else float16, or float32 for Gemma 2 and 3, which
+        overflow in float16), float32, bfloat16 or float16.
     device: auto, cpu, cuda, cuda:1 ..., or balanced: the layers of one copy are spread over all GPUs.
     continuous: leave greedy answers to transformers' own continuous batching (paged attention, made for GPUs), up to
         256 rows at a time. Off unless asked for, since it is yet to be measured on a GPU.

@@ -18,6 +18,7 @@ BALANCED = "balanced"
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _STORED = {"I64": 8, "F64": 8, "I32": 4, "I16": 2}  # of integers as they are in a file; others take a byte
+_OVERFLOWING = ("gemma2", "gemma3")  # model types that float16 is too narrow for
 _IN_4_BITS = 0.53  # bytes a weight takes in nf4 with its scales
 _GB = 1e9
 
@@ -31,8 +32,8 @@ def choose_dtype(model_type: str, capability: tuple[int, int] | None, asked: str
         asked: auto, or a dtype, which is taken as it is.
 
     Returns:
-        float32, bfloat16 or float16. GPUs before 8.0 have no bfloat16 units: float16 there, or float32 for Gemma, whose
-        activations leave the range of float16.
+        float32, bfloat16 or float16. GPUs before 8.0 have no bfloat16 units: float16 there, or float32 for Gemma 2 and
+        3, whose activations leave the range of float16. Those of Gemma 1 seldom do: such rows fail and are counted.
     """
     if asked != "auto":
         return asked
@@ -40,7 +41,7 @@ def choose_dtype(model_type: str, capability: tuple[int, int] | None, asked: str
         return "float32"
     if capability >= (8, 0):
         return "bfloat16"
-    return "float32" if "gemma" in model_type else "float16"
+    return "float32" if model_type.startswith(_OVERFLOWING) else "float16"
 
 
 def find_device(asked: str) -> str:
@@ -112,8 +113,8 @@ def refuse_too_large(
     if needed <= free:
         return
     why = ""
-    if dtype == "float32" and "gemma" in model_type:
-        why = " (Gemma's activations leave the range of float16, and this GPU has no bfloat16 units)"
+    if dtype == "float32" and model_type.startswith(_OVERFLOWING):
+        why = " (its activations leave the range of float16, and this GPU has no bfloat16 units)"
     ways = ([] if load_in_4bit else ["load_in_4bit=true"]) + ["device=balanced, which takes several GPUs"]
     precision = f"{dtype} and nf4" if load_in_4bit else dtype
     raise UserError(

@@ -265,6 +265,41 @@ def gguf(
         print_line(line, sys.stdout)
 
 
+@app.command()
+def push(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML with [sft], and [gguf] for GGUF files.")],
+    base: Annotated[
+        str, typer.Option(help="Kaggle model, owner/model/framework/variation/VERSION. Default: the embedded model.")
+    ] = "",
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the bundle to make.")] = Path(
+        "training-bundle"
+    ),
+    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of [sft]; again for more.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the output of the last session.")] = False,
+    deadline: Annotated[str, typer.Option(help="End the session within this time.")] = "8h30m",
+    accelerator: Annotated[str, typer.Option(help="Machine shape; none: no GPU.")] = "NvidiaTeslaT4",
+    rehearse: Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Rehearse first.")] = True,
+    model: Annotated[
+        Path | None, typer.Option(help="Small transformers folder that is the base of a rehearsal.")
+    ] = None,
+    send: Annotated[bool, typer.Option("--send/--no-send", help="Send it; otherwise stop after the rehearsal.")] = True,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the run to its end.")] = False,
+    show: Annotated[bool, typer.Option("--print", help="Print the client's commands instead of running them.")] = False,
+) -> None:
+    """Train on Kaggle's GPUs: bundle recipe, sets and wheels, rehearse the kernel, upload both.
+
+    A session that ran out of time left checkpoints in its output: the same command with --resume goes on from there.
+    """
+    from submission.config import parse_duration
+    from train.push import push_training, read_training
+
+    training = read_training(recipe, settings or [], base, parse_duration(deadline, "--deadline"))
+    push_training(
+        training, output, resume=resume, accelerator=accelerator, rehearse_first=rehearse, model=model, send=send,
+        wait=wait, show=show,
+    )  # fmt: skip
+
+
 def main() -> None:
     """Run a command; see `submission.commands.run_command`."""
     run_command(app)

@@ -53,7 +53,7 @@ def write_examples() -> None:
             yield Request(row["id"], render_rewrite(row["prompt"], row["text"]), sampling)
 
     rewrites = {}
-    for key, found in model_spec("llama_cpp").load().generate(requests()):
+    for key, found in model_spec().load().generate(requests()):
         if isinstance(found, Failure):
             raise SystemExit(f"{key}: {found.reason}")
         rewrites[key] = found[0].text.strip()

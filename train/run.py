@@ -16,7 +16,7 @@ from typing import Any
 
 from eval.baselines import BaselinesConfig, check_names, run_baselines
 from eval.encoders import Encoder, find_encoder
-from submission.backends import model_spec
+from submission.backends import AUTO, model_spec
 from submission.backends.models import resolve_folder
 from submission.config import from_mapping, read_toml
 from submission.data.files import write_json
@@ -41,7 +41,7 @@ class Score:
         baselines: as `python -m eval baselines` names them.
         base: model of zero-shot and few-shot; "" for the one that was tuned.
         quantization: of the GGUF file that predicts; "" for the first one made.
-        backend: llama_cpp predicts with the GGUF file, transformers with the merged folder.
+        backend: transformers predicts with the merged folder, any other with the GGUF file; auto follows the model.
         max_new_tokens: of an answer.
         limit: first rows of the test set only; 0 for all.
     """
@@ -49,7 +49,7 @@ class Score:
     baselines: tuple[str, ...] = ("constant", "constant_fitted", "zero_shot")
     base: str = ""
     quantization: str = ""
-    backend: str = "llama_cpp"
+    backend: str = AUTO
     max_new_tokens: int = 40
     limit: int = 0
 
@@ -106,7 +106,7 @@ def read_run(path: Path, settings: Sequence[str] = ()) -> Run:
     for name in ("gguf", "score"):
         if later[name] and not later["sft"]:
             raise UserError(f"{path} has [{name}] and no [sft]: there would be nothing to do it with")
-    if later["score"] and later["score"].backend == "llama_cpp" and not later["gguf"]:
+    if later["score"] and later["score"].backend != "transformers" and not later["gguf"]:
         raise UserError(f"{path} has no [gguf] for [score] to predict with: add it, or backend = 'transformers'")
     if later["score"] and later["gguf"] and later["score"].quantization not in ("", *later["gguf"].quantizations):
         raise UserError(f"[score] names {later['score'].quantization!r}, which [gguf] does not make")
@@ -173,7 +173,7 @@ def _merge(adapter: Path, merged: Path, *, fresh: bool) -> None:
 def _score(run: Run, score: Score, merged: Path, encoder: Encoder, *, fresh: bool) -> None:
     assert run.sft is not None
     model = str(merged)
-    if score.backend == "llama_cpp":
+    if score.backend != "transformers":
         assert run.gguf is not None
         model = str(run.output / run.gguf.file(score.quantization or run.gguf.quantizations[0]))
     result = run_baselines(

@@ -155,21 +155,33 @@ def prepare(
 
 @app.command()
 def run(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML with all stages; see train/recipes/.")],
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[RECIPE]", help="TOML with all stages; see train/recipes/. Default with --triplets: own.toml."
+        ),
+    ] = None,
+    triplets: Annotated[
+        list[str] | None, typer.Option(help="Table of triplets to train on, or a folder of them; again for more.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder of everything that is made.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE or SECTION.KEY=VALUE of the recipe, as output=DIR.")
+        list[str] | None, typer.Option("--set", help="KEY=VALUE or SECTION.KEY=VALUE of the recipe.")
     ] = None,
     fresh: FreshOption = False,
     encoder: EncoderOption = "",
 ) -> None:
-    """Run all stages of a recipe: prompts, texts, rewrites, prepare, and what it has of sft, merge, gguf, score.
+    """Run the stages of a recipe: prompts, texts and rewrites unless it has triplets, prepare, sft, merge, gguf, score.
 
-    What is finished is not done again.
+    With --triplets no recipe is needed. What is finished is not done again.
     """
     from eval.encoders import find_encoder
-    from train.run import read_run, run_stages
+    from train.run import OWN, read_run, run_stages
 
-    run_stages(read_run(recipe, settings or []), find_encoder(encoder), fresh=fresh)
+    if recipe is None and not triplets:
+        raise UserError("name a RECIPE, or your triplets with --triplets FILE")
+    chosen = [*(settings or []), *([f"output={output}"] if output else [])]
+    run_stages(read_run(recipe or OWN, chosen, triplets or []), find_encoder(encoder), fresh=fresh)
 
 
 @app.command()

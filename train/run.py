@@ -1,9 +1,11 @@
 """All stages of a recipe, one after the other.
 
-    python -m train run train/recipes/embedded.toml --set output=runs/embedded
+    python -m train run train/recipes/embedded.toml -o runs/embedded
+    python -m train run --triplets mine.csv -o runs/mine
 
-A recipe is one TOML file: `output`, and a section for each stage; those of `prepare` are as in `train.recipe`. The
-stages from `sft` on are run if the recipe has them.
+A recipe is one TOML file: `output`, and a section for each stage; those of `prepare` are as in `train.recipe`. Triplets
+are made if the recipe has a section for it ([prompts], [texts] or [rewrites]) or names no [[source]]. The stages from
+`sft` on are run if the recipe has them.
 """
 
 from __future__ import annotations
@@ -56,7 +58,17 @@ class Score:
 
 _SCORE = "score.json"
 _STAGES: dict[str, type[Any]] = {"prompts": Prompts, "texts": Texts, "rewrites": Rewrites}
+_MADE = "triplets.csv"
 _LATER: dict[str, type[Any]] = {"sft": Sft, "gguf": Gguf, "score": Score}
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """The stages that make triplets."""
+
+    prompts: Prompts
+    texts: Texts
+    rewrites: Rewrites
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +77,14 @@ class Run:
 
     Attributes:
         output: folder of everything that is made.
-        prompts, texts, rewrites: their stages.
-        recipe: of `prepare`; the triplets of the stage before are a source of it.
+        making: the stages that make triplets; None if the recipe brings its own.
+        recipe: of `prepare`; the triplets that are made are a source of it. None if [sft] names sets of its own.
         sft, gguf, score: None if the recipe has none.
     """
 
     output: Path
-    prompts: Prompts
-    texts: Texts
-    rewrites: Rewrites
-    recipe: Recipe
+    making: Making | None
+    recipe: Recipe | None
     sft: Sft | None
     gguf: Gguf | None
     score: Score | None
@@ -85,22 +95,32 @@ class Run:
         return self.output / "sets"
 
 
-def read_run(path: Path, settings: Sequence[str] = ()) -> Run:
+OWN = Path(__file__).parent / "recipes" / "own.toml"
+"""The recipe of triplets that come without one."""
+
+
+def read_run(path: Path, settings: Sequence[str] = (), triplets: Sequence[str] = ()) -> Run:
     """Read a recipe.
 
     Args:
         path: TOML.
         settings: `key=value` and `section.key=value`, which go before the file.
+        triplets: tables that are sources beside those of the recipe.
 
     Raises:
         UserError: an unknown section or key, or a bad value.
     """
     content = with_settings(read_toml(path, "RECIPE"), settings)
+    if triplets and isinstance(sources := content.get("source", []), list):
+        content["source"] = [*sources, *({"path": table} for table in triplets)]
     output = content.pop("output", "")
     if not isinstance(output, str) or not output:
-        raise UserError(f"{path} has no output: add output = 'FOLDER', or --set output=FOLDER")
+        raise UserError(f"{path} has no output: name a folder with -o FOLDER")
     folder = Path(output).expanduser()
-    stages = {name: from_mapping(kind, section(content, name), f"[{name}]") for name, kind in _STAGES.items()}
+    making, makes = None, any(name in content for name in _STAGES)
+    has_sets = isinstance(content.get("sft"), dict) and "train" in content["sft"]
+    if makes or not ("source" in content or has_sets):
+        making = Making(*(from_mapping(kind, section(content, name), f"[{name}]") for name, kind in _STAGES.items()))
     later: dict[str, Any] = {name: from_mapping(kind, section(content, name), f"[{name}]") if name in content else None
              for name, kind in _LATER.items()}  # fmt: skip
     for name in ("gguf", "score"):
@@ -110,7 +130,14 @@ def read_run(path: Path, settings: Sequence[str] = ()) -> Run:
         raise UserError(f"{path} has no [gguf] for [score] to predict with: add it, or backend = 'transformers'")
     if later["score"] and later["gguf"] and later["score"].quantization not in ("", *later["gguf"].quantizations):
         raise UserError(f"[score] names {later['score'].quantization!r}, which [gguf] does not make")
-    run = Run(folder, **stages, **later, recipe=parse_recipe(content, [str(folder / "triplets.csv")], str(path)))
+    recipe = None
+    if making or "source" in content:
+        recipe = parse_recipe(content, [str(folder / _MADE)] if making else [], str(path))
+    elif content:
+        raise UserError(f"{path}: [{next(iter(content))}] is for triplets: name them as [[source]]")
+    elif later["score"]:
+        raise UserError(f"{path} has [score] and no test set: name triplets as [[source]] instead of [sft] train")
+    run = Run(folder, making, recipe, **later)
     return replace(run, sft=with_sets(run.sft, output)) if run.sft else run
 
 
@@ -121,19 +148,12 @@ def run_stages(run: Run, encoder: Encoder, *, fresh: bool = False) -> None:
         UserError: something is missing or wrong.
     """
     run.output.mkdir(parents=True, exist_ok=True)
-    spec = run.recipe.model.spec()
     _check(run)
-    prompts, texts, triplets = (run.output / name for name in ("prompts.csv", "texts.csv", "triplets.csv"))
-    LOG.info("prompts")
-    make_prompts(
-        run.prompts, prompts, lambda: find_encoder(str(encoder.folder), cached=False), fresh=fresh
-    )  # fmt: skip
-    LOG.info("texts")
-    make_texts(run.texts, texts, spec, encoder, fresh=fresh)
-    LOG.info("rewrites")
-    make_rewrites(run.rewrites, prompts, texts, triplets, spec, fresh=fresh)
-    LOG.info("prepare")
-    prepare(run.recipe, run.sets, encoder, fresh=fresh)
+    if run.making and run.recipe:
+        _make_triplets(run, run.making, run.recipe, encoder, fresh=fresh)
+    if run.recipe:
+        LOG.info("prepare")
+        prepare(run.recipe, run.sets, encoder, fresh=fresh)
     if run.sft is None:
         return
     LOG.info("sft")
@@ -147,6 +167,17 @@ def run_stages(run: Run, encoder: Encoder, *, fresh: bool = False) -> None:
     if run.score:
         LOG.info("predict and score")
         _score(run, run.score, merged, encoder, fresh=fresh)
+
+
+def _make_triplets(run: Run, making: Making, recipe: Recipe, encoder: Encoder, *, fresh: bool) -> None:
+    spec = recipe.model.spec()
+    prompts, texts = run.output / "prompts.csv", run.output / "texts.csv"
+    LOG.info("prompts")
+    make_prompts(making.prompts, prompts, lambda: find_encoder(str(encoder.folder), cached=False), fresh=fresh)
+    LOG.info("texts")
+    make_texts(making.texts, texts, spec, encoder, fresh=fresh)
+    LOG.info("rewrites")
+    make_rewrites(making.rewrites, prompts, texts, run.output / _MADE, spec, fresh=fresh)
 
 
 def _check(run: Run) -> None:

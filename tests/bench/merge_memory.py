@@ -28,7 +28,7 @@ from submission.backends.transformers.loading import load_tokenizer, stay_offlin
 from tests.conftest import command, environment
 
 _SHARD = 2e9  # bytes of a file of the base
-_PAUSE = 0.05  # seconds between two looks at a process
+_PAUSE = 0.25  # seconds between two looks at a process
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 

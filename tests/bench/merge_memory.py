@@ -108,9 +108,7 @@ def memory(pid: int) -> tuple[int, int]:
     return own, every
 
 
-def make_base(
-    folder: Path, shape: str, layers: int, *, tokenizer: Any = None, device: str = "cpu"
-) -> tuple[int, int]:
+def make_base(folder: Path, shape: str, layers: int, *, tokenizer: Any = None, device: str = "cpu") -> tuple[int, int]:
     """Write a model of random weights file by file.
 
     Args:

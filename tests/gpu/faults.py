@@ -82,7 +82,7 @@ def run(check: Check) -> None:
 
 
 def _deadline(check: Check, folder: Path, model: Path) -> None:
-    """More rows than can be answered in time, each of many tokens, so that the time is over in the middle of a batch."""
+    """More rows than can be answered in time, of many tokens each: the time is over in the middle of a batch."""
     seconds, rows = (60.0, 300) if check.device == "cpu" else (40.0, 20_000)
     found = predict(check, folder / "late.csv", model, rows, "--deadline", f"{seconds:g}s", new_tokens=600)
     name = f"a deadline of {seconds:g} s"
@@ -175,6 +175,14 @@ def _kill_a_worker(log: Path, process: int) -> None:
 
 def _is_zombie(process: int) -> bool:
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def _answers(output: Path) -> Iterator[tuple[str, str]]:
+    """Id and answer of each row of a file; nothing if there is none."""
+    if output.exists():
+        with output.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                yield row["id"], row["rewrite_prompt"]
 
 
 def workers_of(process: int) -> Iterator[int]:

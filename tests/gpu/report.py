@@ -1,4 +1,4 @@
-"""What a part found: figures with their limits, kept line by line, so that a part that is ended has told what it had."""
+"""What a part found: figures with their limits, kept line by line, so that nothing is lost when a part is ended."""
 
 from __future__ import annotations
 

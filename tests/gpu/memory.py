@@ -15,7 +15,7 @@ from tests.gpu.watch import Watch
 _BYTES = {"t4": 14.7e9, "l4": 22.5e9}
 _NF4 = "load_in_4bit=true"
 # As `dtype=auto` has it on a T4, which has no bfloat16: Gemma in 32 bits. float16 shows what it would save.
-_CASES = {
+_CASES: dict[str, dict[str, tuple[str, ...]]] = {
     "t4": {"nf4, float32": (_NF4, "dtype=float32"), "nf4, float16": (_NF4, "dtype=float16")},
     "l4": {"bfloat16": ("dtype=bfloat16",), "nf4, bfloat16": (_NF4, "dtype=bfloat16")},
 }  # fmt: skip

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from submission.backends.common import end_with, package_path
+from submission.backends.transformers.loading import stay_offline_and_quiet
 from tests.gpu.report import Check, PartResult, read_figures
 
 _MARGIN = 0.08  # of its limit that a part leaves unused, so that it ends by itself
@@ -109,6 +110,7 @@ def main() -> None:
     order = json.loads(sys.argv[1])
     end_with(order["parent"])
     check = {**order["check"], "work": Path(order["check"]["work"]), "lines": Path(order["check"]["lines"])}
+    stay_offline_and_quiet()  # before anything imports torch: its allocator is to be that of a run
     module, _, name = order["target"].partition(":")
     getattr(importlib.import_module(module), name)(Check(**check), **order["options"])
     sys.stdout.flush()

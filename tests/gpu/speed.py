@@ -64,6 +64,7 @@ def run(check: Check, shape: str) -> None:
     width = _width(check)
     pace = measure(check.device, width, small=check.small)
     _put_pace(check, pace, width)
+    release()
     model = ModelShape.from_config(read_json(folder / "config.json"))
     ways = {width: (Precision(16), f"dtype={width}"), "nf4": (Precision(4), "load_in_4bit=true")}
     for name, (precision, setting) in ways.items():

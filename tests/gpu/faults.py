@@ -56,37 +56,49 @@ class Run:
         return found
 
 
-def run(check: Check) -> None:
-    """All faults, one after the other."""
+def run_kill(check: Check) -> None:
+    """Kill the worker of a run, beside a run without that."""
     folder = check.own_folder()
-    rows = 12 if check.small else 48
-    plain = culprit_model(folder / "plain", "")
-    whole = predict(check, folder / "whole.csv", plain, rows)
+    rows = _rows(check)
+    model = culprit_model(folder / "plain", "")
+    whole = predict(check, folder / "whole.csv", model, rows)
     _put(check, "no fault", whole, {})
-    killed = predict(check, folder / "killed.csv", plain, rows, harm=_kill_a_worker)
+    killed = predict(check, folder / "killed.csv", model, rows, harm=_kill_a_worker)
     _put(check, "kill -9 of the worker", killed, {})
     same = sum(killed.answers.get(key) == text for key, text in whole.answers.items())
     check.put("kill -9 of the worker: answers of a run without it", same / rows, "of 1", low=0.9)
+
+
+def run_rows(check: Check) -> None:
+    """A row that is not a number, and one that CUDA asserts on."""
+    folder = check.own_folder()
+    rows = _rows(check)
+    if check.device == "cpu":
+        check.leave_out("CUDA's own assert", "a CPU raises an IndexError instead, which is what is checked here")
     for fault, name, words in (
         ("nan", "a row that is not a number", "not finite"),
         ("assert", "a device-side assert", "IndexError" if check.device == "cpu" else "the GPU is gone"),
     ):
-        if fault == "assert" and check.device == "cpu":
-            check.leave_out(f"{name}: CUDA's own", "a CPU raises an IndexError instead, which is what is checked here")
         model = culprit_model(folder / fault, fault)
         found = predict(check, folder / f"{fault}.csv", model, rows, culprit=rows // 2)
         _put(check, name, found, {words: 1})
-        fell = [key for key, text in found.answers.items() if text == _FALLBACK]
-        check.put(f"{name}: it is the culprit that has no answer", float(f"{rows // 2}" in fell), "of 1", low=1)
-    _deadline(check, folder, plain)
+        fell = found.answers.get(f"{rows // 2}") == _FALLBACK
+        check.put(f"{name}: it is the culprit that has no answer", float(fell), "of 1", low=1)
 
 
-def _deadline(check: Check, folder: Path, model: Path) -> None:
+def _rows(check: Check) -> int:
+    return 12 if check.small else 48
+
+
+def run_deadline(check: Check) -> None:
     """More rows than can be answered in time, of many tokens each: the time is over in the middle of a batch."""
-    seconds, rows = (60.0, 300) if check.device == "cpu" else (40.0, 20_000)
+    folder = check.own_folder()
+    seconds, rows = (90.0, 300) if check.device == "cpu" else (40.0, 20_000)
+    model = culprit_model(folder / "plain", "")
     found = predict(check, folder / "late.csv", model, rows, "--deadline", f"{seconds:g}s", new_tokens=600)
     name = f"a deadline of {seconds:g} s"
     check.put(f"{name}: seconds", found.seconds, "s", high=seconds)
+    check.put(f"{name}: answered rows", rows - found.summary.get("fallbacks", rows), f"of {rows}")
     check.put(f"{name}: rows that it cut off", found.reasons.get("deadline", 0), f"of {rows}", low=1)
     _put_file(check, name, found)
 

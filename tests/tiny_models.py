@@ -5,10 +5,11 @@ What they answer makes no sense; the rest (chat templates, special tokens, LoRA)
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any, Literal
 
-from tests.conftest import ROOT, read_csv
+_TEXTS = Path(__file__).resolve().parents[1] / "examples" / "test.csv"
 
 Kind = Literal["gemma", "mistral"]
 
@@ -38,7 +39,7 @@ def tiny_model(folder: Path, kind: Kind, seed: int = 0) -> Path:
     import torch
     from transformers import GemmaConfig, GemmaForCausalLM, MistralConfig, MistralForCausalLM
 
-    tokenizer = _tokenizer(kind)
+    tokenizer = make_tokenizer(kind)
     sizes: dict[str, Any] = {
         "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "bos_token_id": tokenizer.bos_token_id,
@@ -73,7 +74,8 @@ def tiny_adapter(folder: Path, base: Path, seed: int) -> Path:
     return folder
 
 
-def _tokenizer(kind: Kind) -> Any:
+def make_tokenizer(kind: Kind) -> Any:
+    """A tokenizer of 600 tokens, trained on the texts of examples/test.csv."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -82,7 +84,8 @@ def _tokenizer(kind: Kind) -> Any:
     made = Tokenizer(models.BPE(unk_token=tokens["unk"]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    texts = [cell for row in read_csv(ROOT / "examples" / "test.csv")[1:] for cell in row[1:]]
+    with _TEXTS.open(newline="", encoding="utf-8") as file:
+        texts = [cell for row in list(csv.reader(file))[1:] for cell in row[1:]]
     trainer = trainers.BpeTrainer(
         vocab_size=600, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -221,7 +221,7 @@ def fit(machine: Machine, shape: ModelShape, work: Work, precision: Precision = 
     if not at_once:
         return Fit(machine, weights, kv_tokens, 0, math.inf)
     rows = math.ceil(work.rows / machine.count)
-    prefill = rows * _prefill_flop(shape, work.prompt_tokens) / (gpu.flops * _OF_FLOPS)
+    prefill = rows * prefill_flop(shape, work.prompt_tokens) / (gpu.flops * _OF_FLOPS)
     batch = min(at_once, rows * work.answers)
     moved = precision.step_bytes(shape) + batch * (work.prompt_tokens + work.new_tokens / 2) * shape.kv_bytes
     step = max(
@@ -244,7 +244,7 @@ def together(fits: Sequence[Fit]) -> Fit:
     )  # fmt: skip
 
 
-def _prefill_flop(shape: ModelShape, tokens: int) -> float:
+def prefill_flop(shape: ModelShape, tokens: int) -> float:
     """Of one prompt: the layers, causal attention, and the output layer at its end."""
     attention = 2.0 * shape.layers * shape.heads * shape.head_size * tokens**2
     return 2.0 * shape.layer_parameters * tokens + attention + 2.0 * shape.vocabulary * shape.hidden

@@ -15,17 +15,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from submission.backends.common import package_path
 from submission.backends.models import resolve_gguf
 from submission.backends.transformers.loading import load_tokenizer, stay_offline_and_quiet
-from tests.conftest import command, environment
 
 _SHARD = 2e9  # bytes of a file of the base
 _PAUSE = 0.25  # seconds between two looks at a process
@@ -63,19 +66,31 @@ def main() -> None:
             shutil.rmtree(asked.folder, ignore_errors=True)
 
 
-def step(name: str, *arguments: object) -> None:
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a command took: seconds, and bytes at its peak (own memory, and that with mapped files)."""
+
+    seconds: float
+    own: int
+    with_files: int
+
+
+def step(name: str, *arguments: object) -> Step:
     """Run a command of `train`, and print seconds, the two peaks of memory and what it said."""
     began = time.perf_counter()
-    process = subprocess.Popen(command(*arguments, room="train"), env=environment())
+    command = [sys.executable, "-m", "train", *map(str, arguments)]
+    process = subprocess.Popen(command, env={**os.environ, **package_path()})
     own = with_files = 0
     while process.poll() is None:
         found = memory(process.pid)
         own, with_files = max(own, found[0]), max(with_files, found[1])
         time.sleep(_PAUSE)
-    print(f"{name:<14}{time.perf_counter() - began:7.0f} s{own / 1e9:8.2f} GB own{with_files / 1e9:8.2f} GB with files"
+    took = Step(time.perf_counter() - began, own, with_files)
+    print(f"{name:<14}{took.seconds:7.0f} s{own / 1e9:8.2f} GB own{with_files / 1e9:8.2f} GB with files"
           f"{'' if process.returncode == 0 else '  FAILED'}", flush=True)  # fmt: skip
     if process.returncode:
         raise SystemExit(process.returncode)
+    return took
 
 
 def memory(pid: int) -> tuple[int, int]:
@@ -93,8 +108,19 @@ def memory(pid: int) -> tuple[int, int]:
     return own, every
 
 
-def make_base(folder: Path, shape: str, layers: int) -> tuple[int, int]:
-    """Write a model of random weights file by file; returns parameters and bytes."""
+def make_base(folder: Path, shape: str, layers: int, *, tokenizer: Any = None, device: str = "cpu") -> tuple[int, int]:
+    """Write a model of random weights file by file.
+
+    Args:
+        folder: to make.
+        shape: mistral-7b or gemma-7b.
+        layers: fewer than the shape has; 0 for all.
+        tokenizer: that goes with it; None for the embedded model's.
+        device: that draws the weights: a GPU does it in seconds.
+
+    Returns:
+        parameters, and bytes on disk.
+    """
     import torch
     import transformers
     from safetensors.torch import save_file
@@ -104,18 +130,18 @@ def make_base(folder: Path, shape: str, layers: int) -> tuple[int, int]:
 
     stay_offline_and_quiet()
     folder.mkdir()
-    tokenizer = load_tokenizer(resolve_gguf("embedded"))
+    tokenizer = tokenizer or load_tokenizer(resolve_gguf("embedded"))
     tokenizer.save_pretrained(folder)
     kinds = {"mistral-7b": transformers.MistralConfig, "gemma-7b": transformers.GemmaConfig}
     more: dict[str, Any] = {"num_hidden_layers": layers} if layers else {}
-    if shape == "mistral-7b":  # whose own vocabulary is smaller than this tokenizer's
+    if len(tokenizer) > kinds[shape]().vocab_size:  # as the embedded model's is beside Mistral's
         more["vocab_size"] = len(tokenizer)
     config = kinds[shape](
         **more, pad_token_id=0, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         dtype=torch.bfloat16, architectures=[kinds[shape].__name__.replace("Config", "ForCausalLM")],
     )  # fmt: skip
     config.save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     files: list[dict[str, Any]] = [{}]
     where: dict[str, str] = {}
     parameters = filled = 0
@@ -128,8 +154,9 @@ def make_base(folder: Path, shape: str, layers: int) -> tuple[int, int]:
             files[-1], filled = {}, 0
             files.append({})
         if name:
-            tensor = torch.empty(size, dtype=torch.bfloat16)
-            files[-1][name] = tensor.fill_(1.0) if "norm" in name else tensor.normal_(0, 0.02, generator=generator)
+            tensor = torch.empty(size, dtype=torch.bfloat16, device=device)
+            tensor = tensor.fill_(1.0) if "norm" in name else tensor.normal_(0, 0.02, generator=generator)
+            files[-1][name] = tensor.cpu()
             parameters, filled = parameters + size.numel(), filled + 2 * size.numel()
     write_json(
         folder / "model.safetensors.index.json", {"metadata": {"total_size": 2 * parameters}, "weight_map": where}

@@ -53,7 +53,7 @@ CASES = {
     "transformers": Case(("batch=8", "dtype=float32"), model="hf_folder", nats=0.001),
     "llama_cpp": Case(model="exact_gguf", nats=0.05),  # keys in 16 bits
     "openvino": Case(("dtype=float32",), nats=0.02),  # weights in 16 bits
-    "vllm": Case(("dtype=float32", "streams=8", "memory=1000"), model="hf_folder", nats=0.001, draws=200),
+    "vllm": Case(("dtype=float32", "streams=8", "memory=1000", "threads=1"), model="hf_folder", nats=0.001, draws=100),
     "scripted": Case(),
 }
 _NO_MODEL = "answers are made up: there is no model"
@@ -281,7 +281,7 @@ def test_greedy_answers_are_those_of_transformers(backend: Backend, case: Case, 
 
 
 def test_neighbours_and_shared_beginnings_decide_no_answer(backend: Backend) -> None:
-    requests = asked(EIGHT, [*QUESTIONS, *(PASSAGE + question for question in QUESTIONS[:3]), PASSAGE])
+    requests = asked(EIGHT, [*QUESTIONS[:3], *(PASSAGE + question for question in QUESTIONS[:2])])
     together = texts(backend, requests)
     assert texts(backend, requests[::-1]) == together
     assert {key: text for one in requests[::2] for key, text in texts(backend, [one]).items()}.items() <= (

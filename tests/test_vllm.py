@@ -183,7 +183,7 @@ def test_a_python_without_vllm_is_no_peer(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def small(tiny: Path) -> Vllm:
-    settings = ["dtype=float32", "streams=2", "memory=1000", "context=256"]
+    settings = ["dtype=float32", "streams=2", "memory=1000", "context=256", "threads=1"]
     backend = model_spec("vllm", str(tiny), settings=settings).load()
     assert isinstance(backend, Vllm)
     return backend
@@ -259,7 +259,7 @@ def test_an_adapter_of_vllm_computes_as_that_of_transformers(hf_folder: Path, tm
         str(tmp_path)
     )
     items = [("x", CAPITAL, "The capital of France is Paris.")]
-    settings = {"vllm": ["memory=1000", "streams=2"], "transformers": []}
+    settings = {"vllm": ["memory=1000", "streams=2", "threads=1"], "transformers": []}
     plain, ours, theirs = (
         scored_first(model_spec(name, str(hf_folder), adapter, settings=["context=256", *settings[name]]).load(), items)
         for name, adapter in (("transformers", None), ("vllm", tmp_path), ("transformers", tmp_path))
@@ -274,7 +274,7 @@ def test_an_adapter_of_vllm_computes_as_that_of_transformers(hf_folder: Path, tm
 
 @needs_vllm
 def test_an_engine_of_vllm_that_fails_is_lost_for_good(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = model_spec("vllm", str(tiny), settings=["memory=1000", "context=256", "streams=2"]).load()
+    backend = model_spec("vllm", str(tiny), settings=["memory=1000", "context=256", "streams=2", "threads=1"]).load()
     assert isinstance(backend, Vllm)
 
     def broken() -> Any:

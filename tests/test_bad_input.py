@@ -108,7 +108,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], Callable[[Path], None], tuple[str, ...
     "no such device": (
         ("--backend", "transformers", "--model", "embedded", "--set", "device=foo"), no_setup, ("device='foo'",)
     ),
-    "unknown backend": (("--backend", "vllm"), no_setup, ("unknown backend 'vllm'", "there are: auto, openvino, ")),
+    "unknown backend": (("--backend", "ollama"), no_setup, ("unknown backend 'ollama'", "there are: auto, openvino, ")),
     "unknown template": (("--template", "long"), no_setup, ("unknown template 'long'", "short, brief, few_shot")),
     "unknown recover": (("--recover", "magic"), no_setup, ("unknown recover 'magic'", "there are: zero_shot, ")),
     "module missing": (("--recover", "nowhere:thing"), no_setup, ("recover nowhere:thing", "cannot be imported")),

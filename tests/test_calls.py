@@ -170,7 +170,7 @@ def test_an_item_that_kills_its_worker_fails_alone(how: str, tmp_path: Path, mon
     limits = Limits(stall=0.5) if how == "hang" else Limits()
     with open_models({"m": DeadlySpec()}, Log(tmp_path / "l"), limits) as models:
         found = ask(models, pairs)
-    said = {"abort": "signal 6", "hang": "gave no answer", "lost": "the GPU is gone"}[how]
+    said = {"abort": "signal 6", "hang": "gave no answer", "lost": "device-side assert"}[how]
     for pair in pairs:
         assert (said in found[pair.id]) if pair.id in ("33", "200") else found[pair.id] == EXPECTED[pair.id]
 

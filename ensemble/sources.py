@@ -113,6 +113,10 @@ def parse_sources(entries: Any, where: str, settings: Sequence[str] = ()) -> lis
     sources = []
     for number, entry in enumerate(entries, start=1):
         source = from_mapping(CandidateSource, {**entry, **given}, f"{where}: source {number}")
+        try:
+            source.samplings()
+        except UserError as error:
+            raise UserError(f"{where}: source {number}: {error}") from None
         if not (source.n or source.greedy):
             raise UserError(f"{where}: source {number} draws nothing: n = 0 and no greedy answer")
         if source.n > 1 and source.temperature == 0:

@@ -9,10 +9,13 @@ One row of the competition's data, and what is made of it on the way:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
+
+from submission.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,6 +92,18 @@ class Sampling(_Travels):
     max_new_tokens: int = 40
     seed: int = 0
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises UserError: a value that means nothing, wherever it comes from."""
+        for name, good, allowed in (
+            ("n", self.n >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 or above"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+        ):
+            if not good:
+                raise UserError(f"{name}={getattr(self, name)!r} must be {allowed}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,6 +134,12 @@ def test_a_config_without_sizes_is_named(change: dict[str, object]) -> None:
         ModelShape.from_config({**known()["gemma-7b-it"], **change})
 
 
+@pytest.mark.parametrize("config", [{"text_config": None}, {"text_config": []}, ["llama"], "llama"])
+def test_a_config_of_another_kind_is_refused(config: Any) -> None:
+    with pytest.raises(UserError, match="of another kind"):
+        ModelShape.from_config(config)
+
+
 def test_a_text_model_inside_another_is_found() -> None:
     about = known()["gemma-3-4b-it"]
     assert ModelShape.from_config({"model_type": "gemma3", "text_config": about}) == ModelShape.from_config(about)

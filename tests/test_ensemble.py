@@ -19,6 +19,7 @@ from ensemble.measure import measure
 from ensemble.selectors import SELECTORS, Tools, make_selectors
 from ensemble.selectors.consensus import Consensus
 from ensemble.selectors.judges import MOST, Pick, Rate, YesNo
+from ensemble.sources import parse_sources
 from eval.encoders import Encoder, find_encoder
 from submission.backends.scripted import Scripted
 from submission.calls.likelihoods import Likelihoods
@@ -68,6 +69,14 @@ class Knows(Scripted):
 
 
 # -- candidates ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", ["min_p=2.0", "top_p=0", "max_new_tokens=0", "temperature=inf", "temperature=-1"])
+def test_a_source_with_a_sampling_that_means_nothing_is_refused(wrong: str) -> None:
+    with pytest.raises(UserError, match="must be") as refused:
+        parse_sources([{}], "s.toml", [wrong])
+    assert "source 1" in str(refused.value)
+    assert wrong.split("=")[0] in str(refused.value)
 
 
 def test_candidates_are_merged_with_their_draws_and_come_back(tmp_path: Path, encoder: Encoder) -> None:

@@ -14,12 +14,16 @@ import pytest
 from numpy.typing import NDArray
 
 from submission.backends import model_spec
+from submission.backends.common import PendingRequest
 from submission.backends.hardware import free_gpu_memory
 from submission.backends.llama.backend import LlamaCpp, Options, _limits
 from submission.backends.llama.library import cache_bytes_per_token, library
 from submission.backends.llama.schedule import Shape
 from submission.backends.models import EMBEDDED, TUNED, tuned_adapter
+from submission.backends.sampling import PendingAnswer
 from submission.data.outputs import manifest_path
+from submission.errors import BackendError
+from submission.prompts.encoding import EncodedPrompt
 from submission.prompts.templates import TEMPLATES, render_rewrite
 from submission.types import Backend, Chat, Message, Pair, Part, Request, Sampling, Triplet
 from tests.bench.parity import compare_greedy
@@ -181,3 +185,14 @@ def test_throughput_compares_with_what_would_be_used_instead(cli: Cli, tmp_path:
         assert measured["ratio"] == pytest.approx(measured["seconds"] / ways["this program"]["seconds"], rel=0.02), way
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
     assert len(read_csv(ROOT / "examples" / "test.csv")) > 3
+
+
+def test_logits_that_are_not_finite_are_an_error_and_no_answer(llama: LlamaCpp) -> None:
+    pending = PendingRequest(Request("q", CAPITAL, Sampling(temperature=1.0)), EncodedPrompt((1,), False))
+    state = PendingAnswer(pending, 0, llama.tokenizer)
+    logits = np.zeros((1, 100), np.float32)
+    logits[0, 5] = np.nan
+    with pytest.raises(BackendError, match="not finite"):
+        llama._sampler.extend([state], logits)
+    with pytest.raises(BackendError, match="not finite"):
+        llama._sampler.log_probabilities(logits, np.array([3], np.int32))

@@ -173,6 +173,14 @@ def test_two_runs_cannot_write_the_same_log(tmp_path: Path, monkeypatch: pytest.
     log.close()
 
 
+def test_the_first_call_behind_a_torn_line_of_a_shared_log_is_known(tmp_path: Path) -> None:
+    path = written(tmp_path / "l")
+    path.write_bytes(path.read_bytes()[:-9])
+    log = Log(path, shared=True)
+    log.add("ab" * 16, {"answer": "new"})
+    assert log.get("ab" * 16, lambda content: content) == {"answer": "new"}
+
+
 def test_a_shared_log_takes_lines_of_several(tmp_path: Path) -> None:
     path = tmp_path / "l"
     one, two = Log(path, shared=True), Log(path, shared=True)

@@ -302,6 +302,14 @@ def kept(logits: np.ndarray[Any, Any], temperature: float, top_p: float, min_p: 
     return found
 
 
+def test_a_temperature_near_zero_draws_the_most_probable_token() -> None:
+    import torch
+
+    scores, half = torch.tensor([[3.0, -50.0, 2.0, -50.0]]), torch.tensor([[0.5]], dtype=torch.float64)
+    for top_p in (1.0, 0.9):
+        assert int(draw(scores, half, 1e-40, top_p, 0.0)) == 0
+
+
 @pytest.mark.parametrize(
     "way", [(1.0, 1.0, 0.0), (0.7, 1.0, 0.05), (1.0, 0.9, 0.0), (1.3, 0.97, 0.02), (1.0, 0.2, 0.0)]
 )

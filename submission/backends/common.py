@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+NOT_FINITE = "the model computes numbers that are not finite"
+
+
 @dataclass(slots=True, eq=False)
 class PendingRequest:
     """A request, what is fed for it, and its answers by number as they come."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 _BLOCK = 256
-_COLDEST = 1e-6  # below it nothing but the likeliest token is left, and 32 bits divide by zero
+COLDEST = 1e-6  # below it nothing but the likeliest token is left, and 32 bits divide by zero
 
 
 class Pieces(Protocol):
@@ -95,7 +95,7 @@ def sample_token(logits: NDArray[np.float32], sampling: Sampling, point: float) 
     """
     import numpy as np
 
-    weights = np.exp((logits - logits.max()) / np.float32(max(sampling.temperature, _COLDEST)))
+    weights = np.exp((logits - logits.max()) / np.float32(max(sampling.temperature, COLDEST)))
     if sampling.top_p < 1:
         kept = _nucleus(weights, sampling.top_p)
         if sampling.min_p > 0:

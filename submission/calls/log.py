@@ -137,10 +137,11 @@ class Log:
             line = b"\n" + line
         self._write(line)
         end = os.lseek(self._file, 0, os.SEEK_CUR) if not self._shared else os.lseek(self._file, 0, os.SEEK_END)
-        start = end - len(line) + self._torn
+        start, torn = end - len(line), self._torn
         self._torn = False
         if self._shared and os.pread(self._file, len(line), start) != line:
             return  # another process wrote behind it: a later run finds it
+        start += torn
         self._note(digest, start, end - start)
         self.sync_if_due()
 

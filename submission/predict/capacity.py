@@ -106,7 +106,9 @@ class ModelShape:
         Raises:
             UserError: a size is missing or no whole number above zero.
         """
-        text = config.get("text_config", config)
+        text = config.get("text_config", config) if isinstance(config, Mapping) else None
+        if not isinstance(text, Mapping):
+            raise UserError("config.json is of another kind: memory and time cannot be planned")
         kind = str(text.get("model_type", config.get("model_type", "")))
 
         def size(key: str, default: object = None) -> int:
@@ -222,7 +224,7 @@ def fit(machine: Machine, shape: ModelShape, work: Work, precision: Precision = 
         return Fit(machine, weights, kv_tokens, 0, math.inf)
     rows = math.ceil(work.rows / machine.count)
     prefill = rows * prefill_flop(shape, work.prompt_tokens) / (gpu.flops * _OF_FLOPS)
-    batch = min(at_once, rows * work.answers)
+    batch = max(1, min(at_once, rows * work.answers))
     moved = precision.step_bytes(shape) + batch * (work.prompt_tokens + work.new_tokens / 2) * shape.kv_bytes
     step = max(
         moved / (gpu.bandwidth * _OF_BANDWIDTH),

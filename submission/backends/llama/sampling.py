@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
-from submission.backends.common import log_probabilities
+from submission.backends.common import NOT_FINITE, log_probabilities
 from submission.backends.llama.schedule import QueuedPrompt
 from submission.backends.llama.tokenizer import GgufTokenizer
 from submission.backends.sampling import PendingAnswer
+from submission.errors import BackendError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +45,10 @@ class LlamaSampler:
         import numpy as np
 
         parts = self._in_parts(lambda part: log_probabilities(logits[part], tokens[part]), len(tokens))
-        return np.concatenate(parts)
+        found = np.concatenate(parts)
+        if not np.isfinite(found).all():
+            raise BackendError(NOT_FINITE)
+        return found
 
     def _in_parts(self, work: Callable[[slice], T], count: int) -> list[T]:
         size = -(-count // self._threads)
@@ -55,6 +59,8 @@ class LlamaSampler:
 def _sample(answers: Sequence[PendingAnswer], logits: NDArray[np.float32]) -> list[tuple[int, float]]:
     import numpy as np
 
+    if not np.isfinite(logits.max(axis=1)).all():
+        raise BackendError(NOT_FINITE)
     tokens = np.array(
         [answer.sample(row) if answer.samples else row.argmax() for answer, row in zip(answers, logits, strict=True)],
         np.int32,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from submission.backends.common import NOT_FINITE
 from submission.backends.openvino.blocks import Blocks
 from submission.backends.openvino.engine import BLOCK, Engine, Piece, Stepped
 from submission.backends.window import Window
@@ -202,7 +203,7 @@ class Scheduler:
         import numpy as np
 
         if not (np.isfinite(stepped.top_logprob).all() and np.isfinite(stepped.target_logprob).all()):
-            raise BackendError("the model computes numbers that are not finite")
+            raise BackendError(NOT_FINITE)
         tokens = self._sampled(pieces, stepped)
         place = sampled = 0
         running: list[_Sequence] = []

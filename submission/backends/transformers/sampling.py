@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from submission.backends.common import stop_at
+from submission.backends.sampling import COLDEST
 from submission.types import Sampling
 
 _TOP = 1024  # tokens that nearly always hold the nucleus of top-p
@@ -78,7 +79,7 @@ def draw(scores: Any, uniform: Any, temperature: float, top_p: float, min_p: flo
     """
     if temperature <= 0:
         return scores.argmax(dim=-1, keepdim=True)
-    probabilities = (scores / temperature).softmax(dim=-1)
+    probabilities = (scores / max(temperature, COLDEST)).softmax(dim=-1)
     if top_p >= 1:
         if min_p > 0:
             probabilities = probabilities * (probabilities >= min_p * probabilities.amax(dim=-1, keepdim=True))

@@ -15,6 +15,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of adapters that vLLM makes room 
 _LEAST_CAPABILITY = 7.0  # of the GPUs that vLLM is built for
 _MODERN = 8.0  # Ampere: bfloat16, and shared memory enough for heads of 256
 _WIDE_HEAD = 256
+_NOT_COMPUTED = ("modules_to_save", "use_dora", "lora_bias", "target_parameters")  # of an adapter's configuration
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,9 @@ def check_options(options: Options) -> None:
         raise UserError(f"option dtype={options.dtype!r} for backend vllm is none of {', '.join(DTYPES)}")
     if options.context < LEAST_CONTEXT:
         raise UserError(f"option context for backend vllm must be at least {LEAST_CONTEXT} tokens")
+    for name in ("streams", "memory", "threads"):
+        if getattr(options, name) < 0:
+            raise UserError(f"option {name} for backend vllm must be at least 0")
     if not 0 < options.gpu_memory <= 1:
         raise UserError(f"option gpu_memory={options.gpu_memory:g} for backend vllm must be above 0 and at most 1")
 
@@ -91,6 +95,7 @@ def head_size(model: Path) -> int:
     """The size of an attention head by the configuration of a folder; 0 if it does not say."""
     config = read_json(model / "config.json", "model configuration")
     config = config.get("text_config", config) if isinstance(config, dict) else {}
+    config = config if isinstance(config, dict) else {}
     size, width, heads = (config.get(name) for name in ("head_dim", "hidden_size", "num_attention_heads"))
     if isinstance(size, int):
         return size
@@ -107,17 +112,18 @@ def adapter_rank(adapter: Path) -> int:
     config = read_json(file, "adapter configuration")
     try:
         rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-        extra = [name for name in ("modules_to_save", "use_dora") if config.get(name)]
+        extra = [name for name in _NOT_COMPUTED if config.get(name)]
+        extra += [] if config.get("peft_type", "LORA") == "LORA" else [f"type {config['peft_type']}"]
         extra += ["bias"] if config.get("bias") not in (None, "none") else []
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is no configuration of a LoRA adapter: {first_line(error)}") from None
-    if not isinstance(rank, int) or rank < 1:
+    if type(rank) is not int or rank < 1:
         raise UserError(f"{file}: the rank is {rank!r:.40}")
     if rank > RANKS[-1]:
         extra.append(f"rank {rank}")
     if extra:
         raise UserError(
-            f"adapter {adapter} has {', '.join(extra)}, which vLLM does not compute: merge it into the weights "
-            "(python -m train merge), or use --backend transformers"
+            f"adapter {adapter} has {', '.join(map(str, extra))}, which vLLM does not compute: use --backend "
+            "transformers"
         )
     return rank

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from eval.peers import Load, vllm_with
 from submission.backends import model_spec
 from submission.backends.common import PendingRequest
+from submission.backends.vllm.adapters import check_fit
 from submission.backends.vllm.backend import Vllm, check, fingerprint
 from submission.backends.vllm.jobs import SampleJob, TextJob
 from submission.backends.vllm.options import Options, adapter_rank, check_gpus, head_size
@@ -178,13 +180,51 @@ def test_a_python_without_vllm_is_no_peer(tmp_path: Path) -> None:
             pass
 
 
+def test_an_adapter_with_a_tensor_that_has_no_place_is_refused(tiny: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    def saved(module: str, a: tuple[int, int], b: tuple[int, int]) -> None:
+        tensors = {f"base_model.model.{module}.lora_{half}.weight": torch.zeros(shape)
+                   for half, shape in (("A", a), ("B", b))}  # fmt: skip
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+
+    down = "model.layers.1.mlp.down_proj"
+    saved(down, (4, 128), (64, 4))
+    check_fit(tiny, tmp_path)
+    other = down.replace("1", "7")
+    for module, a, b in (
+        (down, (4, 64), (64, 4)), (down, (4, 128), (128, 4)), (other, (4, 128), (64, 4)), ("lm_head", (4, 128), (64, 4)),
+    ):  # fmt: skip
+        saved(module, a, b)
+        with pytest.raises(UserError, match=rf"no place for \d of its tensors: base_model\.model\.{module}\.lora"):
+            check_fit(tiny, tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match="cannot be read"):
+        check_fit(tiny, tmp_path)
+
+
 # -- with vLLM ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def small(tiny: Path) -> Vllm:
+def one_head(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with heads of 64: of smaller ones vLLM's CPU build has no attention."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("one_head") / "model"
+    shutil.copytree(tiny, folder)
+    config = AutoConfig.from_pretrained(tiny, num_attention_heads=1, num_key_value_heads=1, head_dim=64)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(one_head: Path) -> Vllm:
     settings = ["dtype=float32", "streams=2", "memory=1000", "context=256", "threads=1"]
-    backend = model_spec("vllm", str(tiny), settings=settings).load()
+    backend = model_spec("vllm", str(one_head), settings=settings).load()
     assert isinstance(backend, Vllm)
     return backend
 
@@ -266,15 +306,13 @@ def test_an_adapter_of_vllm_computes_as_that_of_transformers(hf_folder: Path, tm
     )
     assert abs(theirs.sum - plain.sum) > 2
     assert ours.sum == pytest.approx(theirs.sum, abs=0.01 * theirs.tokens)
-    saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(saved | {"target_modules": ["nowhere"]}))
-    with pytest.raises(UserError, match="does not fit"):
-        model_spec("vllm", str(hf_folder), tmp_path, settings=["memory=1000"]).load()
 
 
 @needs_vllm
-def test_an_engine_of_vllm_that_fails_is_lost_for_good(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = model_spec("vllm", str(tiny), settings=["memory=1000", "context=256", "streams=2", "threads=1"]).load()
+def test_an_engine_of_vllm_that_fails_is_lost_for_good(one_head: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = model_spec(
+        "vllm", str(one_head), settings=["memory=1000", "context=256", "streams=2", "threads=1"]
+    ).load()
     assert isinstance(backend, Vllm)
 
     def broken() -> Any:
@@ -287,8 +325,8 @@ def test_an_engine_of_vllm_that_fails_is_lost_for_good(tiny: Path, monkeypatch: 
 
 
 @needs_vllm
-def test_vllm_answers_as_a_peer_in_a_process_of_its_own(tiny: Path) -> None:
-    with vllm_with(Path(sys.executable), tiny, "float32", 1, 256) as peer:
+def test_vllm_answers_as_a_peer_in_a_process_of_its_own(one_head: Path) -> None:
+    with vllm_with(Path(sys.executable), one_head, "float32", 1, 256) as peer:
         peer(Load([[1, 2, 3], [4, 5]], 3, [2], samples=2, temperature=0.8))
         peer.forget()
         peer.score([[1, 2, 3], [4, 5, 6, 7]])

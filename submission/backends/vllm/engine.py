@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from submission.backends.common import memory_budget, thread_count
+from submission.backends.vllm.adapters import check_fit
 from submission.backends.vllm.options import RANKS, Options, adapter_rank
 from submission.errors import DeviceLostError, UserError, first_line
 
@@ -75,6 +76,7 @@ class Engine:
                       "max_num_batched_tokens": max(context, _STEP_TOKENS)}  # fmt: skip
         self._lora: Any = None
         if adapter is not None:
+            check_fit(model, adapter)
             arguments |= _lora_arguments(adapter)
         self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         if adapter is not None:

@@ -153,11 +153,8 @@ def predict(
 
 
 def _put(check: Check, name: str, found: Run, reasons: dict[str, int]) -> None:
-    """Whether every row but those with these reasons has an answer.
-
-    A model of random weights may answer nothing at all, or what is no prompt: that is an answer here.
-    """
-    lost = {why: count for why, count in found.reasons.items() if why != "empty answer"}
+    """Whether every row but those with these reasons has an answer."""
+    lost = found.reasons
     expected = {why: count for why, count in lost.items() if any(words in why for words in reasons)}
     check.put(f"{name}: other rows without an answer", sum(lost.values()) - sum(expected.values()), "", high=0,
               note="; ".join(lost)[:200])  # fmt: skip

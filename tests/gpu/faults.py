@@ -38,6 +38,7 @@ class Run:
         problems: of the file, by the validator.
         answers: by id.
         left: processes of it that are still there.
+        killed: workers that were killed.
         said: its last words.
     """
 
@@ -47,6 +48,7 @@ class Run:
     problems: list[str]
     answers: dict[str, str]
     left: list[int]
+    killed: int
     said: str
 
     @property
@@ -59,11 +61,12 @@ class Run:
 def run_kill(check: Check) -> None:
     """Kill the worker of a run, beside a run without that."""
     folder = check.own_folder()
-    rows = _rows(check)
+    rows, tokens = (24, 12) if check.small else (400, 60)
     model = culprit_model(folder / "plain", "")
-    whole = predict(check, folder / "whole.csv", model, rows)
+    whole = predict(check, folder / "whole.csv", model, rows, new_tokens=tokens)
     _put(check, "no fault", whole, {})
-    killed = predict(check, folder / "killed.csv", model, rows, harm=_kill_a_worker)
+    killed = predict(check, folder / "killed.csv", model, rows, new_tokens=tokens, harm=_kill_a_worker)
+    check.put("kill -9 of the worker: workers killed", killed.killed, "", low=1)
     _put(check, "kill -9 of the worker", killed, {})
     same = sum(killed.answers.get(key) == text for key, text in whole.answers.items())
     check.put("kill -9 of the worker: answers of a run without it", same / rows, "of 1", low=0.9)
@@ -105,7 +108,7 @@ def run_deadline(check: Check) -> None:
 
 def predict(
     check: Check, output: Path, model: Path, rows: int, *more: str, culprit: int | None = None, new_tokens: int = 12,
-    harm: Callable[[Path, int], None] | None = None,
+    harm: Callable[[Path, int], int] = lambda log, process: 0,
 ) -> Run:  # fmt: skip
     """Predict rows of a table that is made for it.
 
@@ -117,7 +120,7 @@ def predict(
         more: options.
         culprit: the row that holds `CULPRIT`.
         new_tokens: of an answer.
-        harm: is called with the log of the run and its process once it is started.
+        harm: is called with the log of the run and its process once it is started; tells how many workers it killed.
     """
     table = output.with_suffix(".input.csv")
     ids = [str(number) for number in range(rows)]
@@ -138,8 +141,7 @@ def predict(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True,
             env={**os.environ, **package_path()},
         )  # fmt: skip
-        if harm is not None:
-            harm(Path(f"{output}.calls.jsonl"), process.pid)
+        killed = harm(Path(f"{output}.calls.jsonl"), process.pid)
         out, _ = process.communicate()
         seconds = time.monotonic() - began
         log.seek(0)
@@ -148,16 +150,13 @@ def predict(
     return Run(
         process.returncode, seconds, json.loads(lines[-1]) if lines else {},
         validate(output, ids) if output.exists() else ["there is no file"], dict(_answers(output)),
-        list(workers_of(process.pid)), said[-1] if said else "",
+        list(workers_of(process.pid)), killed, said[-1] if said else "",
     )  # fmt: skip
 
 
 def _put(check: Check, name: str, found: Run, reasons: dict[str, int]) -> None:
-    """Whether every row but those with these reasons has an answer.
-
-    A model of random weights may answer nothing at all, or what is no prompt: that is an answer here.
-    """
-    lost = {why: count for why, count in found.reasons.items() if why != "empty answer"}
+    """Whether every row but those with these reasons has an answer."""
+    lost = found.reasons
     expected = {why: count for why, count in lost.items() if any(words in why for words in reasons)}
     check.put(f"{name}: other rows without an answer", sum(lost.values()) - sum(expected.values()), "", high=0,
               note="; ".join(lost)[:200])  # fmt: skip
@@ -175,14 +174,16 @@ def _put_file(check: Check, name: str, found: Run) -> None:
     check.put(f"{name}: processes left", len(found.left), "", high=0)
 
 
-def _kill_a_worker(log: Path, process: int) -> None:
-    """Kill the worker of a run once the log holds an answer."""
-    while not (log.exists() and log.read_bytes().count(b"\n") > 2):
-        if not Path(f"/proc/{process}/stat").exists() or _is_zombie(process):
-            return
-        time.sleep(0.02)
-    for worker in workers_of(process):
+def _kill_a_worker(log: Path, process: int) -> int:
+    """Kill the worker of a run as soon as the log holds an answer; 0 if the run was over before."""
+    while not (log.exists() and log.read_bytes().count(b"\n") > 1):
+        if _is_zombie(process):
+            return 0
+        time.sleep(0.01)
+    workers = list(workers_of(process))
+    for worker in workers:
         os.kill(worker, signal.SIGKILL)
+    return len(workers)
 
 
 def _is_zombie(process: int) -> bool:

@@ -8,6 +8,7 @@ import random
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 from submission.backends import model_spec
@@ -73,10 +74,11 @@ def culprit_model(folder: Path, fault: str) -> Path:
 
     tokenizer = _bytewise()
     _save_llama(folder, tokenizer, _TINY, untied=True, entries=len(tokenizer) - (fault == "assert"))
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][tokenizer.convert_tokens_to_ids(list(ascii_lowercase))] *= 4  # so that it answers letters
     if fault == "nan":
-        weights = load_file(folder / "model.safetensors")
         weights["model.embed_tokens.weight"][tokenizer.convert_tokens_to_ids(CULPRIT)] = torch.nan
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

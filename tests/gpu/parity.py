@@ -40,7 +40,7 @@ def run(check: Check) -> None:
     """Load the model in each precision, and put it beside float32 on the CPU."""
     folder, what = parity_model(check)
     check.put("model", what)
-    asked = _questions(4, 200) if check.small else _questions(16, 2000)
+    asked = _questions(4, 200) if check.small else _questions(12, 800)
     reference = load(folder, "cpu", "dtype=float32")
     likelihoods, greedy = _scores(reference, asked.scored), _texts(reference, asked.greedy)
     _inside(check, _Precision("CPU float32", "cpu", ("dtype=float32",)), reference, asked)

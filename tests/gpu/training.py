@@ -57,7 +57,7 @@ def run(check: Check, dtype: str) -> None:
 
 def _recipe(check: Check, folder: Path, dtype: str) -> Path:
     path = folder / "recipe.toml"
-    steps, batch, tokens = (4, 1, 256) if check.small else (20, 4, 1024)
+    steps, batch, tokens = (4, 1, 640) if check.small else (20, 4, 1024)
     sft: dict[str, Any] = {
         "base": str(base_model(check, "gemma-7b")), "train": str(_TRIPLETS), "rows": 8 if check.small else 200,
         "max_tokens": tokens, "batch": batch, "accumulation": 1, "max_steps": steps, "save_every": steps // 2,

@@ -21,7 +21,9 @@ from tests.kaggle_server import USER, KaggleServer
 from tests.test_publish import needs_client, server
 from train.gguf import Gguf
 from train.push import SLUG, Training, kernel_folder, lay_out_session, make_bundle, missing, push_training, run_session
-from train.session import REPORT, TUNING
+from train.session import REPORT, TUNING, Work, take_over
+from train.session import main as session
+from train.sft import _last_checkpoint
 from train.sft_config import read_sft
 
 __all__ = ["server"]  # a fixture
@@ -74,6 +76,53 @@ def test_a_session_whose_time_is_up_says_so(training: Training, tiny: Path, tmp_
     code, log, report = run_session(tmp_path / "one" / "kaggle", [sys.executable])
     assert (code, report["state"]) == (1, "failed"), log
     assert "the time was up" in report["reason"]
+
+
+def _left(tuning: Path, states: dict[int, str], manifest: str | None = None) -> None:
+    """Lay out what training leaves: checkpoints with what their states say, and an adapter if there is a manifest."""
+    for step, state in states.items():
+        (tuning / f"checkpoints/checkpoint-{step}").mkdir(parents=True)
+        (tuning / f"checkpoints/checkpoint-{step}/trainer_state.json").write_text(state)
+    if manifest is not None:
+        (tuning / "adapter").mkdir(parents=True)
+        (tuning / "adapter.run.json").write_text(manifest)
+
+
+SOUND = json.dumps({"global_step": 10, "max_steps": 30})
+DAMAGED = [SOUND[:9], "{}", "[]", '{"global_step": "20"}', "[" * 100_000]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED, ids=lambda state: state[:9])
+def test_a_damaged_checkpoint_is_passed_over(damaged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("submission.kernel.ROOT", tmp_path / "kaggle")
+    (tmp_path / "training.toml").write_text("[session]\n")
+    working, earlier = tmp_path / "kaggle" / "working", tmp_path / "kaggle" / "input" / "earlier"
+    working.mkdir(parents=True)
+    _left(earlier / TUNING, {10: SOUND, 20: damaged})
+    (earlier / REPORT).write_text("{}")
+    assert take_over(Work(tmp_path, tmp_path)) == 10
+    checkpoints = working / TUNING / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-10"]
+    (checkpoints / "checkpoint-20").mkdir()
+    (checkpoints / "checkpoint-20" / "trainer_state.json").write_text(damaged)
+    assert _last_checkpoint(checkpoints) == checkpoints / "checkpoint-10"
+    assert session(str(tmp_path)) == 0  # its bundle has no wheels
+    report = json.loads((working / REPORT).read_text())
+    assert (report["state"], report["step"], report["steps"]) == ("unfinished", 10, 30)
+
+
+@pytest.mark.parametrize("manifest", ["", "{}", '{"steps": 30}'], ids=["none", "without steps", "whole"])
+def test_an_adapter_is_kept_whatever_its_manifest_says(
+    manifest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("submission.kernel.ROOT", tmp_path)
+    (tmp_path / "training.toml").write_text("[session]\n")
+    _left(tmp_path / "working" / TUNING, {10: SOUND}, manifest)
+    if not manifest:
+        (tmp_path / "working" / TUNING / "adapter.run.json").unlink()
+    assert session(str(tmp_path)) == 0
+    report = json.loads((tmp_path / "working" / REPORT).read_text())
+    assert (report["state"], report["step"]) == ("trained", 30 if "steps" in manifest else 10)
 
 
 def test_what_is_not_on_kaggle_is_refused(training: Training, tmp_path: Path) -> None:

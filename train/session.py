@@ -14,7 +14,6 @@ the standard library is imported here, for this runs before anything is installe
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -25,13 +24,16 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from submission import kernel
 from submission.config import from_mapping, read_toml
-from submission.data.files import write_json
+from submission.data.files import read_json, write_json
+from submission.errors import UserError
 
 SETTINGS, REPORT, TUNING = "training.toml", "training.json", "tuning"
 CONVERTER = "llama-cpp-converter.dat"  # a zip under a name that Kaggle does not unpack
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _ROOM = 19.5e9  # bytes that /kaggle/working may hold: 20 GB, less what the system adds
 
 
@@ -117,7 +119,6 @@ def main(folder: str) -> int:
         report.step, report.steps = progress(work.tuning)
         if (work.tuning / "adapter").is_dir():
             report.state = "trained"
-            report.step = report.steps = json.loads((work.tuning / "adapter.run.json").read_text("utf-8"))["steps"]
         elif report.step:
             report.state = "unfinished"
         report.files = sorted(path.relative_to(work.output).as_posix() for path in files_of(work.output))
@@ -152,7 +153,11 @@ def take_over(work: Work) -> int:
     if not earlier or work.tuning.exists():
         return 0
     furthest = max(earlier, key=lambda folder: ((folder / "adapter").is_dir(), progress(folder)[0]))
-    shutil.copytree(furthest, work.tuning, copy_function=shutil.copyfile)
+
+    def damaged(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if _CHECKPOINT.fullmatch(name) and not steps_of(Path(folder, name))]
+
+    shutil.copytree(furthest, work.tuning, ignore=damaged, copy_function=shutil.copyfile)
     step, steps = progress(work.tuning)
     print(f"going on from {furthest}: step {step} of {steps or '?'}")
     return step
@@ -168,12 +173,35 @@ def find_base(work: Work) -> str:
 
 def progress(tuning: Path) -> tuple[int, int]:
     """The step of the last whole checkpoint, or of a finished run, and the steps in all; 0 where that is not known."""
-    found = [(0, 0)]
-    for path in tuning.glob("checkpoints/checkpoint-*/trainer_state.json"):
-        if re.fullmatch(r"checkpoint-\d+", path.parent.name):
-            state = json.loads(path.read_text("utf-8"))
-            found.append((int(state["global_step"]), int(state["max_steps"])))
-    return max(found)
+    checkpoints = [path for path in tuning.glob("checkpoints/*") if _CHECKPOINT.fullmatch(path.name)]
+    last = max(filter(None, map(steps_of, checkpoints)), default=(0, 0))
+    if not (tuning / "adapter").is_dir():
+        return last
+    told = _read(tuning / "adapter.run.json").get("steps")  # a run that was killed after its last step has none
+    return (told, told) if _is_step(told) else last
+
+
+def steps_of(checkpoint: Path) -> tuple[int, int] | None:
+    """The step of a checkpoint and the steps in all (0: unknown); None if its trainer_state.json is missing or damaged.
+
+    The trainer writes that file last.
+    """
+    state = _read(checkpoint / "trainer_state.json")
+    step, steps = state.get("global_step"), state.get("max_steps")
+    return (step, steps if _is_step(steps) else 0) if _is_step(step) else None
+
+
+def _is_step(value: object) -> TypeGuard[int]:
+    return type(value) is int and value > 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one if it cannot be read."""
+    try:
+        content = read_json(path)
+    except UserError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def export(work: Work, base: str) -> None:

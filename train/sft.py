@@ -32,6 +32,7 @@ from submission.prompts.templates import get_template
 from submission.types import Triplet
 from train.bases import base_folder
 from train.encoding import TrainingExample
+from train.session import steps_of
 from train.sft_config import Sft
 from train.tasks import TuningTask, make_task
 from train.trainer import FSDP, device_count, make_trainer, training_dtype
@@ -292,8 +293,8 @@ class _Unseen:
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint: the trainer writes its state last."""
-    whole = [(step, path) for step, path in _checkpoints(folder) if (path / "trainer_state.json").is_file()]
+    """The last whole checkpoint."""
+    whole = [(step, path) for step, path in _checkpoints(folder) if steps_of(path)]
     return max(whole, default=(0, None))[1]
 
 

@@ -28,7 +28,7 @@ import time
 import tomllib
 import zipfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,12 @@ NULLS = ("#n/a", "#n/a n/a", "#na", "-1.#ind", "-1.#qnan", "-nan", "1.#ind", "1.
          "none", "null")  # fmt: skip
 PACKAGED = ("embedded-tuned", "embedded")  # models that come as packages
 BLANK_INPUT = "blank rewritten_text"  # why a row failed that no model can answer
-IN_4_BITS = "load_in_4bit=true"
+IN_4_BITS, NOT_IN_4_BITS = "load_in_4bit=true", "load_in_4bit=false"
+# Keys of a recover_config whose "find:NAME" must lead somewhere, and those whose text is an answer's.
+_PLACES = ("model", "adapter", "template", "shots", "weights", "config", "encoder")
+_TEXTS = ("constant",)
+# Keys with which a [[source]] has a model of its own, as `ensemble.best_of` has it.
+_OWN_MODEL = {"backend", "model", "adapter", "settings", "workers"}
 _NAMED_ADAPTER = re.compile(r"([A-Za-z0-9_-]+)\.lora\.(.+)")  # files of one of several adapters: a dataset is flat
 _GPU_CODE = ("libggml-cuda", "libggml-hip", "libggml-vulkan")  # in a wheel of llama-cpp-python that uses GPUs
 
@@ -57,14 +62,15 @@ class KernelFailure(Exception):
 class Settings:
     """The content of kernel.toml. A text "find:NAME", here or in the file of recover_config, is replaced by the path of
     what has that name: an adapter of the bundle, a file of the bundle, or a model, file or folder below /kaggle/input,
-    such as "find:google/gemma/transformers/7b-it/3".
+    such as "find:google/gemma/transformers/7b-it/3". The text of a `constant` stays as it is.
 
     Attributes:
         recover, recover_config: strategy and its TOML file, as `predict` takes them.
-        backend: openvino, llama_cpp, transformers, scripted or auto (by the model).
+        backend: openvino, llama_cpp, transformers, vllm, scripted or auto (by the model).
         model: "auto" (what is attached: a folder where there is a GPU, else a GGUF file, else embedded-tuned),
             "embedded-tuned", "embedded" or a path.
-        adapter: "auto" (what the bundle has unnamed), the name of an adapter of the bundle, or a path; "" for none.
+        adapter: "auto" (what the bundle has unnamed, else its only named one if recover_config leaves it), the name of
+            an adapter of the bundle, or a path; "" for none.
         template, shots, n_shots, max_new_tokens, fallback: as `predict` takes them.
         settings: options of the backend; batch and load_in_4bit are chosen by the hardware unless they are here.
         workers: processes with a copy of the model each; 0 for one a GPU.
@@ -210,9 +216,10 @@ def arguments(settings: Settings, bundle: Path, gpus: list[int], rows: int, scra
     command = ["--recover", settings.recover, "--fallback", settings.fallback,
                "--max-failures", str(settings.max_failures)]  # fmt: skip
     adapters = lay_out_adapters(bundle, scratch / "adapters")
+    config = read_config(settings, bundle)
     if settings.recover_config:
-        content = resolve(settings.recover_config, bundle).read_text("utf-8")
-        (scratch / "recover.toml").write_text(completed(content, gpus, adapters, bundle), encoding="utf-8")
+        content = toml_of(completed(config, gpus, adapters, bundle, report))
+        (scratch / "recover.toml").write_text(content, encoding="utf-8")
         command += ["--recover-config", str(scratch / "recover.toml")]
     if settings.recover == "constant":
         return command
@@ -225,13 +232,13 @@ def arguments(settings: Settings, bundle: Path, gpus: list[int], rows: int, scra
         raise
     is_folder = model not in PACKAGED and Path(model).is_dir()
     backend = settings.backend if settings.backend != "auto" else suits(model)
-    adapter = find_adapter(settings, bundle, adapters, is_folder)
+    adapter = find_adapter(settings, bundle, adapters, config, is_folder or backend == "transformers", report)
     report.found |= {"model": model, "backend": backend, "adapter": adapter or "none"}
     command += ["--backend", backend, "--model", model]
     if adapter:
         command += ["--adapter", adapter]
     if settings.template:
-        is_file = settings.template.endswith(".toml")
+        is_file = settings.template.endswith(".toml") or settings.template.startswith("find:")
         command += ["--template", str(resolve(settings.template, bundle)) if is_file else settings.template]
     if settings.shots:
         command += ["--shots", str(resolve(settings.shots, bundle)), "--n-shots", str(settings.n_shots)]
@@ -239,27 +246,132 @@ def arguments(settings: Settings, bundle: Path, gpus: list[int], rows: int, scra
     if backend == "transformers" and gpus:
         smallest = min(gpus)
         weights = sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) / 1e6 if is_folder else 0
-        if weights > smallest / 2 and not any(given.startswith("load_in_4bit=") for given in options):
+        if weights > smallest / 2 and not any(_option(given)[0] == "load_in_4bit" for given in options):
             options.append(IN_4_BITS)
     if not gpus:
-        options = [option for option in options if option != IN_4_BITS]  # slower than 32 bits on a CPU
+        options = [option for option in options if not in_4_bits(option)]  # slower than 32 bits on a CPU
     elif backend == "llama_cpp" and not uses_gpus(bundle):
-        report.warnings.append(f"{model} is computed on the CPU: the bundle's llama.cpp was built for no GPU. Give a "
-                               "CUDA wheel to `bundle --wheel`, or push with --accelerator none")  # fmt: skip
-        print(f"WARNING: {report.warnings[-1]}", flush=True)
+        warn(report, f"{model} is computed on the CPU: the bundle's llama.cpp was built for no GPU. Give a "
+                     "CUDA wheel to `bundle --wheel`, or push with --accelerator none")  # fmt: skip
     for option in options:
         command += ["--set", option]
     return [*command, "--workers", str(min(rows, settings.workers or max(1, len(gpus))))]
 
 
-def completed(content: str, gpus: list[int], adapters: Path, bundle: Path) -> str:
-    """The file of recover_config with the places of what it names; without a GPU nothing is held in 4 bits."""
+def warn(report: Report, said: str) -> None:
+    """Note what costs quality or time, in the report and in the log."""
+    report.warnings.append(said)
+    print(f"WARNING: {said}", flush=True)
 
-    def place(name: re.Match[str]) -> str:
-        return json.dumps(inner_folder(find(name[1], adapters, bundle)))
 
-    content = re.sub(r'"find:([^"\n]+)"', place, content)
-    return content if gpus else content.replace(f'"{IN_4_BITS}"', '"load_in_4bit=false"')
+def read_config(settings: Settings, bundle: Path) -> dict[str, Any]:
+    """The content of the file of recover_config; empty where there is none."""
+    if not settings.recover_config:
+        return {}
+    path = resolve(settings.recover_config, bundle)
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise KernelFailure(f"recover_config {path} cannot be read: {words(error)}") from None
+
+
+def completed(
+    config: Mapping[str, Any], gpus: list[int], adapters: Path, bundle: Path, report: Report
+) -> dict[str, Any]:
+    """The content of recover_config with the places of what it names; without a GPU nothing is held in 4 bits.
+
+    A [[source]] that names what is not there is left out, as long as another one is left.
+    """
+
+    def placed_in(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: placed_in(name, one) for name, one in value.items()}
+        if key == "settings" and not gpus and isinstance(value, (list, str)):
+            given = value.split(",") if isinstance(value, str) else value
+            return [NOT_IN_4_BITS if in_4_bits(option) else option for option in given]
+        if isinstance(value, list):
+            return [placed_in(key, one) for one in value]
+        if not isinstance(value, str) or not value.startswith("find:") or key in _TEXTS:
+            return value
+        try:
+            return inner_folder(find(value[5:], adapters, bundle))
+        except KernelFailure as error:
+            if key in _PLACES:
+                raise
+            warn(report, f"recover_config: {key} = {value!r} stays as it is: {words(error)}")
+            return value
+
+    sources = config.get("source")
+    if not isinstance(sources, list):
+        return {key: placed_in(key, value) for key, value in config.items()}
+    result = {key: placed_in(key, value) for key, value in config.items() if key != "source"}
+    left, failures = [], []
+    for number, source in enumerate(sources, start=1):
+        try:
+            left.append(placed_in("source", source))
+        except KernelFailure as error:
+            name = source.get("name") if isinstance(source, dict) else None
+            failures.append(f"source {name or number}: {words(error)}")
+    if failures and not left:
+        raise KernelFailure("; ".join(failures))
+    for failure in failures:
+        warn(report, f"left out: {failure}")
+    return result | {"source": left}
+
+
+def toml_of(content: Mapping[str, Any]) -> str:
+    """A TOML file of this content: a line for each key, with its tables inside the line."""
+    try:
+        return "".join(f"{_toml_key(key)} = {_toml(value)}\n" for key, value in content.items())
+    except (ValueError, RecursionError) as error:  # a number of too many digits, tables too deep
+        raise KernelFailure(f"recover_config cannot be written: {words(error)}") from None
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_key(key)} = {_toml(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):  # as JSON has it, but for DEL, which TOML wants escaped
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value)  # a number, inf, nan; a date is one with a blank for its T
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)
+
+
+def _option(given: object) -> tuple[str, str]:
+    """Key and value of an option, as `predict --set` reads them."""
+    key, _, value = str(given).partition("=")
+    return key.strip().replace("-", "_"), value.strip().lower()
+
+
+def in_4_bits(option: object) -> bool:
+    """Whether an option asks for weights in 4 bits, in any way of writing it."""
+    key, value = _option(option)
+    return key == "load_in_4bit" and value in ("true", "yes", "on", "1")
+
+
+def used_names(config: Any) -> set[str]:
+    """What the texts "find:NAME" of a configuration name."""
+    if isinstance(config, (dict, list)):
+        parts = config.items() if isinstance(config, dict) else [("", one) for one in config]
+        return {name for key, one in parts if key not in _TEXTS for name in used_names(one)}
+    return {config[5:]} if isinstance(config, str) and config.startswith("find:") else set()
+
+
+def named_adapters(bundle: Path) -> list[str]:
+    """The names of the bundle's adapters that have one."""
+    return sorted({named[1] for path in bundle.iterdir() if (named := _NAMED_ADAPTER.fullmatch(path.name))})
+
+
+def has_own_models(config: Mapping[str, Any]) -> bool:
+    """Whether every [[source]] of a configuration has a model of its own, so that none takes the kernel's."""
+    sources = config.get("source")
+    return isinstance(sources, list) and all(isinstance(one, dict) and _OWN_MODEL & set(one) for one in sources)
 
 
 def lay_out_adapters(bundle: Path, folder: Path) -> Path:
@@ -385,12 +497,28 @@ def is_adapter(path: Path, settings: Settings) -> bool:
     return path.name == name or _NAMED_ADAPTER.fullmatch(path.name) is not None
 
 
-def find_adapter(settings: Settings, bundle: Path, adapters: Path, is_folder: bool) -> str:  # noqa: FBT001
-    """The adapter that goes with the model's kind; "" for none."""
-    if settings.adapter == "auto":
-        choices = [bundle / "adapter_config.json"] if is_folder else [bundle / "adapter.gguf"]
-        return next((str(path.parent if is_folder else path) for path in choices if path.exists()), "")
-    return str(resolve(settings.adapter, adapters, bundle)) if settings.adapter else ""
+def find_adapter(
+    settings: Settings,
+    bundle: Path,
+    adapters: Path,
+    config: Mapping[str, Any],
+    is_folder: bool,
+    report: Report,  # noqa: FBT001
+) -> str:
+    """The adapter that goes with the model's kind, a folder or a GGUF file; "" for none."""
+    if settings.adapter != "auto":
+        return str(resolve(settings.adapter, adapters, bundle)) if settings.adapter else ""
+    folder, file = bundle / "adapter_config.json", bundle / "adapter.gguf"
+    wanted, other = (folder, file) if is_folder else (file, folder)
+    if wanted.exists():
+        return str(bundle if is_folder else wanted)
+    names = named_adapters(bundle)
+    unused = [name for name in names if name not in used_names(config)]
+    if len(names) == 1 and unused and not has_own_models(config) and (adapters / unused[0]).is_dir() == is_folder:
+        return str(adapters / unused[0])
+    for name in [*unused, *([other.name] if other.exists() else [])]:
+        warn(report, f"nothing uses the adapter {name}: name it in {SETTINGS} or in a source, for a model of its kind")
+    return ""
 
 
 def read_settings(path: Path) -> Settings:

@@ -8,11 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -418,6 +420,76 @@ def test_names_in_a_configuration_are_found_below_the_inputs(attached: Path, tmp
     command = kernel.arguments(settings, attached, [], 5, tmp_path, kernel.Report())
     written = Path(options(command, "--recover-config")[0]).read_text()
     assert f'model = "{tmp_path}/input/models/google/gemma/transformers/7b-it/3"' in written
+
+
+def adapter_of(bundle: Path, name: str) -> None:
+    (bundle / f"{name}.lora.adapter_config.json").write_text("{}")
+
+
+def test_the_only_named_adapter_is_used_where_nothing_else_uses_it(attached: Path, tmp_path: Path) -> None:
+    def asked(settings: kernel.Settings, report: kernel.Report) -> list[str]:
+        return options(kernel.arguments(settings, attached, [81920], 5, tmp_path, report), "--adapter")
+
+    adapter_of(attached, "mine")
+    assert asked(kernel.Settings(), report := kernel.Report()) == [str(tmp_path / "adapters/mine")]
+    assert report.warnings == []
+    assert asked(kernel.Settings(adapter=""), report) == []
+    (attached / "b.toml").write_text('[[source]]\nmodel = "find:7b-it/3"\nadapter = "find:mine"\n')
+    assert asked(kernel.Settings(recover="ensemble.best_of:best_of", recover_config="b.toml"), report) == []
+    assert report.warnings == []
+    adapter_of(attached, "other")
+    assert asked(kernel.Settings(), report) == []
+    assert "nothing uses the adapter mine" in report.warnings[0]
+
+
+def rewritten(content: str, bundle: Path, scratch: Path, report: kernel.Report, gpus: Sequence[int] = ()) -> Any:
+    """What `predict` is given as the recover_config of this content."""
+    (bundle / "b.toml").write_text(content, encoding="utf-8")
+    settings = kernel.Settings(recover="ensemble.best_of:best_of", recover_config="b.toml")
+    command = kernel.arguments(settings, bundle, list(gpus), 5, scratch, report)
+    return tomllib.loads(Path(options(command, "--recover-config")[0]).read_text(encoding="utf-8"))
+
+
+def test_only_keys_that_name_a_place_are_looked_for(attached: Path, tmp_path: Path) -> None:
+    content = """
+# model = "find:google/not/attached"
+constant = "find:the moral"
+remark = 'find:nothing of the kind'
+odd = 'a"b\\c \U0001f600 \u007f'
+when = 1979-05-27T07:32:00Z
+"a key" = [1, 2.5, inf, true, {x = "y"}]
+[[source]]
+model = 'find:7b-it/3'
+"""
+    report = kernel.Report()
+    config = rewritten(content, attached, tmp_path, report)
+    place = str(tmp_path / "input/models/google/gemma/transformers/7b-it/3")
+    assert config == tomllib.loads(content.replace("find:7b-it/3", place))
+    assert ["remark" in said for said in report.warnings] == [True]
+    assert tomllib.loads(kernel.toml_of({"a": "\x7f\x00"})) == {"a": "\x7f\x00"}
+
+
+def test_a_source_that_names_what_is_not_there_is_left_out_and_said(
+    attached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = '[[source]]\nmodel = "find:7b-it/3"\n', '[[source]]\nname = "b"\nadapter = "find:typo"\n'
+    report = kernel.Report()
+    assert len(rewritten(good + bad, attached, tmp_path, report)["source"]) == 1
+    assert report.warnings[0].startswith("left out: source b: there is no typo")
+    assert "WARNING: left out: source b" in capsys.readouterr().out
+    with pytest.raises(kernel.KernelFailure, match="source b: there is no typo"):
+        rewritten(bad, attached, tmp_path, report)
+
+
+@pytest.mark.parametrize("written", ["['load_in_4bit=true']", '["load_in_4bit=True"]', '"load-in-4bit=1,batch=2"'])
+def test_no_way_of_writing_4_bits_holds_on_a_cpu(written: str, attached: Path, tmp_path: Path) -> None:
+    content = f'[[source]]\nmodel = "find:7b-it/3"\nsettings = {written}\n'
+    report = kernel.Report()
+    assert rewritten(content, attached, tmp_path, report)["source"][0]["settings"][0] == "load_in_4bit=false"
+    kept = rewritten(content, attached, tmp_path, report, [15360])["source"][0]["settings"]
+    assert kept == tomllib.loads(content)["source"][0]["settings"]
+    settings = kernel.Settings(settings=["load_in_4bit=True", "load-in-4bit=1"])
+    assert options(kernel.arguments(settings, attached, [], 5, tmp_path, report), "--set") == []
 
 
 def test_a_bundle_needs_what_its_settings_use_and_the_image_lacks(tmp_path: Path) -> None:

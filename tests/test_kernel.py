@@ -26,7 +26,17 @@ from submission.errors import UserError
 from submission.predict.outcome import BLANK_INPUT
 from submission.predict.strategies import DEFAULT_PROMPT
 from submission.prompts.answers import _READ_AS_NULL
-from submission.publish.bundle import BundleConfig, bundle, check_replaceable, model_instance, roots, write_contents
+from submission.publish.attachable import handle_of
+from submission.publish.bundle import (
+    BundleConfig,
+    bundle,
+    check_replaceable,
+    model_instance,
+    roots,
+    split_adapters,
+    write_contents,
+)
+from submission.publish.checks import checked_settings
 from submission.publish.dry_run import LAYOUTS, Outcome, dry_run, lay_out, network_cut, run_kernel
 from submission.publish.image import kaggle_image
 from submission.publish.wheels import distribution, lacking, newest_needed, own_wheel
@@ -526,19 +536,71 @@ def test_a_bundle_of_a_constant_holds_one_wheel_and_is_replaced_whole(tmp_path: 
         check_replaceable(tmp_path / "mine")
 
 
+BEST = 'recover = "ensemble.best_of:best_of"\nrecover_config = "best.toml"\n'
+UNUSED = "nothing uses the adapter one"
+
+
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "config", "said"),
     [
-        ('recover = "zero_shot"\nshots = "few.csv"\n', "--include few.csv"),
-        ('modell = "x"\n', "unknown key 'modell'"),
-        ('recover_config = "b.toml"\n', "--include b.toml"),
+        ('recover = "zero_shot"\nshots = "few.csv"\n', "", "--include few.csv"),
+        ('modell = "x"\n', "", "unknown key 'modell'"),
+        ('recover_config = "b.toml"\n', "", "--include b.toml"),
+        ('recover_config = "find:b.toml"\n', "", "files best.toml"),
+        ('recover = "zeroshot"\n', "", "zero_shot"),
+        ('adapter = "nope"\n', "", "adapters one, two"),
+        ('template = "nope"\nadapter = ""\n', "", "instruct"),
+        ('model = "nope.gguf"\n', "", "--model nope.gguf"),
+        ('settings = ["bogus=1"]\n', "", "unknown option 'bogus'"),
+        ('backend = "lama"\n', "", "llama_cpp"),
+        ("", "", UNUSED),
+        (BEST, "selector = [", "recover_config best.toml is not"),
+        (BEST, '[[source]]\nadapter = "find:typo"\n', "adapters one, two"),
+        (BEST, '[[source]]\nmodel = "find:gogle/gemma/transformers/7b-it/3"\n', "leads nowhere"),
+        (BEST, "source = 3\n", "each as"),
+        (BEST, 'selector = "firstt"\n', "unknown selector 'firstt'"),
+        (BEST, "weigths = []\n", "unknown option 'weigths'"),
+        (BEST, '[[source]]\nmodel = "find:7b-it/3"\n', UNUSED),
+        ('recover_config = "best.toml"\n', "x = 1\n", "unknown option 'x'"),
     ],
 )
-def test_a_bundle_that_could_not_run_is_refused(tmp_path: Path, wheel: Path, settings: str, said: str) -> None:
-    (tmp_path / "k.toml").write_text(settings)
-    with pytest.raises(UserError, match=said):
-        bundle(BundleConfig(tmp_path / "bundle", tmp_path / "k.toml", wheels=[wheel]))
-    assert not (tmp_path / "bundle").exists()
+def test_a_bundle_that_could_not_run_is_refused(tmp_path: Path, settings: str, config: str, said: str) -> None:
+    (tmp_path / kernel.SETTINGS).write_text(settings)
+    (tmp_path / "best.toml").write_text(config)
+    adapter_of(tmp_path, "one")
+    adapter_of(tmp_path, "two")
+    with pytest.raises(UserError, match=said) as refused:
+        checked_settings(tmp_path, ["google/gemma/transformers/7b-it/3"])
+    assert str(tmp_path) not in str(refused.value)
+
+
+def test_a_configuration_with_find_in_kernel_toml_makes_a_bundle(tmp_path: Path) -> None:
+    adapter_of(tmp_path, "one")
+    (tmp_path / "best.toml").write_text('[[source]]\nmodel = "find:7b-it/3"\nadapter = "find:one"\n')
+    (tmp_path / kernel.SETTINGS).write_text(BEST.replace("best.toml", "find:best.toml"))
+    settings = checked_settings(tmp_path, ["google/gemma/transformers/7b-it/3"])
+    assert "peft" in roots(settings, tmp_path, ["google/gemma/transformers/7b-it/3"])
+    (tmp_path / kernel.SETTINGS).write_text("")
+    assert checked_settings(tmp_path).adapter == "auto"  # the only one, which the kernel takes
+    (tmp_path / kernel.SETTINGS).write_text('model = "embedded"\n')
+    with pytest.raises(UserError, match="a PEFT folder, and the model takes GGUF"):
+        checked_settings(tmp_path)
+
+
+def test_what_is_given_to_a_bundle_is_there_and_used(tmp_path: Path, wheel: Path) -> None:
+    def refused(said: str, **given: Any) -> None:
+        with pytest.raises(UserError, match=said):
+            bundle(BundleConfig(tmp_path / "bundle", wheels=[wheel], **given))
+        assert not (tmp_path / "bundle").exists()
+
+    refused("--model x.gguf and --attach gemma-7b-it", model="x.gguf", attach=["gemma-7b-it"])
+    refused("is a folder", include=[tmp_path])
+    refused("nope does not exist: name a PEFT folder or a GGUF", adapter=tmp_path / "nope")
+    with pytest.raises(UserError, match="--adapter 'a=': write it as NAME=PATH"):
+        split_adapters(["a="])
+    (tmp_path / "k.toml").write_text('recover = "constant"\n')
+    twice = BundleConfig(tmp_path / "bundle", tmp_path / "k.toml", wheels=[wheel], attach=["gemma-7b-it"] * 2)
+    assert bundle(twice)["attach"] == [handle_of("gemma-7b-it")]
 
 
 def test_a_model_folder_becomes_a_kaggle_model(tmp_path: Path) -> None:

@@ -148,6 +148,15 @@ def model_spec(
     return spec
 
 
+def check_settings(backend: str, settings: list[str]) -> None:
+    """Refuse options that a backend does not have; needs none of its packages.
+
+    Raises:
+        UserError: names the option and what is allowed.
+    """
+    from_settings(_module(backend).Options, settings, f"backend {backend}")
+
+
 def require(package: str, extra: str, what: str) -> None:
     """Refuse to go on without a package.
 

@@ -123,10 +123,15 @@ RECOVERS: dict[str, Callable[[Setup], Recover]] = {"zero_shot": Ask, "few_shot":
 
 @dataclass(frozen=True, slots=True)
 class RecoverSource:
-    """A strategy that was found by its name and can be made."""
+    """A strategy that was found by its name and can be made.
+
+    Attributes:
+        check: refuses a configuration with UserError, before what it names is there; the strategy's `check_config`.
+    """
 
     name: str
     make: Callable[[Setup], Recover]
+    check: Callable[[Mapping[str, Any]], None] = lambda _: None
 
 
 def roles_of(recover: Recover, setup: Setup) -> dict[str, Spec]:
@@ -180,7 +185,7 @@ def find_recover(name: str) -> RecoverSource:
         with _user_code(name, "it cannot be made"):
             return cast(Callable[[Setup], Recover], found)(setup) if inspect.isclass(found) else cast(Recover, found)
 
-    return RecoverSource(name, make)
+    return RecoverSource(name, make, getattr(found, "check_config", lambda _: None))
 
 
 @contextmanager

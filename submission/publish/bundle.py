@@ -23,12 +23,12 @@ from typing import Any
 import submission
 from submission import kernel
 from submission.backends.models import PACKAGED, TUNED, check_gguf_adapter, check_peft_adapter, is_gguf, resolve_folder
-from submission.config import read_toml
 from submission.data.files import atomic_folder, files_in, read_json, write_json
 from submission.data.outputs import check_apart, check_folder_name, made_folder, manifest_path
 from submission.data.tables import some
 from submission.errors import UserError
 from submission.publish.attachable import handle_of
+from submission.publish.checks import checked_settings
 from submission.publish.image import Image, kaggle_image
 from submission.publish.metadata import DATASET_FILE
 from submission.publish.roots import roots as roots
@@ -83,12 +83,15 @@ def bundle(config: BundleConfig) -> dict[str, Any]:
         PromptRecoveryError: a wheel cannot be had.
     """
     check_replaceable(config.output)
-    handles = [handle_of(name) for name in config.attach]
+    handles = list(dict.fromkeys(handle_of(name) for name in config.attach))
+    if handles and config.model not in (TUNED, ATTACHED):
+        both = f"--model {config.model} and --attach {config.attach[0]}"
+        raise UserError(f"{both}: the kernel reads one of them: leave the other out")
     image = kaggle_image()
     config.output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(config.output, lambda: check_replaceable(config.output)) as part:
         _put_files(config, part)
-        settings = _settings(part)
+        settings = checked_settings(part, handles)
         for wheel in config.wheels:
             _put(wheel, part)
         given = {distribution(wheel) for wheel in config.wheels}
@@ -118,6 +121,8 @@ def split_adapters(given: Sequence[str]) -> tuple[Path | None, dict[str, Path]]:
     alone: list[Path] = []
     for text in given:
         name, equals, path = text.partition("=")
+        if not (path if equals else name):
+            raise UserError(f"--adapter {text!r}: write it as NAME=PATH, or PATH alone")
         if not equals or Path(text).exists():
             alone.append(Path(text).expanduser())
         elif name in named:
@@ -211,7 +216,7 @@ def check_replaceable(output: Path) -> None:
 
 
 def _put_files(config: BundleConfig, folder: Path) -> None:
-    model = config.model
+    model = ATTACHED if config.attach else config.model
     if model not in (*PACKAGED, ATTACHED):
         path = Path(model).expanduser()
         if path.is_dir():
@@ -220,6 +225,9 @@ def _put_files(config: BundleConfig, folder: Path) -> None:
             raise UserError(f"model {path} is no GGUF file, or does not exist")
         _put(path, folder)
         _put_note(path, folder)
+    for adapter in [*([config.adapter] if config.adapter else []), *config.adapters.values()]:
+        if not adapter.exists():
+            raise UserError(f"adapter {adapter} does not exist: name a PEFT folder or a GGUF LoRA file")
     if config.adapter is not None:
         if config.adapter.is_dir():
             check_peft_adapter(config.adapter)
@@ -265,25 +273,10 @@ def _put_note(path: Path, folder: Path, name: str = "") -> None:
         _put(note, folder, manifest_path(Path(name or path.name)).name)
 
 
-def _settings(folder: Path) -> kernel.Settings:
-    try:
-        settings = kernel.read_settings(folder / kernel.SETTINGS)
-    except kernel.KernelFailure as error:
-        raise UserError(str(error).replace(f"{folder}/", "")) from None
-    for key in ("recover_config", "shots"):
-        name = getattr(settings, key)
-        if name and not name.startswith("find:") and not (folder / name).is_file():
-            raise UserError(f"{kernel.SETTINGS}: {key} = {name!r} is not in the bundle: add --include {name}")
-    template = settings.template
-    if template.endswith(".toml") and not template.startswith("find:") and not (folder / template).is_file():
-        raise UserError(f"{kernel.SETTINGS}: template = {template!r} is not in the bundle: add --include {template}")
-    if settings.recover_config and not settings.recover_config.startswith("find:"):
-        read_toml(folder / settings.recover_config, "recover_config")
-    return settings
-
-
 def _put(path: Path, folder: Path, name: str = "") -> None:
     name = name or path.name
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, and a dataset has none: name its files, each with --include")
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     if (folder / name).exists():

@@ -79,7 +79,7 @@ def bundle(
         return
     alone, named = made.split_adapters(adapter or [])
     made.bundle(made.BundleConfig(
-        output, settings, made.ATTACHED if attach else model, alone, include or (), wheel or (),
+        output, settings, model, alone, include or (), wheel or (),
         adapters=named, attach=attach or (),
     ))  # fmt: skip
 

@@ -12,6 +12,7 @@ import pytest
 from submission.errors import UserError
 from train.divergence import compare
 from train.merge import merge
+from train.shards import Shards
 from train.streamed import streamed_logits
 
 ROWS = [[5, 6, 7, 8, 9], [11, 12], [42, 17, 300]]
@@ -39,11 +40,11 @@ def saved(tiny: Path, tmp_path: Path) -> Saved:
     """Save a random model with a tokenizer, in several files."""
     from submission.backends.transformers.loading import load_tokenizer
 
-    def save(kind: str = "Mistral", dtype: str = "float32", **more: Any) -> Path:
+    def save(kind: str = "Mistral", dtype: str = "float32", max_shard_size: str = "200KB", **more: Any) -> Path:
         import torch
 
         folder = tmp_path / "base"
-        _model(kind, **more).to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="200KB")
+        _model(kind, **more).to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
         load_tokenizer(tiny).save_pretrained(folder)
         return folder
 
@@ -143,6 +144,7 @@ def test_weights_beyond_16_bit_floats_are_written_as_bfloat16(saved: Saved, tmp_
         ({"bias": "all"}, 'bias="all"'),
         ({"modules_to_save": ["norm"]}, "modules_to_save"),
         ({"target_modules": ["embed_tokens", "q_proj"]}, "uses for two layers"),
+        ({"target_modules": ["lm_head", "q_proj"]}, "uses for two layers"),
     ],
 )
 def test_an_adapter_with_more_than_products_is_refused(
@@ -153,6 +155,108 @@ def test_an_adapter_with_more_than_products_is_refused(
     with pytest.raises(UserError, match=said):
         merge(tmp_path / "a", tmp_path / "m", base=str(base))
     assert not (tmp_path / "m").exists()
+
+
+def _rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the tensors of a folder with one file."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def _set(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def test_tied_embeddings_that_are_stored_twice_are_tied(saved: Saved, tmp_path: Path) -> None:
+    base = saved(tie_word_embeddings=True, max_shard_size="1GB")
+    _rewrite(base, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    _adapter(base, tmp_path / "a", target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(UserError, match="uses for two layers"):
+        merge(tmp_path / "a", tmp_path / "m", base=str(base))
+
+
+def test_a_base_of_other_shapes_than_its_configuration_is_refused(saved: Saved, tmp_path: Path) -> None:
+    base = saved()
+    _adapter(base, tmp_path / "a", target_modules=["q_proj"])
+    _set(base, vocab_size=SMALL["vocab_size"] - 50)
+    with pytest.raises(UserError, match=r"lm_head\.weight \(shape \(49152, 64\) instead of \(49102, 64\)\)"):
+        merge(tmp_path / "a", tmp_path / "m", base=str(base))
+
+
+@pytest.mark.parametrize("size", ["200KB", "1GB"], ids=["index", "one file"])
+def test_files_that_do_not_belong_to_a_model_are_passed_over(size: str, saved: Saved, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    base = saved(max_shard_size=size)
+    _adapter(base, tmp_path / "a", target_modules=["q_proj"])
+    save_file({"tok_embeddings.weight": torch.zeros(2), "lm_head.weight": torch.zeros(2)},
+              base / "consolidated.safetensors")  # fmt: skip
+    merge(tmp_path / "a", tmp_path / "m", base=str(base), dtype="float32")
+    files = {file.name for file in base.glob("model*")}
+    assert {file.name for file in (tmp_path / "m").glob("*.safetensors*")} == files
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "not a readable JSON"),
+        ('{"weight_map": []}', "weight_map"),
+        ('{"weight_map": {"a": "../b"}}', "no such file"),
+        ('{"weight_map": {"a": "x.safetensors"}}', "do not hold: a"),
+    ],
+)
+def test_a_broken_index_is_named(content: str, said: str, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"b": torch.zeros(2)}, tmp_path / "x.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match=rf"model\.safetensors\.index\.json .*{said}"):
+        Shards(tmp_path)
+
+
+def test_a_model_of_one_numbered_file_is_merged_to_one_that_loads(saved: Saved, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = saved(max_shard_size="1GB")
+    _adapter(base, tmp_path / "a", target_modules=["q_proj"])
+    (base / "model.safetensors").rename(base / "model-00001-of-00001.safetensors")
+    names = Shards(base).tensors
+    (base / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")})
+    )
+    merge(tmp_path / "a", tmp_path / "m", base=str(base), dtype="float32")
+    _, found = AutoModelForCausalLM.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_a_base_of_eight_bits_is_refused(saved: Saved, tmp_path: Path) -> None:
+    import torch
+
+    base = saved(max_shard_size="1GB")
+    _adapter(base, tmp_path / "a", target_modules=["q_proj"])
+    name = "model.layers.0.mlp.up_proj.weight"
+    _rewrite(base, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
+    with pytest.raises(UserError, match=rf"{name} in F8_E4M3, .* 16 or 32 bits"):
+        merge(tmp_path / "a", tmp_path / "m", base=str(base))
+
+
+def test_what_a_model_has_is_never_passed_over(saved: Saved, tmp_path: Path) -> None:
+    """The class of GPT-2 has transformers pass over `attn.bias`, and it has a `c_attn.bias`."""
+    import torch
+    from safetensors.torch import load_file
+
+    base = saved("GPT2", max_shard_size="1GB")
+    model = _adapter(base, tmp_path / "a", target_modules=["c_attn"], fan_in_fan_out=True)
+    merge(tmp_path / "a", tmp_path / "m", base=str(base), dtype="float32")
+    expected, merged = model.merge_and_unload().state_dict(), load_file(tmp_path / "m" / "model.safetensors")
+    assert merged.keys() == expected.keys() - {"lm_head.weight"}
+    assert all(torch.allclose(tensor, expected[name], atol=1e-6) for name, tensor in merged.items())
 
 
 def test_a_merge_that_went_wrong_is_not_written(saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,9 +285,7 @@ def test_an_adapter_that_holds_no_numbers_is_refused(saved: Saved, tmp_path: Pat
 def test_a_base_in_four_bits_is_refused(saved: Saved, tmp_path: Path) -> None:
     base = saved()
     _adapter(base, tmp_path / "a")
-    config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (base / "config.json").write_text(json.dumps(config))
+    _set(base, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     with pytest.raises(UserError, match="is quantised"):
         merge(tmp_path / "a", tmp_path / "m", base=str(base))
 

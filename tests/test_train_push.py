@@ -20,7 +20,17 @@ from tests.conftest import ROOT
 from tests.kaggle_server import USER, KaggleServer
 from tests.test_publish import needs_client, server
 from train.gguf import Gguf
-from train.push import SLUG, Training, kernel_folder, lay_out_session, make_bundle, missing, push_training, run_session
+from train.push import (
+    SLUG,
+    Training,
+    kernel_folder,
+    lay_out_session,
+    make_bundle,
+    missing,
+    push_training,
+    read_training,
+    run_session,
+)
 from train.session import REPORT, TUNING, Work, take_over
 from train.session import main as session
 from train.sft import _last_checkpoint
@@ -129,6 +139,14 @@ def test_what_is_not_on_kaggle_is_refused(training: Training, tmp_path: Path) ->
     with pytest.raises(UserError, match="is not on Kaggle"):
         make_bundle(replace(training, base=""), tmp_path / "bundle", wheels=False)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_what_cannot_be_trained_on_is_refused_before_anything_is_made(recipe: Path) -> None:
+    assert read_training(recipe, [], "gemma-7b-it", 600).base == BASE
+    with pytest.raises(UserError, match="--base foo: use owner/model"):
+        read_training(recipe, [], "foo", 600)
+    with pytest.raises(UserError, match="--deadline 1s is too short"):
+        read_training(recipe, [], BASE, 1)
 
 
 def test_the_metadata_is_sound_and_names_the_kernels_own_output(training: Training, tmp_path: Path) -> None:

@@ -281,14 +281,18 @@ def gguf(
 def push(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML with [sft], and [gguf] for GGUF files.")],
     base: Annotated[
-        str, typer.Option(help="Kaggle model, owner/model/framework/variation/VERSION. Default: the embedded model.")
+        str,
+        typer.Option(
+            help="Kaggle model: gemma-7b-it or another short name of `bundle --attach`, or "
+            "owner/model/framework/variation/VERSION. Default: the embedded model."
+        ),
     ] = "",
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the bundle to make.")] = Path(
         "training-bundle"
     ),
     settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of [sft]; again for more.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the output of the last session.")] = False,
-    deadline: Annotated[str, typer.Option(help="End the session within this time.")] = "8h30m",
+    deadline: Annotated[str, typer.Option(help="End the session within this time, 10m or more.")] = "8h30m",
     accelerator: Annotated[str, typer.Option(help="Machine shape; none: no GPU.")] = "NvidiaTeslaT4",
     rehearse: Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Rehearse first.")] = True,
     model: Annotated[

@@ -25,7 +25,15 @@ from submission.errors import UserError, first_line
 from train.bases import base_folder
 from train.divergence import LONGEST, MOST_DIVERGENCE, PROBES, Apart, compare
 from train.shards import Shards, write_shards
-from train.streamed import is_ignored, plain_name, skeleton, skeleton_with_adapter, streamed_logits, tensor_names
+from train.streamed import (
+    kept_names,
+    plain_name,
+    shared_names,
+    skeleton,
+    skeleton_with_adapter,
+    streamed_logits,
+    tensor_names,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -148,12 +156,12 @@ def _plan(folder: Path, adapter: Path) -> _Plan:
 
     shards, model = Shards(folder), skeleton(folder)
     names = tensor_names(model, shards)
-    kept = tuple(name for name in shards.tensors if not is_ignored(model, name))
+    kept, shared = kept_names(model, shards), shared_names(model)
     layers: dict[str, Any] = {}
     for name, module in skeleton_with_adapter(model, adapter).named_modules():
         if isinstance(module, LoraLayer):
             weight = f"{plain_name(name)}.weight"
-            if list(names.values()).count(names[weight]) > 1:
+            if weight in shared:
                 raise UserError(
                     f"adapter {adapter} changes {weight}, which the base uses for two layers: it cannot be merged, use "
                     "base and adapter as they are, with --backend transformers --adapter"

@@ -26,6 +26,7 @@ from typing import Any
 from submission.config import from_mapping, read_toml
 from submission.data.files import atomic_folder, read_json, write_json
 from submission.errors import UserError
+from submission.publish.attachable import handle_of
 from submission.publish.bundle import check_replaceable, write_contents
 from submission.publish.client import configured_user
 from submission.publish.datasets import push_dataset, wait_until_ready
@@ -45,6 +46,7 @@ SLUG = "prompt-recovery-training"  # of the kernel
 DATASET = f"{SLUG}-bundle"
 _OWN_PATHS = ("base", "train", "validation")  # of the recipe: they are others on Kaggle
 _TRAINED_WITH = ("trl", "transformers", "peft", "accelerate", "datasets")  # at the versions installed here
+_SHORTEST = 600  # seconds of a session
 _FEW = {"max_steps": 4, "save_every": 2, "evaluate_every": 2, "evaluation_rows": 2, "samples": 0, "rows": 16}
 
 
@@ -75,8 +77,14 @@ def read_training(recipe: Path, settings: Sequence[str], base: str, deadline: fl
     """A recipe's sections [sft] and [gguf].
 
     Raises:
-        UserError: see `read_sft`; an unknown key or bad value of [gguf].
+        UserError: see `read_sft`; an unknown key or bad value of [gguf]; no model of Kaggle; a deadline that is
+            too short to train anything.
     """
+    if deadline < _SHORTEST:
+        raise UserError(
+            f"--deadline {deadline:g}s is too short: a session needs at least {_SHORTEST // 60} minutes"
+        )
+    base = handle_of(base, "--base") if base else ""
     content = read_toml(recipe, "RECIPE")
     gguf = from_mapping(Gguf, section(content, "gguf"), "[gguf]") if "gguf" in content else None
     return Training(read_sft(recipe, settings), gguf, base, deadline)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from submission.backends.transformers.loading import load_config, load_model, with_adapter
 from submission.data.tables import some
 from submission.errors import UserError, first_line
-from train.shards import OtherNames, Shards, check_names
+from train.shards import OtherTensors, Shards, check_tensors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,7 +76,7 @@ def tensor_names(model: Any, shards: Shards) -> dict[str, str]:
     """Names of a skeleton's parameters, and those of their tensors on disk, where one tensor may serve two.
 
     Raises:
-        OtherNames: the files hold other tensors than the model has.
+        OtherTensors: the files hold other tensors than the model has, or of other shapes.
     """
     by_identity: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -84,16 +85,27 @@ def tensor_names(model: Any, shards: Shards) -> dict[str, str]:
     for names in by_identity.values():
         there = [name for name in names if name in shards.tensors]
         found |= {name: name if name in there else there[0] if there else name for name in names}
-    kept = [name for name in shards.tensors if not is_ignored(model, name)]
-    persistent = [name for name in model.state_dict() if name not in found and name in shards.tensors]
-    check_names(shards.folder, kept, [*found.values(), *persistent])
+    own = model.state_dict()
+    persistent = [name for name in own if name not in found and name in shards.tensors]
+    shapes = {found.get(name, name): tuple(tensor.shape) for name, tensor in own.items()}
+    check_tensors(shards, kept_names(model, shards), [*found.values(), *persistent], shapes)
     return found
 
 
-def is_ignored(model: Any, name: str) -> bool:
-    """Whether transformers passes over a tensor of a checkpoint."""
+def kept_names(model: Any, shards: Shards) -> tuple[str, ...]:
+    """The tensors on disk, without those that transformers passes over: patterns name them, and the model has none."""
     patterns = [_IGNORED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
-    return any(re.search(pattern, name) for pattern in patterns)
+    own = set(model.state_dict())
+    return tuple(
+        name for name in shards.tensors if name in own or not any(re.search(pattern, name) for pattern in patterns)
+    )
+
+
+def shared_names(model: Any) -> set[str]:
+    """Names of a skeleton's parameters that serve two layers, such as tied embeddings, however they are stored."""
+    named = [(name, id(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)]
+    times = Counter(identity for _, identity in named)
+    return {name for name, identity in named if times[identity] > 1}
 
 
 def plain_name(name: str) -> str:
@@ -102,12 +114,12 @@ def plain_name(name: str) -> str:
 
 
 def logits_of(folder: Path, adapter: Path | None, rows: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
-    """As `streamed_logits`; a model whose names are unusual is loaded whole, in 32 bits."""
+    """As `streamed_logits`; a model whose tensors are unusual is loaded whole, in 32 bits."""
     import torch
 
     try:
         return streamed_logits(folder, adapter, rows)
-    except OtherNames:
+    except OtherTensors:
         model = load_model(folder, adapter, device="cpu", dtype="float32", load_in_4bit=False)
         with torch.inference_mode():
             return [model(torch.tensor([row])).logits[0].numpy() for row in rows]
@@ -125,7 +137,7 @@ def streamed_logits(folder: Path, adapter: Path | None, rows: Sequence[Sequence[
         for each row an array of shape (tokens, vocabulary).
 
     Raises:
-        UserError: the model is quantised, or the adapter does not fit; `OtherNames` if its names are unusual.
+        UserError: the model is quantised, or the adapter does not fit; `OtherTensors` if its tensors are unusual.
     """
     import torch
 

@@ -57,11 +57,12 @@ def known() -> dict[str, dict[str, Any]]:
     return tomllib.loads(resources.files("submission.publish").joinpath("attachable.toml").read_text("utf-8"))
 
 
-def handle_of(name: str) -> str:
+def handle_of(name: str, option: str = "--attach") -> str:
     """The handle of a model, for `model_sources`.
 
     Args:
         name: a short name, or a handle owner/model/framework/variation/VERSION.
+        option: that gave it, for errors.
 
     Raises:
         UserError: it is neither.
@@ -69,7 +70,7 @@ def handle_of(name: str) -> str:
     if name in known():
         return str(known()[name]["handle"])
     if wrong := check_model(name):
-        raise UserError(f"--attach {name}: {wrong}; short names are {', '.join(known())}")
+        raise UserError(f"{option} {name}: {wrong}; short names are {', '.join(known())}")
     return name
 
 

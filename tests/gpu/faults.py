@@ -61,7 +61,7 @@ class Run:
 def run_kill(check: Check) -> None:
     """Kill the worker of a run, beside a run without that."""
     folder = check.own_folder()
-    rows, tokens = (24, 12) if check.small else (400, 60)
+    rows, tokens = (10, 6) if check.small else (400, 60)
     model = culprit_model(folder / "plain", "")
     whole = predict(check, folder / "whole.csv", model, rows, new_tokens=tokens)
     _put(check, "no fault", whole, {})

@@ -587,7 +587,10 @@ def test_a_configuration_with_find_in_kernel_toml_makes_a_bundle(tmp_path: Path)
         checked_settings(tmp_path)
 
 
-def test_what_is_given_to_a_bundle_is_there_and_used(tmp_path: Path, wheel: Path) -> None:
+def test_what_is_given_to_a_bundle_is_there_and_used(tmp_path: Path) -> None:
+    wheel = tmp_path / "prompt_recovery-1-py3-none-any.whl"
+    zipfile.ZipFile(wheel, "w").close()
+
     def refused(said: str, **given: Any) -> None:
         with pytest.raises(UserError, match=said):
             bundle(BundleConfig(tmp_path / "bundle", wheels=[wheel], **given))

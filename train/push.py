@@ -81,9 +81,7 @@ def read_training(recipe: Path, settings: Sequence[str], base: str, deadline: fl
             too short to train anything.
     """
     if deadline < _SHORTEST:
-        raise UserError(
-            f"--deadline {deadline:g}s is too short: a session needs at least {_SHORTEST // 60} minutes"
-        )
+        raise UserError(f"--deadline {deadline:g}s is too short: a session needs at least {_SHORTEST // 60} minutes")
     base = handle_of(base, "--base") if base else ""
     content = read_toml(recipe, "RECIPE")
     gguf = from_mapping(Gguf, section(content, "gguf"), "[gguf]") if "gguf" in content else None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -78,6 +79,8 @@ def main() -> int:
     if asked.needs:
         print("\n".join(requirements(name for part in parts for name in (*part.needs, *part.uses) if name != "vllm")))
         return 0
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does: the part that runs ends with all that it started
+        signal.signal(number, signal.default_int_handler)
     if asked.folder is not None:
         asked.folder.mkdir(parents=True, exist_ok=True)
         return run(parts, asked, asked.folder)

@@ -194,7 +194,8 @@ def test_an_adapter_with_a_tensor_that_has_no_place_is_refused(tiny: Path, tmp_p
     check_fit(tiny, tmp_path)
     other = down.replace("1", "7")
     for module, a, b in (
-        (down, (4, 64), (64, 4)), (down, (4, 128), (128, 4)), (other, (4, 128), (64, 4)), ("lm_head", (4, 128), (64, 4)),
+        (down, (4, 64), (64, 4)), (down, (4, 128), (128, 4)), (other, (4, 128), (64, 4)),
+        ("lm_head", (4, 128), (64, 4)),
     ):  # fmt: skip
         saved(module, a, b)
         with pytest.raises(UserError, match=rf"no place for \d of its tensors: base_model\.model\.{module}\.lora"):

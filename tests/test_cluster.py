@@ -120,9 +120,9 @@ def test_the_deadline_holds_on_a_cluster(nodes: Any, cli: Cli) -> None:
 def test_workers_that_find_room_begin(
     nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("submission.calls.ray._PLACE_SECONDS", 3.0)
     with opened(scripted(Placement(3, nodes.address, cpus=1)), tmp_path / "a") as first:
         assert numbers(first) == list(range(300))
+        monkeypatch.setattr("submission.calls.ray._PLACE_SECONDS", 5.0)  # they never find room: waited for in vain
         slow = scripted(Placement(2, nodes.address, cpus=1), "seconds_per_row=0.02")
         with opened(slow, tmp_path / "b") as second:
             assert numbers(second) == list(range(300))

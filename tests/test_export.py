@@ -152,7 +152,7 @@ def test_a_recipe_runs_all_stages_and_a_second_time_none(run: Cli, tiny: Path, t
         ("[score]\nbackend = 'transformers'\nbaselines = ['guess']", "unknown baseline 'guess'"),
         ("[score]", "has no [gguf] for [score]"),
         ("[gguf]\n[score]\nquantization = 'Q8_0'", "'Q8_0', which [gguf] does not make"),
-        ("[gguf]\n[score]", "is a transformers folder"),  # llama.cpp cannot answer with the untuned base
+        ("[gguf]\n[score]\nbackend = 'llama_cpp'", "is a transformers folder"),
         ("[gguf]\nllama_cpp = '.'", "is no checkout of llama.cpp"),
     ],
 )

@@ -220,7 +220,7 @@ def test_a_strategy_that_ends_its_process_each_time_gets_the_fallback(fault: str
 
 
 def test_a_hang_past_the_deadline_leaves_what_was_finished(tmp_path: Path, wheel: Path) -> None:
-    settings = SCRIPTED + 'settings = ["hang_ids=9", "hang_holds_gil=true"]\ndeadline = 800\n'
+    settings = SCRIPTED + 'settings = ["hang_ids=9", "hang_holds_gil=true"]\ndeadline = 1500\n'
     outcome = run(tmp_path, make_bundle(tmp_path / "bundle", wheel, settings), IDS, shorten=100)
     check_valid(tmp_path, IDS)
     assert 0 < outcome.report["fallbacks"] < 26

@@ -132,7 +132,7 @@ def test_an_output_must_have_a_name() -> None:
 def test_checkpoints_are_what_the_trainer_calls_so(tmp_path: Path) -> None:
     for name in ("checkpoint-2", "checkpoint-10", "checkpoint-best"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "trainer_state.json").write_text("{}")
+        (tmp_path / name / "trainer_state.json").write_text('{"global_step": 2, "max_steps": 30}')
     (tmp_path / "checkpoint-notes.txt").write_text("mine")
     assert sorted(step for step, _ in _checkpoints(tmp_path)) == [2, 10]
     assert _last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"

@@ -18,6 +18,7 @@ from submission.backends.transformers.sampling import TransformersSampler, draw
 from submission.errors import DeviceLostError
 from submission.types import Chat, Completion, Failure, Message, Part, Request, Sampling
 from tests.conftest import generated, scored
+from tests.tiny_models import bytewise
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}  # fmt: skip
@@ -28,16 +29,9 @@ Make = Callable[..., Path]
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """One token a byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import pre_tokenizers
 
-    vocabulary = {char: number for number, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=bytewise, bos_token="<s>", eos_token="</s>")
-    made.chat_template = TEMPLATE
-    return made
+    return bytewise(sorted(pre_tokenizers.ByteLevel.alphabet()), TEMPLATE)
 
 
 @pytest.fixture(scope="session")

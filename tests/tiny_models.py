@@ -6,6 +6,7 @@ What they answer makes no sense; the rest (chat templates, special tokens, LoRA)
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,6 +73,17 @@ def tiny_adapter(folder: Path, base: Path, seed: int) -> Path:
             torch.nn.init.normal_(weights, std=0.5)
     model.save_pretrained(str(folder))
     return folder
+
+
+def bytewise(tokens: Sequence[str], template: str) -> Any:
+    """A tokenizer of one token a byte: these, by their numbers."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", chat_template=template)
 
 
 def make_tokenizer(kind: Kind) -> Any:

@@ -9,7 +9,6 @@ image's.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -26,6 +25,7 @@ from typing import Any
 from submission.config import from_mapping, read_toml
 from submission.data.files import atomic_folder, read_json, write_json
 from submission.errors import UserError
+from submission.kernel import toml_of
 from submission.publish.attachable import handle_of
 from submission.publish.bundle import check_replaceable, write_contents
 from submission.publish.client import configured_user
@@ -307,7 +307,7 @@ def _roots(training: Training, image: Image) -> list[str]:
 
 
 def _toml(training: Training) -> Iterator[str]:
-    """The settings that the kernel reads: JSON's texts, numbers, booleans and lists are TOML's."""
+    """The settings that the kernel reads."""
     sections: dict[str, dict[str, Any]] = {
         "session": asdict(training.session),
         "sft": {key: value for key, value in asdict(training.sft).items() if key not in _OWN_PATHS},
@@ -315,6 +315,4 @@ def _toml(training: Training) -> Iterator[str]:
     if training.gguf:
         sections["gguf"] = {"quantizations": list(training.gguf.quantizations)}
     for name, values in sections.items():
-        yield f"[{name}]\n"
-        for key, value in values.items():
-            yield f"{key} = {json.dumps(value)}\n"
+        yield f"[{name}]\n{toml_of(values)}"

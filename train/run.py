@@ -120,7 +120,9 @@ def read_run(path: Path, settings: Sequence[str] = (), triplets: Sequence[str] =
     making, makes = None, any(name in content for name in _STAGES)
     has_sets = isinstance(content.get("sft"), dict) and "train" in content["sft"]
     if makes or not ("source" in content or has_sets):
-        making = Making(*(from_mapping(kind, section(content, name), f"[{name}]") for name, kind in _STAGES.items()))
+        making = Making(
+            **{name: from_mapping(kind, section(content, name), f"[{name}]") for name, kind in _STAGES.items()}
+        )
     later: dict[str, Any] = {name: from_mapping(kind, section(content, name), f"[{name}]") if name in content else None
              for name, kind in _LATER.items()}  # fmt: skip
     for name in ("gguf", "score"):

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from submission.errors import BackendError, first_line
+from submission.errors import BackendError, UserError, first_line
 from submission.prompts.encoding import ChatEncoder, EncodedPrompt
 from submission.types import Chat, Completion, Failure, LogLikelihood, Request
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+LEAST_CONTEXT = 128  # tokens: below, no prompt is left of a pair
+END_MARKERS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "</s>")
+"""Special tokens that end an answer wherever a vocabulary has them, whatever its folder says."""
 NOT_FINITE = "the model computes numbers that are not finite"
 
 
@@ -43,6 +46,16 @@ class PendingRequest:
             answers = [self._answers[number] for number in range(count)]
             failed = next((answer for answer in answers if isinstance(answer, Failure)), None)
             yield self.request.key, failed or [answer for answer in answers if isinstance(answer, Completion)]
+
+
+def check_context(context: int, backend: str) -> None:
+    """Refuse a context that no prompt fits.
+
+    Raises:
+        UserError: names the option.
+    """
+    if context < LEAST_CONTEXT:
+        raise UserError(f"option context for backend {backend} must be at least {LEAST_CONTEXT} tokens")
 
 
 def scorable(

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from submission.backends.bounded import bounded, checked_render
+from submission.backends.common import LEAST_CONTEXT
 from submission.backends.plain_tokenizer import without_specials
 from submission.data.files import read_json
 from submission.errors import BackendError, UserError, first_line
-from submission.prompts.encoding import SpecialToken, looks_like_markup, plain_layout
+from submission.prompts.encoding import ChatEncoder, SpecialToken, looks_like_markup, plain_layout
 
 _BLANK = "\u2581"  # what SentencePiece writes for a blank
 
@@ -34,7 +35,7 @@ class FolderTokenizer:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise UserError(f"model {folder} has no tokenizer.json")
-        self._config = _read(folder / "tokenizer_config.json")
+        self._config = read_table(folder / "tokenizer_config.json")
         try:
             description = json.loads(file.read_text(encoding="utf-8"))
             whole = Tokenizer.from_str(json.dumps(description))
@@ -95,7 +96,7 @@ class FolderTokenizer:
         }
 
     def _end_tokens(self, folder: Path) -> set[int]:
-        named = _read(folder / "generation_config.json").get("eos_token_id")
+        named = read_table(folder / "generation_config.json").get("eos_token_id")
         listed = named if isinstance(named, list) else [named]
         ends = {number for number in listed if isinstance(number, int)}
         eos = self._whole.token_to_id(_text(self._config.get("eos_token")))
@@ -109,6 +110,26 @@ class FolderTokenizer:
         if isinstance(found, list):  # several by name
             found = next((one.get("template") for one in found if one.get("name") == "default"), None)
         return found if isinstance(found, str) else ""
+
+
+def folder_encoder(folder: Path, context: int, config: Mapping[str, Any]) -> tuple[ChatEncoder, FolderTokenizer]:
+    """The encoder of a folder, and its tokenizer.
+
+    Args:
+        folder: of a model.
+        context: tokens of a prompt and its answer; no more than the model was trained with.
+        config: of the model.
+
+    Raises:
+        UserError: it was trained with fewer than a prompt takes.
+    """
+    tokenizer = FolderTokenizer(folder)
+    trained = config.get("max_position_embeddings")
+    if trained is None:
+        return ChatEncoder(tokenizer, context), tokenizer
+    if type(trained) is not int or trained < LEAST_CONTEXT:
+        raise UserError(f"{folder / 'config.json'}: max_position_embeddings is {trained!r:.40}, which no prompt fits")
+    return ChatEncoder(tokenizer, min(context, trained)), tokenizer
 
 
 def _renderer(template: str, config: Mapping[str, Any]) -> Any:
@@ -133,7 +154,8 @@ def _renderer(template: str, config: Mapping[str, Any]) -> Any:
     return lambda messages: made.render(messages=list(messages), add_generation_prompt=True, tools=None, **names)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_table(file: Path) -> dict[str, Any]:
+    """The content of a JSON file; empty where it is missing or holds something else."""
     content = read_json(file) if file.is_file() else {}
     return content if isinstance(content, dict) else {}
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from submission.data.files import read_json
+from submission.data.hashing import content_hash
 from submission.data.outputs import manifest_path
 from submission.errors import MissingExtra, UserError
 
@@ -111,6 +112,20 @@ def resolve_folder(model: str) -> Path:
     if not list(path.glob("*.safetensors")):
         raise UserError(f"model {path} has no weights: no *.safetensors file is in it (pickled *.bin is not loaded)")
     return path
+
+
+def folder_fingerprint(
+    model: str, adapter: Path | None, *, context: int, dtype: str, load_in_4bit: bool
+) -> dict[str, str]:
+    """What decides the answers of a transformers folder: weights, adapter, precision and the room for a prompt."""
+    marks = {
+        "model": content_hash(resolve_folder(model)),
+        "context": str(context),
+        "precision": f"{dtype}{', 4 bit' if load_in_4bit else ''}",
+    }
+    if adapter:
+        marks["adapter"] = content_hash(adapter)
+    return marks
 
 
 def check_gguf_adapter(adapter: Path | None) -> None:

@@ -180,12 +180,13 @@ def find_recover(name: str) -> RecoverSource:
             found = getattr(found, part)
         if not callable(found):
             raise UserError(f"recover {name} is neither a function nor a class")
+        check_config = getattr(found, "check_config", lambda _: None)
 
     def make(setup: Setup) -> Recover:
         with _user_code(name, "it cannot be made"):
             return cast(Callable[[Setup], Recover], found)(setup) if inspect.isclass(found) else cast(Recover, found)
 
-    return RecoverSource(name, make, getattr(found, "check_config", lambda _: None))
+    return RecoverSource(name, make, check_config)
 
 
 @contextmanager

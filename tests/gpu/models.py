@@ -100,17 +100,12 @@ def _save_llama(folder: Path, tokenizer: Any, sizes: Sequence[int], *, untied: b
 
 def _bytewise() -> Any:
     """A tokenizer of one token a byte, `CULPRIT` the last one."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import pre_tokenizers
+
+    from tests.tiny_models import bytewise
 
     alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {CULPRIT})
-    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *alphabet, CULPRIT])}
-    bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=bytewise, bos_token="<s>", eos_token="</s>")
-    made.chat_template = _TEMPLATE
-    return made
+    return bytewise(["<s>", "</s>", *alphabet, CULPRIT], _TEMPLATE)
 
 
 def base_model(check: Check, shape: str) -> Path:

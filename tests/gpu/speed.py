@@ -59,12 +59,7 @@ class _Bench:
 
 def run(check: Check, shape: str) -> None:
     """Time a shape in 16 bits and in nf4."""
-    folder = base_model(check, shape)
-    size = _SMALL if check.small else _WHOLE
-    width = _width(check)
-    pace = measure(check.device, width, small=check.small)
-    _put_pace(check, pace, width)
-    release()
+    folder, size, width, pace = _prepared(check, shape)
     model = ModelShape.from_config(read_json(folder / "config.json"))
     ways = {width: (Precision(16), f"dtype={width}"), "nf4": (Precision(4), "load_in_4bit=true")}
     for name, (precision, setting) in ways.items():
@@ -88,12 +83,7 @@ def run_vllm(check: Check, shape: str) -> None:
     """Time a shape by vLLM, on the same rows."""
     from submission.backends import model_spec
 
-    folder = base_model(check, shape)
-    size = _SMALL if check.small else _WHOLE
-    width = _width(check)
-    pace = measure(check.device, width, small=check.small)
-    _put_pace(check, pace, width)
-    release()
+    folder, size, width, pace = _prepared(check, shape)
     began = time.perf_counter()
     backend: Any = model_spec("vllm", str(folder), settings=[f"dtype={width}"]).load()
     check.put("vllm: loading", time.perf_counter() - began, "s")
@@ -103,6 +93,16 @@ def run_vllm(check: Check, shape: str) -> None:
     _answers(bench, "greedy", 1, max(size.batches), None)
     _answers(bench, f"{size.samples} samples a row", size.samples, max(size.batches), None)
     _likelihoods(bench)
+
+
+def _prepared(check: Check, shape: str) -> tuple[Path, _Size, str, Pace]:
+    """The folder of a shape, how much of it is timed, the dtype of 16 bits, and the pace of the device."""
+    folder = base_model(check, shape)
+    width = _width(check)
+    pace = measure(check.device, width, small=check.small)
+    _put_pace(check, pace, width)
+    release()
+    return folder, _SMALL if check.small else _WHOLE, width, pace
 
 
 def _width(check: Check) -> str:

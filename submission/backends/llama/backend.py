@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from submission.backends.common import PendingRequest, memory_budget, scorable, thread_count
+from submission.backends.common import PendingRequest, check_context, memory_budget, scorable, thread_count
 from submission.backends.hardware import free_gpu_memory, visible_gpus
 from submission.backends.llama.library import (
     cache_bytes_per_token,
@@ -69,8 +69,7 @@ def check(spec: ModelSpec) -> None:
     """Refuse a model or adapter that is not what this backend loads."""
     resolve_gguf(spec.model)
     check_gguf_adapter(adapter_of(spec.model, spec.adapter))
-    if spec.options.context < 128:
-        raise UserError("option context for backend llama_cpp must be at least 128 tokens")
+    check_context(spec.options.context, "llama_cpp")
     if spec.options.batch < 1:
         raise UserError("option batch for backend llama_cpp must be at least 1")
     if spec.options.streams > 255:

@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from submission.backends.common import PendingRequest, memory_budget, processor_has, scorable, thread_count
+from submission.backends.common import (
+    PendingRequest,
+    check_context,
+    memory_budget,
+    processor_has,
+    scorable,
+    thread_count,
+)
 from submission.backends.models import (
     OPENVINO_MODEL,
     PACKAGED,
@@ -27,7 +34,6 @@ from submission.backends.models import (
 )
 from submission.backends.openvino.weights import made_folder
 from submission.backends.sampling import PendingAnswer
-from submission.data.files import read_json
 from submission.data.hashing import content_hash
 from submission.errors import UserError
 from submission.prompts.encoding import ChatEncoder
@@ -41,7 +47,6 @@ if TYPE_CHECKING:
 _STREAMS = 24  # answers on their way at once: more gain nothing, and each takes memory
 _CELLS = 256  # tokens of the cache for each of so many; longer ones are fewer at a time
 _MOST_STREAMS = 128
-_LEAST_CONTEXT = 128
 _DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -72,8 +77,7 @@ def check(spec: ModelSpec) -> None:
     options = spec.options
     if options.dtype not in _DTYPES:
         raise UserError(f"option dtype={options.dtype!r} for backend openvino is none of {', '.join(_DTYPES)}")
-    if options.context < _LEAST_CONTEXT:
-        raise UserError(f"option context for backend openvino must be at least {_LEAST_CONTEXT} tokens")
+    check_context(options.context, "openvino")
     for name, least in (("batch", 1), ("streams", 0), ("threads", 0), ("memory", 0)):
         if getattr(options, name) < least:
             raise UserError(f"option {name} for backend openvino must be at least {least}")
@@ -206,16 +210,9 @@ def opened(spec: ModelSpec) -> Iterator[Path]:
 
 
 def _encoder(folder: Path, context: int) -> tuple[ChatEncoder, FolderTokenizer]:
-    from submission.backends.folder_tokenizer import FolderTokenizer
+    from submission.backends.folder_tokenizer import folder_encoder, read_table
 
-    tokenizer = FolderTokenizer(folder)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    trained = config.get("max_position_embeddings") if isinstance(config, dict) else None
-    if trained is None:
-        return ChatEncoder(tokenizer, context), tokenizer
-    if type(trained) is not int or trained < _LEAST_CONTEXT:
-        raise UserError(f"{folder / 'config.json'}: max_position_embeddings is {trained!r:.40}, which no prompt fits")
-    return ChatEncoder(tokenizer, min(context, trained)), tokenizer
+    return folder_encoder(folder, context, read_table(folder / "config.json"))
 
 
 def dtype_of(asked: str) -> str:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from submission.backends.common import PendingRequest, scorable, thread_count
-from submission.backends.models import check_peft_adapter, resolve_folder
+from submission.backends.common import PendingRequest, check_context, scorable, thread_count
+from submission.backends.models import check_peft_adapter, folder_fingerprint, resolve_folder
 from submission.backends.transformers.batches import Batches
 from submission.backends.transformers.devices import BALANCED
 from submission.backends.transformers.generation import Generator
@@ -27,7 +27,6 @@ from submission.backends.transformers.loading import (
 from submission.backends.transformers.memory import TOKENS, Room, footprint, free_bytes
 from submission.backends.transformers.prefixes import Prefixes
 from submission.backends.transformers.tokenizer import HfTokenizer
-from submission.data.hashing import content_hash
 from submission.errors import PromptRecoveryError, UserError, first_line
 from submission.prompts.encoding import ChatEncoder
 from submission.types import Chat, Completion, Failure, LogLikelihood, Request
@@ -86,21 +85,15 @@ def check(spec: ModelSpec) -> None:
         raise UserError(f"option dtype={spec.options.dtype!r} must be auto, float32, bfloat16 or float16")
     if spec.options.device == BALANCED and spec.placement.ray:
         raise UserError("device=balanced takes the GPUs of one machine: leave --ray out")
-    if spec.options.context < 128:
-        raise UserError("option context for backend transformers must be at least 128 tokens")
+    check_context(spec.options.context, "transformers")
 
 
 def fingerprint(spec: ModelSpec) -> dict[str, str]:
-    """What decides the answers: weights, adapter, precision and the room for a prompt."""
+    """See `folder_fingerprint`."""
     options = spec.options
-    marks = {
-        "model": content_hash(resolve_folder(spec.model)),
-        "context": str(options.context),
-        "precision": f"{options.dtype}{', 4 bit' if options.load_in_4bit else ''}",
-    }
-    if spec.adapter:
-        marks["adapter"] = content_hash(spec.adapter)
-    return marks
+    return folder_fingerprint(
+        spec.model, spec.adapter, context=options.context, dtype=options.dtype, load_in_4bit=options.load_in_4bit
+    )
 
 
 def load(spec: ModelSpec) -> Transformers:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from submission.backends.common import END_MARKERS
 from submission.backends.transformers.devices import (
     check_fits,
     choose_dtype,
@@ -192,8 +193,7 @@ def end_tokens(model: Any, tokenizer: HfTokenizer) -> list[int]:
     """All ids that end an answer: the model's, the tokenizer's and the usual end-of-turn markers."""
     configured = model.generation_config.eos_token_id
     ends = [*(configured if isinstance(configured, list) else [configured]), tokenizer.hf.eos_token_id]
-    markers = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "</s>")
-    ends += [tokenizer.specials[name].id for name in markers if name in tokenizer.specials]
+    ends += [tokenizer.specials[name].id for name in END_MARKERS if name in tokenizer.specials]
     found = [end for end in dict.fromkeys(ends) if end is not None]
     if not found:
         raise UserError("the model names no end-of-text token")

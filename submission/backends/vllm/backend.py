@@ -10,25 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from submission.backends.common import PendingRequest, scorable
-from submission.backends.folder_tokenizer import FolderTokenizer
+from submission.backends.common import END_MARKERS, PendingRequest, scorable
+from submission.backends.folder_tokenizer import FolderTokenizer, folder_encoder
 from submission.backends.hardware import nvidia_smi
-from submission.backends.models import check_peft_adapter, resolve_folder
+from submission.backends.models import check_peft_adapter, folder_fingerprint, resolve_folder
 from submission.backends.vllm.engine import Engine
 from submission.backends.vllm.jobs import SampleJob, TextJob
-from submission.backends.vllm.options import LEAST_CONTEXT, Options, adapter_rank, check_gpus, check_options
-from submission.data.files import read_json
-from submission.data.hashing import content_hash
+from submission.backends.vllm.options import Options, adapter_rank, check_gpus, check_options, text_config
 from submission.errors import BackendError, PromptRecoveryError, UserError, first_line
 from submission.prompts.encoding import ChatEncoder
 from submission.types import Chat, Completion, Failure, LogLikelihood, Request
 
 if TYPE_CHECKING:
     from submission.backends import ModelSpec
-
-_END_MARKERS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "</s>")
 
 
 def check(spec: ModelSpec) -> None:
@@ -52,16 +48,11 @@ def check(spec: ModelSpec) -> None:
 
 
 def fingerprint(spec: ModelSpec) -> dict[str, str]:
-    """What decides the answers: weights, adapter, precision and the room for a prompt."""
+    """See `folder_fingerprint`."""
     options = spec.options
-    marks = {
-        "model": content_hash(resolve_folder(spec.model)),
-        "context": str(options.context),
-        "precision": f"{options.dtype}{', 4 bit' if options.load_in_4bit else ''}",
-    }
-    if spec.adapter:
-        marks["adapter"] = content_hash(spec.adapter)
-    return marks
+    return folder_fingerprint(
+        spec.model, spec.adapter, context=options.context, dtype=options.dtype, load_in_4bit=options.load_in_4bit
+    )
 
 
 def load(spec: ModelSpec) -> Vllm:
@@ -90,7 +81,7 @@ class Vllm:
 
     def __init__(self, model: Path, adapter: Path | None, options: Options) -> None:
         self.encoder, self.tokenizer = _encoder(model, options.context)
-        names = (name for name in _END_MARKERS if name in self.tokenizer.specials)
+        names = (name for name in END_MARKERS if name in self.tokenizer.specials)
         self.tokenizer.ends |= {self.tokenizer.specials[name].id for name in names}
         self._engine = Engine(model, adapter, options, self.encoder.context)
 
@@ -126,10 +117,4 @@ class Vllm:
 
 
 def _encoder(model: Path, context: int) -> tuple[ChatEncoder, FolderTokenizer]:
-    tokenizer = FolderTokenizer(model)
-    config: Any = read_json(model / "config.json", "model configuration")
-    config = config.get("text_config", config) if isinstance(config, dict) else {}
-    trained = config.get("max_position_embeddings")
-    if trained is not None and (type(trained) is not int or trained < LEAST_CONTEXT):
-        raise UserError(f"{model / 'config.json'}: max_position_embeddings is {trained!r:.40}, which no prompt fits")
-    return ChatEncoder(tokenizer, min(context, trained or context)), tokenizer
+    return folder_encoder(model, context, text_config(model))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from submission.backends.common import check_context
 from submission.data.files import read_json
 from submission.errors import UserError, first_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-LEAST_CONTEXT = 128
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of adapters that vLLM makes room for
 _LEAST_CAPABILITY = 7.0  # of the GPUs that vLLM is built for
 _MODERN = 8.0  # Ampere: bfloat16, and shared memory enough for heads of 256
@@ -51,8 +52,7 @@ def check_options(options: Options) -> None:
     """
     if options.dtype not in DTYPES:
         raise UserError(f"option dtype={options.dtype!r} for backend vllm is none of {', '.join(DTYPES)}")
-    if options.context < LEAST_CONTEXT:
-        raise UserError(f"option context for backend vllm must be at least {LEAST_CONTEXT} tokens")
+    check_context(options.context, "vllm")
     for name in ("streams", "memory", "threads"):
         if getattr(options, name) < 0:
             raise UserError(f"option {name} for backend vllm must be at least 0")
@@ -93,13 +93,18 @@ def check_gpus(model: Path, dtype: str, gpus: Iterable[str]) -> None:
 
 def head_size(model: Path) -> int:
     """The size of an attention head by the configuration of a folder; 0 if it does not say."""
-    config = read_json(model / "config.json", "model configuration")
-    config = config.get("text_config", config) if isinstance(config, dict) else {}
-    config = config if isinstance(config, dict) else {}
+    config = text_config(model)
     size, width, heads = (config.get(name) for name in ("head_dim", "hidden_size", "num_attention_heads"))
     if isinstance(size, int):
         return size
     return width // heads if isinstance(width, int) and isinstance(heads, int) and heads > 0 else 0
+
+
+def text_config(model: Path) -> Mapping[str, Any]:
+    """The configuration of a folder's language model; empty where it is of another kind."""
+    config = read_json(model / "config.json", "model configuration")
+    config = config.get("text_config", config) if isinstance(config, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
 def adapter_rank(adapter: Path) -> int:

@@ -71,7 +71,7 @@ def identity(marks: Mapping[str, str]) -> str:
 
 
 def _chat(chat: Chat) -> list[Any]:
-    parts = [[message.role, *([part.text, part.trusted] for part in message.parts)] for message in chat.messages]
+    parts = [[message.role, *[[part.text, part.trusted] for part in message.parts]] for message in chat.messages]
     return [parts, chat.prefix]
 
 
@@ -157,7 +157,10 @@ def _count(value: Any) -> int:
 
 
 def _timed_completions(answer: list[Completion], seconds: float) -> list[Completion]:
-    return [replace(one, seconds=seconds) for one in answer]
+    return [
+        Completion(one.text, one.logprob, one.tokens, one.finish_reason, one.prompt_tokens, one.truncated, seconds)
+        for one in answer
+    ]  # `replace` takes three times as long
 
 
 def _untimed(answer: Any, seconds: float) -> Any:

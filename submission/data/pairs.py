@@ -5,11 +5,14 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from submission.data.scratch import key_of, scratch, text_of
 from submission.data.tables import PAIR_COLUMNS, checked, digest_pairs, stream_table
 from submission.types import Pair
+
+_BLOCK = 100  # rows that are stored with one statement
 
 
 class Pairs:
@@ -49,10 +52,13 @@ class Pairs:
         return _Ids(self._rows, self._count)
 
     def _read(self, path: Path, encoding: str) -> Iterator[Pair]:
-        for row in checked(path, stream_table(path, PAIR_COLUMNS, encoding)):
-            self._count += 1
-            self._rows.execute("INSERT INTO pairs VALUES (?, ?, ?, ?)", (self._count, *map(key_of, row.cells)))
-            yield Pair(*row.cells)
+        rows = checked(path, stream_table(path, PAIR_COLUMNS, encoding))
+        while block := list(islice(rows, _BLOCK)):
+            cells = ((number, *map(key_of, row.cells)) for number, row in enumerate(block, self._count + 1))
+            self._rows.executemany("INSERT INTO pairs VALUES (?, ?, ?, ?)", cells)
+            self._count += len(block)
+            for row in block:
+                yield Pair(*row.cells)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ensemble.candidates import Candidate
-from ensemble.selectors import consensus, judges, likelihood, simple
+from ensemble.selectors import consensus, judges, likelihood, posterior, simple
 from ensemble.selectors.asking import Asking, Selector
 from ensemble.selectors.combine import combined
 from eval.encoders import Encoder
@@ -86,6 +86,11 @@ SELECTORS: dict[str, SelectorEntry] = {
     ),
     "likelihood_gain": SelectorEntry(
         "the same, less that under a generic prompt", lambda tools: likelihood.Gain(_target(tools)), "target"
+    ),
+    "posterior": SelectorEntry(
+        "expected score by the metric, candidates weighted by recoverer and target model",
+        lambda tools: posterior.Posterior(tools.encoder, _target(tools)),
+        "target",
     ),
     "judge_pick": SelectorEntry(
         "a judge's probability of the candidate's letter, mean over rotations",

@@ -1,0 +1,90 @@
+"""The posterior: which candidate scores best if each is the truth as probably as recoverer and target model say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ensemble.candidates import Candidate
+from ensemble.selectors.likelihood import Likelihood
+from eval.encoders import Encoder
+from eval.metric import sharpened_cosines
+from submission.calls.likelihoods import Likelihoods
+from submission.types import Pair
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """How much each kind of evidence counts, as powers.
+
+    Attributes:
+        likelihood: of P(rewrite | candidate, original) by the target model.
+        logprob: of P(candidate | pair) by the recoverer that drew it.
+        draws: of the number of draws. They are drawn by P(candidate | pair) already, so it is one or the other.
+    """
+
+    likelihood: float = 1.0
+    logprob: float = 1.0
+    draws: float = 0.0
+
+
+class Posterior(Likelihood):
+    """Minimum Bayes risk by the metric, each candidate weighted by the noisy channel.
+
+    P(candidate | pair) is the recoverer's, P(rewrite | candidate, original) the target model's: their product is the
+    noisy channel (Yee et al., arXiv 1908.05731), and weights by a model instead of by counts are those of MBMBR (arXiv
+    2311.05263). Where a likelihood failed, the recoverer alone decides.
+
+    Args:
+        encoder: of the metric.
+        target: the model that made the rewrites.
+        evidence: how much each kind counts.
+    """
+
+    def __init__(self, encoder: Encoder, target: Likelihoods, evidence: Evidence = Evidence()) -> None:
+        super().__init__(target)
+        self._encoder, self._evidence = encoder, evidence
+
+    def __call__(self, pair: Pair, candidates: Sequence[Candidate], /) -> list[float]:
+        """Expected score of each candidate, from -1 to 1."""
+        sums = [known.sum for known in self.answers(pair, candidates)]
+        vectors = self._encoder.embed([candidate.text for candidate in candidates])
+        expected: list[float] = (
+            sharpened_cosines(vectors, vectors) @ weights(candidates, sums, self._evidence)
+        ).tolist()
+        return expected
+
+
+def weights(candidates: Sequence[Candidate], sums: Sequence[float], evidence: Evidence) -> NDArray[np.float64]:
+    """The probability of each candidate among them, shape (candidates,).
+
+    Args:
+        candidates: with their draws.
+        sums: log P(rewrite | candidate, original) in nats; NaN where it is not known.
+        evidence: how much each kind counts.
+    """
+    import numpy as np
+
+    logs = evidence.draws * np.log([len(candidate.draws) for candidate in candidates])
+    if all(math.isfinite(value) for value in sums):
+        logs = logs + evidence.likelihood * np.array(sums)
+    logs = logs + evidence.logprob * _logprobs(candidates)
+    parts = np.exp(logs - logs.max())
+    probabilities: NDArray[np.float64] = parts / parts.sum()
+    return probabilities
+
+
+def _logprobs(candidates: Sequence[Candidate]) -> NDArray[np.float64]:
+    """The recoverer's log P of each candidate, nats; one of other origin, noted as 0, is as the least of the others."""
+    import numpy as np
+
+    found = np.array([max(draw.logprob for draw in candidate.draws) for candidate in candidates], float)
+    known = found[np.isfinite(found) & (found < 0)]
+    least = known.min() if len(known) else 0.0
+    return np.where(np.isfinite(found) & (found < 0), found, least)

@@ -1,0 +1,78 @@
+"""The posterior over candidates: recoverer, target model and metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ensemble.candidates import Candidate, Draw
+from ensemble.selectors.posterior import Evidence, Posterior, weights
+from submission.calls.likelihoods import Likelihoods
+from submission.types import Chat, Failure, LogLikelihood, Pair
+
+PAIR = Pair("1", "An original text.", "A rewritten text.")
+
+
+class _Target:
+    """Answers with the log-probability that a prompt stands for; None fails."""
+
+    def __init__(self, sums: dict[str, float | None]) -> None:
+        self._sums = sums
+
+    def loglikelihood(self, items: Iterable[tuple[str, Chat, str]]) -> Iterator[tuple[str, LogLikelihood | Failure]]:
+        for key, chat, _ in items:
+            said = "".join(part.text for message in chat.messages for part in message.parts)
+            value = next(value for prompt, value in self._sums.items() if prompt in said)
+            yield key, Failure("lost") if value is None else LogLikelihood(value, 10, 20, 0.1)
+
+
+class _Encoder:
+    """Puts texts at angles in a plane: the number in a text, in degrees."""
+
+    def embed(self, texts: Sequence[str]) -> Any:
+        angles = np.radians([float(text.split()[-1]) for text in texts])
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def _candidates(*told: tuple[str, float, int]) -> list[Candidate]:
+    return [Candidate(text, tuple(Draw("s", number, logprob, 5) for number in range(draws)))
+            for text, logprob, draws in told]  # fmt: skip
+
+
+def _choice(candidates: list[Candidate], sums: dict[str, float | None]) -> str:
+    encoder: Any = _Encoder()
+    scores = Posterior(encoder, Likelihoods(_Target(sums)))(PAIR, candidates)
+    assert all(-1 <= score <= 1 for score in scores)
+    return candidates[int(np.argmax(scores))].text
+
+
+THREE = _candidates(("style 0", -2.0, 5), ("style 60", -4.0, 1), ("style 65", -4.0, 1))
+
+
+def test_both_models_are_believed() -> None:
+    assert _choice(THREE, {"style 0": -50.0, "style 60": -50.0, "style 65": -50.0}) == "style 0"  # the likelier answer
+    assert _choice(THREE, {"style 0": -50.0, "style 60": -40.0, "style 65": -52.0}) == "style 60"  # what explains more
+    # The metric: two that are near each other share what either wins.
+    assert _choice(THREE, {"style 0": -50.0, "style 60": -48.4, "style 65": -48.4}) in ("style 60", "style 65")
+    assert weights(THREE, [-50.0, -48.4, -48.4], Evidence()).argmax() == 0
+
+
+def test_corners_are_the_selectors_that_it_joins() -> None:
+    sums = [-50.0, -45.0, -60.0]
+    assert weights(THREE, sums, Evidence(1, 0, 0)).argmax() == 1  # likelihood
+    assert weights(THREE, sums, Evidence(0, 1, 0)).argmax() == 0  # logprob_total
+    assert weights(THREE, sums, Evidence(0, 0, 1)) == pytest.approx([5 / 7, 1 / 7, 1 / 7])  # consensus
+    assert weights(THREE, sums, Evidence(0, 0, 0)) == pytest.approx([1 / 3] * 3)
+
+
+def test_what_is_not_known_decides_nothing() -> None:
+    assert _choice(THREE, {"style 0": -90.0, "style 60": None, "style 65": -10.0}) == "style 0"
+    odd = _candidates(("style 0", 0.0, 1), ("style 60", -3.0, 1), ("style 65", math.nan, 1))
+    assert weights(odd, [-1.0, -1.0, -1.0], Evidence()) == pytest.approx([1 / 3] * 3)
+    assert weights(THREE, [-1e6, -2e6, -3e6], Evidence()) == pytest.approx([1, 0, 0])
+    one = _candidates(("style 7", -3.0, 1))
+    assert _choice(one, {"style 7": -5.0}) == "style 7"

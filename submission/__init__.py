@@ -1,9 +1,14 @@
 """submission: the offline batch predictor.
 
-python -m submission predict examples/test.csv -o submission.csv
+    python -m submission predict examples/test.csv -o submission.csv
+
+and as a function, `recover`.
 """
 
+from __future__ import annotations
+
 import time
+from typing import TYPE_CHECKING, Any
 
 from submission.errors import BackendError, MissingExtra, PromptRecoveryError, UserError
 from submission.types import (
@@ -23,6 +28,9 @@ from submission.types import (
     Sampling,
     Triplet,
 )
+
+if TYPE_CHECKING:
+    from submission.predict.recover import recover
 
 __version__ = "0.1.0"
 
@@ -51,4 +59,14 @@ __all__ = [
     "Triplet",
     "UserError",
     "__version__",
+    "recover",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`recover` is imported when it is asked for: commands and workers start without it."""
+    if name == "recover":
+        from submission.predict.recover import recover
+
+        return recover
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,144 @@
+"""The predictor as a function, for notebooks and programs.
+
+from submission import Pair, recover
+
+recover([Pair("1", "The shoe may be refused.", "Arr, the boot be refused!")])[0].text
+frame["rewrite_prompt"] = [found.text for found in recover(frame)]
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from submission.backends import AUTO, model_spec
+from submission.backends.hardware import Placement
+from submission.backends.models import TUNED
+from submission.calls.log import Log, is_log
+from submission.calls.models import Limits, open_models
+from submission.calls.supervisor import DeadlineReached
+from submission.data.tables import PAIR_COLUMNS, has_text
+from submission.errors import UserError
+from submission.predict.asking import answer_all
+from submission.predict.outcome import BLANK_INPUT, DEADLINE, NO_ANSWER
+from submission.predict.plan import choose_template
+from submission.predict.strategies import DEFAULT_PROMPT, Setup, find_recover, roles_of
+from submission.types import Budget, Pair, Prediction, Sampling, Triplet
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def recover(
+    pairs: Iterable[Pair] | pd.DataFrame,
+    *,
+    model: str = TUNED,
+    backend: str = AUTO,
+    adapter: str | Path | None = None,
+    settings: Sequence[str] = (),
+    template: str = "",
+    shots: Sequence[Triplet] = (),
+    sampling: Sampling = Sampling(),
+    strategy: str = "",
+    config: Mapping[str, Any] | None = None,
+    fallback: str = DEFAULT_PROMPT,
+    workers: int = 1,
+    log: str | Path | None = None,
+    seconds: float | None = None,
+) -> list[Prediction]:
+    """Recover the prompt behind each pair; what `python -m submission predict` does, without files.
+
+    Args:
+        pairs: with ids that differ; or a DataFrame with the columns id, original_text, rewritten_text.
+        model: `embedded-tuned`, `embedded`, a GGUF file or a transformers folder.
+        backend: `auto` chooses by the model; see `predict --help`.
+        adapter: LoRA adapter.
+        settings: options of the backend, such as `context=2048`.
+        template: layout of the prompt; "" takes what the model was trained on.
+        shots: solved examples that are shown before each pair.
+        sampling: how answers are drawn.
+        strategy: zero_shot, few_shot, constant, or `module:object`; "" for few_shot with shots, zero_shot without.
+        config: options of the strategy.
+        fallback: the text of rows that failed.
+        workers: copies of the model; 0 for one on each GPU.
+        log: file that keeps every call, so that the same calls are not computed again; None keeps none.
+        seconds: after which the rows that are left get the fallback; None for no limit.
+
+    Returns:
+        a prediction for each pair, in the same order. Where `status` is not "ok" the text is the fallback, and `reason`
+        says why.
+
+    Raises:
+        UserError: an option, an id or a column is wrong, or a model is missing.
+    """
+    asked = _pairs(pairs)
+    budget = Budget(None if seconds is None else time.monotonic() + seconds)
+    place = Path(adapter).expanduser() if adapter else None
+    layout = choose_template(template, model, place, shots=bool(shots))
+    placement = Placement(workers)
+    spec = cache(lambda: model_spec(backend, model, place, list(settings), placement))
+    setup = Setup(spec, layout, list(shots), sampling, config or {}, placement)
+    made = find_recover(strategy or ("few_shot" if shots else "zero_shot")).make(setup)
+    found: dict[str, Prediction] = {}
+    with tempfile.TemporaryDirectory(prefix="prompt-recovery-") as folder:
+        file = Path(log).expanduser() if log else Path(folder) / "calls.jsonl"
+        if file.exists() and not is_log(file):
+            raise UserError(f"{file} is no log of model calls: name another file")
+        calls = Log(file)
+        with open_models(roles_of(made, setup), calls, Limits(budget.end)) as models, suppress(DeadlineReached):
+            rows = (pair for pair in asked if has_text(pair.rewritten_text))
+            for prediction in answer_all(made, rows, models, budget, found.__contains__):
+                known = found.get(prediction.id)
+                if known is None or prediction.status == "ok" or known.status != "ok":
+                    found[prediction.id] = prediction
+                if budget.remaining() == 0:
+                    break
+    late = budget.remaining() == 0
+    return [_whole(pair, found.get(pair.id), fallback, late=late) for pair in asked]
+
+
+def _pairs(given: Iterable[Pair] | pd.DataFrame) -> list[Pair]:
+    table: Any = given
+    columns = getattr(table, "columns", None)
+    pairs: list[Pair]
+    if columns is None:
+        pairs = list(table)
+        odd = next((pair for pair in pairs if not isinstance(pair, Pair)), None)
+        if odd is not None:
+            raise UserError(f"pairs must be Pair(id, original_text, rewritten_text), not {type(odd).__name__}")
+    else:
+        missing = [name for name in PAIR_COLUMNS if name not in list(columns)]
+        if missing:
+            raise UserError(f"the table lacks the column {', '.join(missing)}; it has: {', '.join(map(str, columns))}")
+        cells = ([_text(value) for value in table[name].tolist()] for name in PAIR_COLUMNS)
+        pairs = [Pair(*row) for row in zip(*cells, strict=True)]
+    seen: set[str] = set()
+    for pair in pairs:
+        if not pair.id.strip() or pair.id in seen:
+            raise UserError(f"id {pair.id!r} is null, or is there twice: every pair needs an id of its own")
+        seen.add(pair.id)
+    return pairs
+
+
+def _text(value: Any) -> str:
+    """A cell as text; None and NaN, which no text equals, are blank."""
+    return "" if value is None or value != value else str(value)
+
+
+def _whole(pair: Pair, found: Prediction | None, fallback: str, *, late: bool) -> Prediction:
+    """The row's prediction, with a text in any case."""
+    if found is not None:
+        return found if found.status == "ok" else replace(found, text=fallback)
+    if not has_text(pair.rewritten_text):
+        return Prediction(pair.id, fallback, "failed", BLANK_INPUT)
+    return (
+        Prediction(pair.id, fallback, "unfinished", DEADLINE)
+        if late
+        else Prediction(pair.id, fallback, "failed", NO_ANSWER)
+    )

@@ -1,0 +1,75 @@
+"""The predictor as a function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from submission import Pair, Sampling, UserError, recover
+from submission.data.tables import read_pairs
+from tests.conftest import ROOT, runner
+
+SCRIPTED: Any = {"backend": "scripted"}
+PAIRS = [Pair(f"{number}", f"An original text {number}.", f"Another text {number}.") for number in range(6)]
+
+
+def test_rows_come_back_in_order_with_what_predict_answers(tmp_path: Path) -> None:
+    path = ROOT / "examples" / "test.csv"
+    done = runner("submission", tmp_path)("predict", path, "-o", "s.csv", "--backend", "scripted")
+    assert done.code == 0, done.err
+    import pandas as pd
+
+    frame = pd.read_csv(path)
+    found = recover(frame, **SCRIPTED)
+    assert [one.id for one in found] == [pair.id for pair in read_pairs(path)]
+    assert [one.text for one in found] == pd.read_csv(tmp_path / "s.csv")["rewrite_prompt"].tolist()
+    assert recover(read_pairs(path), **SCRIPTED) == found
+    assert {one.status for one in found} == {"ok"}
+
+
+def test_what_failed_has_the_fallback_and_says_why() -> None:
+    pairs = [*PAIRS, Pair("blank", "An original text.", "  ")]
+    found = recover(pairs, settings=["fail_ids=3"], fallback="Improve this.", **SCRIPTED)
+    odd = {one.id: one for one in found if one.status != "ok"}
+    assert set(odd) == {"3", "blank"}
+    assert {one.text for one in odd.values()} == {"Improve this."}
+    assert all(one.reason for one in odd.values())
+
+
+def test_time_and_log(tmp_path: Path) -> None:
+    log = tmp_path / "calls.jsonl"
+    first = recover(PAIRS, log=log, **SCRIPTED)
+    lines = log.read_bytes()
+    assert len(lines.splitlines()) == len(PAIRS)
+    assert recover(PAIRS, log=log, **SCRIPTED) == first
+    assert log.read_bytes() == lines
+    late = recover(PAIRS, settings=["hang_ids=4"], seconds=6, **SCRIPTED)
+    assert [one.status for one in late if one.id == "4"] == ["unfinished"]
+    assert all(one.text for one in late)
+    (tmp_path / "mine.txt").write_text("mine\n")
+    with pytest.raises(UserError, match="no log of model calls"):
+        recover(PAIRS, log=tmp_path / "mine.txt", **SCRIPTED)
+    assert (tmp_path / "mine.txt").read_text() == "mine\n"
+
+
+def test_a_strategy_with_options_needs_no_model() -> None:
+    found = recover(PAIRS, strategy="constant", config={"prompt": "Make it rhyme."})
+    assert {one.text for one in found} == {"Make it rhyme."}
+
+
+def test_wrong_pairs_are_refused_by_name() -> None:
+    import pandas as pd
+
+    for given, said in (
+        ([PAIRS[0], PAIRS[0]], "id '0' is null, or is there twice"),
+        ([Pair(" ", "a", "b")], "is null, or is there twice"),
+        (pd.DataFrame({"id": ["1"], "original_text": ["a"]}), "lacks the column rewritten_text"),
+        ([("1", "a", "b")], "not tuple"),
+    ):
+        with pytest.raises(UserError, match=said):
+            recover(given, **SCRIPTED)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="temperature"):
+        recover(PAIRS, sampling=Sampling(temperature=-1), **SCRIPTED)
+    assert recover([], **SCRIPTED) == []

@@ -6,7 +6,7 @@ BIN := .venv/bin
 VLLM := .venv-vllm/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: submission test check format examples data kill-loop deadline-loop kernel-kills ray-kills fuzz throughput study \
+.PHONY: submission test check format docs examples data kill-loop deadline-loop kernel-kills ray-kills fuzz throughput study \
 	test-vllm clean
 .DELETE_ON_ERROR:
 
@@ -31,11 +31,16 @@ check: .venv/.all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy docs/study/study.py
+	$(BIN)/mypy docs/study/study.py docs/make_cli.py
+	$(BIN)/python docs/make_cli.py --check
 
 format: .venv/.all
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The reference of commands, from the commands; `make check` refuses one that is out of date.
+docs: .venv/.all
+	$(BIN)/python docs/make_cli.py
 
 examples: .venv/.submission
 	$(BIN)/python -m examples.make

@@ -19,12 +19,12 @@ LOG = logging.getLogger("ensemble")  # not of __main__, which nobody listens to
 
 app = new_app("Try to beat one answer: sample many, let selectors choose, measure whether and why it helps.")
 
-OutputOption = Annotated[Path, typer.Option("-o", "--output", help="File to write.")]
-FolderOption = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Forget earlier calls of models.")]
+OutputOption = Annotated[Path, typer.Option("-o", "--output", help="Output file.")]
+FolderOption = Annotated[Path, typer.Option("-o", "--output", help="Output folder.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over; ignore logged model calls.")]
 EncoderOption = Annotated[str, typer.Option(help="sentence-transformers folder; default: as eval chooses.")]
 NearOption = Annotated[
-    float, typer.Option(min=0, max=1, help="Candidates at least so near are one; 1: only equal ones.")
+    float, typer.Option(min=0, max=1, help="Merge candidates at least this similar (cosine); 1 merges equal ones only.")
 ]
 ModelsOption = Annotated[
     Path | None,
@@ -34,10 +34,12 @@ TargetOption = Annotated[str, typer.Option(help="Model that made the rewrites, f
 JudgeOption = Annotated[str, typer.Option(help="Model that judges. Default: embedded.")]
 GateOption = Annotated[str, typer.Option(help="Model trained to say Yes or No, for judge_yes_no. Default: the judge.")]
 WeightsOption = Annotated[
-    list[Path] | None, typer.Option("--weights", help="A file of `fit`; again for more. Its name is a selector.")
+    list[Path] | None, typer.Option("--weights", help="A file of `fit`; repeatable. Its name is a selector.")
 ]
-RotationsOption = Annotated[int, typer.Option(min=0, help="Orders that judge_pick sees; 0: as many as candidates.")]
-CandidatesArgument = Annotated[Path, typer.Argument(metavar="CANDIDATES", help="What `sample` wrote.")]
+RotationsOption = Annotated[
+    int, typer.Option(min=0, help="Candidate orders that judge_pick averages over; 0 uses one per candidate.")
+]
+CandidatesArgument = Annotated[Path, typer.Argument(metavar="CANDIDATES", help="Candidates, as written by `sample`.")]
 
 
 @app.command()
@@ -50,10 +52,10 @@ def sample(
         Path | None, typer.Option(help="TOML with a [[source]] for each. Default: the model of `predict`.")
     ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE of every source, such as n=4; again for more.")
+        list[str] | None, typer.Option("--set", help="KEY=VALUE of every source, such as n=4; repeatable.")
     ] = None,
     near: NearOption = 0.95,
-    limit: Annotated[int, typer.Option(min=0, help="First rows only; 0 for all.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="Use only the first N rows; 0 uses all.")] = 0,
     encoder: EncoderOption = "",
     workers: WorkersOption = 1,
     ray: RayOption = "",
@@ -100,8 +102,8 @@ def select(
     gate: GateOption = "",
     weights: WeightsOption = None,
     rotations: RotationsOption = 0,
-    concat: Annotated[int, typer.Option(min=1, help="Join so many of the best candidates into one answer.")] = 1,
-    constant: Annotated[str, typer.Option(help="A prompt to put behind the answer.")] = "",
+    concat: Annotated[int, typer.Option(min=1, help="Join the N best candidates into one answer.")] = 1,
+    constant: Annotated[str, typer.Option(help="Prompt to append to every answer.")] = "",
     encoder: EncoderOption = "",
     workers: WorkersOption = 1,
     ray: RayOption = "",
@@ -141,7 +143,7 @@ def experiment(
     rotations: RotationsOption = 0,
     constant: Annotated[str, typer.Option(help="The constant prompt to compare with.")] = DEFAULT_PROMPT,
     concat_by: Annotated[str, typer.Option(help="Selector whose best candidates are joined.")] = "consensus",
-    by: Annotated[str, typer.Option(help="Column of the truth that tells kinds of prompt.")] = "",
+    by: Annotated[str, typer.Option(help="Column of the truth with the kind of prompt.")] = "",
     encoder: EncoderOption = "",
     fresh: FreshOption = False,
 ) -> None:
@@ -173,7 +175,7 @@ def fit(
     truth: Annotated[Path, typer.Option(help="CSV or Parquet with id and rewrite_prompt, of a validation set.")],
     output: OutputOption,
     selectors: Annotated[str, typer.Option(help="Names with commas.")],
-    name: Annotated[str, typer.Option(help="What the weighted sum is called.")] = "weighted",
+    name: Annotated[str, typer.Option(help="Name of the weighted sum.")] = "weighted",
     models: ModelsOption = None,
     target: TargetOption = "",
     judge: JudgeOption = "",

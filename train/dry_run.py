@@ -14,7 +14,6 @@ from submission.backends.transformers.tokenizer import HfTokenizer
 from submission.errors import UserError, first_line
 from submission.progress import print_line, spelled_out
 from train.bases import base_folder
-from train.encoding import TrainingExample
 from train.sft import PreparedTuning, check_installed, prepare
 from train.sft_config import Sft
 from train.trainer import device_count, lora_config, training_dtype
@@ -26,9 +25,10 @@ _ACTIVATIONS = 34  # hidden states that a layer keeps for its backward pass, as 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Parameters of a model, and the bytes that training it takes."""
+    """Parameters of a model, `linear` those that multiply each token, and the bytes that training takes."""
 
     parameters: int
+    linear: int
     in_4bit: int
     trainable: int
     weights: float
@@ -72,7 +72,8 @@ def lines(config: Sft, ready: PreparedTuning) -> Iterator[str]:
     epoch, steps = config.steps(len(ready.train), device_count())
     tokens = sum(len(example.ids) for example in ready.train)
     yield f"{'steps':<12}{steps:>7}, {epoch} an epoch; {tokens / epoch:.0f} tokens a step"
-    size = measure(config, ready.base, ready.train)
+    answers = max(len(example.ids) - example.answer_from for example in ready.train)
+    size = measure(config, ready.base, max(len(example.ids) for example in ready.train), answers)
     yield (
         f"{'parameters':<12}{size.parameters / 1e6:>7.1f} M, {size.trainable / 1e6:.2f} M of them trainable "
         f"({size.trainable / size.parameters:.2%})"
@@ -83,8 +84,14 @@ def lines(config: Sft, ready: PreparedTuning) -> Iterator[str]:
     )
 
 
-def measure(config: Sft, base: Path, train: Sequence[TrainingExample]) -> Size:
+def measure(config: Sft, base: Path, longest: int, answer: int) -> Size:
     """Count parameters on a model without weights, and estimate bytes.
+
+    Args:
+        config: of the training.
+        base: folder of the base model.
+        longest: tokens of an example.
+        answer: tokens of an answer, of which logits are computed.
 
     Raises:
         UserError: the model has no such layers.
@@ -107,16 +114,15 @@ def measure(config: Sft, base: Path, train: Sequence[TrainingExample]) -> Size:
             raise UserError(f"[sft] cannot be set up: {first_line(error)}") from error
     width = _BYTES[training_dtype(config)]
     text = shape.get_text_config()
-    longest = max(len(example.ids) for example in train) * config.batch
+    longest *= config.batch
     kept = _ACTIVATIONS * text.hidden_size * longest * width / 2
     layers = text.num_hidden_layers
     activations = (2 * text.hidden_size * longest * layers + kept) if config.gradient_checkpointing else kept * layers
-    answers = max(len(example.ids) - example.answer_from for example in train) * config.batch
     return Size(
-        parameters, in_4bit, trainable,
+        parameters, sum(weight.numel() for weight in linear), in_4bit, trainable,
         weights=in_4bit * _NF4_BYTES + (parameters - in_4bit) * width,
         optimizer=trainable * (4 + 4 + (2 if "8bit" in config.optimizer else 8)),
-        activations=activations + 3 * 4 * answers * text.vocab_size,
+        activations=activations + 3 * 4 * answer * config.batch * text.vocab_size,
     )  # fmt: skip
 
 

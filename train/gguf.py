@@ -117,8 +117,16 @@ def export(config: Gguf, merged: Path, adapter: Path, output: Path, *, fresh: bo
     if missing:
         for line in table(make_gguf(str(merged), {name: files[name] for name in missing}, converter)):
             LOG.info(line)
-    if config.adapter and (fresh or not up_to_date(output / ADAPTER, _made_from(adapter))):
-        make_adapter(adapter, output / ADAPTER, converter)
+    if config.adapter:
+        export_adapter(adapter, output, converter, fresh=fresh)
+
+
+def export_adapter(adapter: Path, output: Path, converter: Converter, *, fresh: bool) -> Path:
+    """Write an adapter as `output/adapter.gguf` unless that is made of the same; see `make_adapter`."""
+    file = output / ADAPTER
+    if fresh or not up_to_date(file, _made_from(adapter)):
+        make_adapter(adapter, file, converter)
+    return file
 
 
 def _made_from(source: Path) -> dict[str, str]:

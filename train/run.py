@@ -16,18 +16,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.baselines import BaselinesConfig, check_names, run_baselines
 from eval.encoders import Encoder, find_encoder
-from submission.backends import AUTO, model_spec
+from submission.backends import model_spec
 from submission.backends.models import resolve_folder
 from submission.config import from_mapping, read_toml
-from submission.data.files import write_json
-from submission.data.outputs import check_free, claim, up_to_date
+from submission.data.outputs import up_to_date
 from submission.errors import UserError
 from train.gguf import Gguf, export
 from train.merge import made_from, merge
 from train.prepare import prepare
 from train.recipe import Recipe, parse_recipe, section, with_settings
+from train.score import Score, score_run
 from train.sft import check_installed, sft
 from train.sft_config import Sft, with_sets
 from train.stages import Prompts, Rewrites, Texts, make_prompts, make_rewrites, make_texts
@@ -35,28 +34,6 @@ from train.stages import Prompts, Rewrites, Texts, make_prompts, make_rewrites, 
 LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
-    """What the tuned model is compared with on the test set.
-
-    Attributes:
-        baselines: as `python -m eval baselines` names them.
-        base: model of zero-shot and few-shot; "" for the one that was tuned.
-        quantization: of the GGUF file that predicts; "" for the first one made.
-        backend: transformers predicts with the merged folder, any other with the GGUF file; auto follows the model.
-        max_new_tokens: of an answer.
-        limit: first rows of the test set only; 0 for all.
-    """
-
-    baselines: tuple[str, ...] = ("constant", "constant_fitted", "zero_shot")
-    base: str = ""
-    quantization: str = ""
-    backend: str = AUTO
-    max_new_tokens: int = 40
-    limit: int = 0
-
-
-_SCORE = "score.json"
 _STAGES: dict[str, type[Any]] = {"prompts": Prompts, "texts": Texts, "rewrites": Rewrites}
 _MADE = "triplets.csv"
 _LATER: dict[str, type[Any]] = {"sft": Sft, "gguf": Gguf, "score": Score}
@@ -150,7 +127,7 @@ def run_stages(run: Run, encoder: Encoder, *, fresh: bool = False) -> None:
         UserError: something is missing or wrong.
     """
     run.output.mkdir(parents=True, exist_ok=True)
-    _check(run)
+    check(run)
     if run.making and run.recipe:
         _make_triplets(run, run.making, run.recipe, encoder, fresh=fresh)
     if run.recipe:
@@ -168,7 +145,10 @@ def run_stages(run: Run, encoder: Encoder, *, fresh: bool = False) -> None:
         export(run.gguf, merged, adapter, run.output, fresh=fresh)
     if run.score:
         LOG.info("predict and score")
-        _score(run, run.score, merged, encoder, fresh=fresh)
+        model = str(merged)
+        if run.gguf and run.score.backend != "transformers":
+            model = str(run.output / run.gguf.file(run.score.quantization or run.gguf.quantizations[0]))
+        score_run(run.score, run.output, run.sft.base, encoder, model=model, fresh=fresh)
 
 
 def _make_triplets(run: Run, making: Making, recipe: Recipe, encoder: Encoder, *, fresh: bool) -> None:
@@ -182,7 +162,7 @@ def _make_triplets(run: Run, making: Making, recipe: Recipe, encoder: Encoder, *
     make_rewrites(making.rewrites, prompts, texts, run.output / _MADE, spec, fresh=fresh)
 
 
-def _check(run: Run) -> None:
+def check(run: Run) -> None:
     """Refuse before hours of work what would be refused after them."""
     if run.sft:
         check_installed(run.sft)
@@ -191,9 +171,8 @@ def _check(run: Run) -> None:
         run.gguf.check()
         run.gguf.converter()
     if run.score and run.sft:
-        check_free(run.output / _SCORE, [run.output / _SCORE])
+        run.score.check(run.output)
         model_spec(run.score.backend, run.score.base or run.sft.base)
-        check_names(run.score.baselines)
 
 
 def _merge(adapter: Path, merged: Path, *, fresh: bool) -> None:
@@ -201,24 +180,3 @@ def _merge(adapter: Path, merged: Path, *, fresh: bool) -> None:
         LOG.info(f"{merged} is merged from the same adapter: nothing to do (--fresh makes it anew)")
         return
     merge(adapter, merged)
-
-
-def _score(run: Run, score: Score, merged: Path, encoder: Encoder, *, fresh: bool) -> None:
-    assert run.sft is not None
-    model = str(merged)
-    if score.backend != "transformers":
-        assert run.gguf is not None
-        model = str(run.output / run.gguf.file(score.quantization or run.gguf.quantizations[0]))
-    result = run_baselines(
-        BaselinesConfig(
-            train=run.sets / "train.parquet", test=run.sets / "test.parquet", output=run.output / "score",
-            only=(*score.baselines, "tuned"), reference="tuned", backend=score.backend,
-            model=score.base or run.sft.base, tuned_model=model, max_new_tokens=score.max_new_tokens,
-            limit=score.limit, fresh=fresh,
-        ),
-        encoder,
-    )  # fmt: skip
-    for line in result.lines():
-        LOG.info(line)
-    claim(run.output / _SCORE, [run.output / _SCORE])
-    write_json(run.output / _SCORE, result.figures())

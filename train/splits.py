@@ -32,6 +32,8 @@ class Splitting:
         by: "group" for disjoint splits; "row" reproduces the seed, and leaks.
         near_prompts, near_texts: how near near-duplicates are; see `eval.grouping.NEAR`.
         seed: of the order of groups.
+        folds, fold: the test set is part `fold` (from 0) of `folds` parts; train and validation share the others. 0
+            folds: the test set has its share.
     """
 
     train: float = 0.8
@@ -41,11 +43,14 @@ class Splitting:
     near_prompts: float = NEAR
     near_texts: float = NEAR_TEXTS
     seed: int = 0
+    folds: int = 0
+    fold: int = 0
 
     @property
     def shares(self) -> dict[str, float]:
         """By split, adding up to 1."""
-        shares = {"train": self.train, "validation": self.validation, "test": self.test}
+        test = (self.train + self.validation) / max(1, self.folds - 1) if self.folds else self.test
+        shares = {"train": self.train, "validation": self.validation, "test": test}
         return {name: share / sum(shares.values()) for name, share in shares.items()}
 
 
@@ -90,7 +95,7 @@ def connected(marks: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def split(groups: Sequence[int], splitting: Splitting) -> list[str]:
-    """The split of each row: whole groups, the largest first, each to the split that lacks most of its share.
+    """The split of each row; groups are not divided.
 
     Raises:
         UserError: there are fewer groups than splits with a share, or shares that make no sense.
@@ -101,8 +106,21 @@ def split(groups: Sequence[int], splitting: Splitting) -> list[str]:
         raise UserError("the shares of [split] must not be negative, and train must have one")
     if splitting.by == "row":
         groups = range(len(groups))
-    sizes = Counter(groups)
     wanted = {name: share for name, share in splitting.shares.items() if share > 0}
+    if not splitting.folds:
+        return _dealt(groups, wanted, splitting.seed)
+    if splitting.folds < 2 or not 0 <= splitting.fold < splitting.folds:
+        raise UserError(f"fold {splitting.fold} of {splitting.folds}: [split] folds must be 2 or more, and fold below")
+    parts = _dealt(groups, {str(number): 1 / splitting.folds for number in range(splitting.folds)}, splitting.seed)
+    kept = [group for group, part in zip(groups, parts, strict=True) if part != str(splitting.fold)]
+    total = 1 - wanted.pop("test")
+    rest = iter(_dealt(kept, {name: share / total for name, share in wanted.items()}, splitting.seed))
+    return ["test" if part == str(splitting.fold) else next(rest) for part in parts]
+
+
+def _dealt(groups: Sequence[int], wanted: Mapping[str, float], seed: int) -> list[str]:
+    """The part of each row: whole groups, the largest first, each to the part that lacks most of its share."""
+    sizes = Counter(groups)
     if len(sizes) < len(wanted):
         largest = max(sizes.values(), default=0)
         raise UserError(
@@ -111,7 +129,7 @@ def split(groups: Sequence[int], splitting: Splitting) -> list[str]:
             "Add sources with other prompts and texts, or give fewer splits a share."
         )
     order = sorted(sizes)
-    random.Random(splitting.seed).shuffle(order)
+    random.Random(seed).shuffle(order)
     order.sort(key=lambda group: -sizes[group])
     filled = dict.fromkeys(wanted, 0)
     place: dict[int, str] = {}

@@ -19,12 +19,10 @@ _BUNDLE = Path("bundle")
 _PUBLIC_TEST = Path("examples/test.csv")
 
 Metadata = Annotated[Path, typer.Option(help="kernel-metadata.json of the kernel.")]
-TestOption = Annotated[list[Path] | None, typer.Option(help="CSV of pairs for the larger test; again for more.")]
+TestOption = Annotated[list[Path] | None, typer.Option(help="CSV of pairs for the larger test; repeatable.")]
 AttachOption = Annotated[
     list[str] | None,
-    typer.Option(
-        help="Copy of an attached model for the rehearsal, [NAME=]PATH; in the bundle's order; again for more."
-    ),
+    typer.Option(help="Copy of an attached model for the rehearsal, [NAME=]PATH; in the bundle's order; repeatable."),
 ]
 Accelerator = Annotated[
     str,
@@ -61,15 +59,16 @@ def bundle(
         typer.Option(help="GGUF LoRA file or PEFT folder; NAME=PATH, again, for the sources of an ensemble."),
     ] = None,
     include: Annotated[
-        list[Path] | None, typer.Option(help="One more file: TOML of recover_config, shots, a module; again for more.")
+        list[Path] | None,
+        typer.Option(help="Extra file for the bundle, such as a strategy module or its TOML; repeatable."),
     ] = None,
     wheel: Annotated[
-        list[Path] | None, typer.Option(help="A wheel of your own, such as a CUDA build; again for more.")
+        list[Path] | None, typer.Option(help="A wheel of your own, such as a CUDA build; repeatable.")
     ] = None,
     model_instance: Annotated[
         str, typer.Option(help="Make a Kaggle model of --model instead: owner/model/framework/variation.")
     ] = "",
-    license_name: Annotated[str, typer.Option("--license", help="Of the Kaggle model.")] = "Apache 2.0",
+    license_name: Annotated[str, typer.Option("--license", help="Licence of the Kaggle model.")] = "Apache 2.0",
 ) -> None:
     """Make the dataset that the kernel needs: wheels, model or adapter, kernel.toml, list of contents."""
     from submission.publish import bundle as made
@@ -99,7 +98,7 @@ def dry_run(
 def push(
     bundle: Annotated[Path, typer.Option(help="The bundle to upload; made if it does not exist.")] = _BUNDLE,
     metadata: Metadata = _METADATA,
-    message: Annotated[str, typer.Option("-m", help="Of the dataset's version.")] = "new bundle",
+    message: Annotated[str, typer.Option("-m", help="Message of the dataset version.")] = "new bundle",
     test: TestOption = None,
     model: AttachOption = None,
     rehearse: Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Rehearse first.")] = True,
@@ -165,10 +164,10 @@ def output(
 
 
 def submit(
-    version: Annotated[int, typer.Option(min=1, help="Of the kernel, as push told it.")],
-    message: Annotated[str, typer.Option("-m", "--message", help="For the list of submissions.")],
+    version: Annotated[int, typer.Option(min=1, help="Kernel version, as printed by push.")],
+    message: Annotated[str, typer.Option("-m", "--message", help="Message shown in the list of submissions.")],
     metadata: Metadata = _METADATA,
-    file: Annotated[str, typer.Option(help="Output file of the kernel.")] = "submission.csv",
+    file: Annotated[str, typer.Option(help="Name of the output file to submit.")] = "submission.csv",
     show: Show = False,
 ) -> None:
     """Submit a version of the kernel to the competition, which runs it again on the hidden test set."""

@@ -29,7 +29,7 @@ from submission.errors import PromptRecoveryError, UserError
 from submission.publish.attachable import Attached
 from submission.publish.bundle import DATASET, read_contents, write_contents
 from submission.publish.image import Image, kaggle_image
-from submission.publish.wheels import DATA_ONLY, OURS, distribution, fetch, required
+from submission.publish.wheels import DATA_ONLY, OURS, canonical, distribution, fetch, required
 
 LOG = logging.getLogger(__name__)
 
@@ -234,7 +234,7 @@ def _used(bundle: Path, image: Image) -> list[str]:
         with ZipFile(wheel) as content:
             name = next(one for one in content.namelist() if one.endswith(".dist-info/METADATA"))
             lines = Parser().parsestr(content.read(name).decode("utf-8")).get_all("Requires-Dist") or []
-        found.update(required(lines, {}))
+        found.update(canonical(requirement.name) for requirement in required(lines, {}))
         if distribution(wheel) == "bitsandbytes":
             found |= {"torch", "transformers", "accelerate", "peft"}
         if distribution(wheel) == "openvino":

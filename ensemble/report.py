@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ensemble import charts
 from ensemble.choose import best
 from ensemble.experiment import REPORT, Experiment, ExperimentConfig, run_experiment, sentences
-from ensemble.measure import FIRST, SelectorResult
+from ensemble.measure import FIRST, ORACLE, WORST, SelectorResult
 from ensemble.selectors import SELECTORS
 from eval.charts import intervals
 from eval.encoders import Encoder
@@ -38,8 +38,15 @@ def sections(experiment: Experiment) -> Iterator[Section]:
     """All sections of the page."""
     e = experiment
     gained = [line for line in e.lines if line.name != FIRST]
+    told = [line for line in e.lines if line.name != WORST]
     yield Section(
-        "Selectors",
+        "What each way scores",
+        list(_opening(e)),
+        [Table(_SHORT_HEAD, [_short(line) for line in told])],
+        [Figure("ways", charts.ways(told, FIRST), "Mean score of each way; the line is the first answer.")],
+    )
+    yield Section(
+        "In full",
         [
             f"Metric: {e.encoder.metric}. {len(e.rows)} rows with {e.truth.number_of_clusters} prompts (near-duplicates"
             " are one); 95 % intervals are from a bootstrap that draws near-duplicate prompts as a whole; differences "
@@ -97,6 +104,30 @@ def sections(experiment: Experiment) -> Iterator[Section]:
         yield Section("Rows", examples=list(_examples(e, e.best_selector.name)))
 
 
+def _opening(e: Experiment) -> Iterator[str]:
+    """What was done and what came out, in three sentences."""
+    draws = sum(len(row.draws) for row in e.rows) / len(e.rows)
+    oracle, first, best_one = e.line(ORACLE), e.line(FIRST), e.best_selector
+    yield (
+        f"{len(e.rows)} pairs were answered {draws:.0f} times each. `first` is the answer that a model gives on its "
+        "own; the others choose among all answers. The `oracle` knows the truth: no choice can be better."
+    )
+    yield f"The first answer scores {first.mean.mean:.3f}, the best possible choice {oracle.mean.mean:.3f}."
+    if best_one is not None:
+        gain = best_one.over_first
+        verdict = "is better than the first answer" if gain.low > 0 else "is not shown to be better"
+        yield f"The best way of choosing, `{best_one.name}`, {verdict}: {gain.shown('+.3f')}."
+
+
+_SHORT_HEAD = ("way", "mean [95 %]", "over first", "headroom", "s/row")
+
+
+def _short(line: SelectorResult) -> tuple[str, ...]:
+    gain = "" if line.name == FIRST else line.over_first.shown("+.3f")
+    share = f"{line.headroom.mean:.0%}" if line.headroom.mean == line.headroom.mean and line.name != FIRST else ""
+    return line.name, line.mean.shown(".3f"), gain, share, f"{line.seconds:.1f}" if line.seconds else ""
+
+
 def _by_kind(e: Experiment, name: str) -> Section:
     import numpy as np
 
@@ -147,8 +178,8 @@ def _cells(line: SelectorResult) -> tuple[str, ...]:
     known = SELECTORS.get(line.name)
     cost = (f"{line.tokens:.0f}", f"{line.seconds:.2f}") if known and known.needs else ("", "")
     return (
-        line.name, line.mean.shown(), "" if line.name == FIRST else line.over_first.shown("+.4f"),
-        line.over_constant.shown("+.4f"), _share(line.headroom), f"{line.regret.mean:.4f}",
+        line.name, line.mean.shown(".3f"), "" if line.name == FIRST else line.over_first.shown("+.3f"),
+        line.over_constant.shown("+.3f"), _share(line.headroom), f"{line.regret.mean:.3f}",
         _share(line.top) if line.top else "", *cost,
     )  # fmt: skip
 

@@ -114,11 +114,8 @@ def speed(rows_per_second: Mapping[str, float]) -> bytes:
         axes.invert_yaxis()
         for place, value in zip(places, rows_per_second.values(), strict=True):
             axes.text(value, place, f" {value:.2f}", va="center", fontsize=9)
-        axes.set_xscale("log")  # looking up is many times as fast as asking a model
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("")
-        axes.margins(x=0.2)
-        axes.set_xlabel("rows per second, each step ten times as many")
+        axes.set_xlim(0, 1.15 * max(rows_per_second.values()))
+        axes.set_xlabel("rows per second")
     return png.getvalue()
 
 

@@ -6,7 +6,7 @@ BIN := .venv/bin
 VLLM := .venv-vllm/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: submission test check format docs examples data kill-loop deadline-loop kernel-kills ray-kills fuzz throughput study \
+.PHONY: submission test check format docs docs-check examples data kill-loop deadline-loop kernel-kills ray-kills fuzz throughput study \
 	test-vllm clean
 .DELETE_ON_ERROR:
 
@@ -42,6 +42,10 @@ format: .venv/.all
 docs: .venv/.docs
 	$(BIN)/python docs/make_cli.py
 	$(BIN)/mkdocs build -q
+
+# The commands of the front page and of docs/QUICKSTART.md, run as they stand there, long ones at a small size.
+docs-check: .venv/.all
+	$(BIN)/python -m tests.bench.docs_check
 
 examples: .venv/.submission
 	$(BIN)/python -m examples.make

@@ -30,7 +30,7 @@ from ensemble.choose import answer_of, best, score_rows
 from ensemble.models import RoleModel, likelihoods, parse_models, roles_needed, tools, with_gate
 from ensemble.pace import Pace, Turns, words
 from ensemble.sample import read, requests
-from ensemble.selectors import SELECTORS, Selector, make_selectors
+from ensemble.selectors import SELECTORS, Selector, entry_of, make_selectors
 from ensemble.sources import CandidateSource, parse_sources
 from eval.encoders import Encoder, find_encoder
 from submission.calls.likelihoods import Likelihoods
@@ -84,7 +84,7 @@ class best_of:
             UserError: an unknown key or selector, a bad value, or no source.
         """
         options, _, _ = _parse(config)
-        unknown = [part for part in map(str.strip, options.selector.split("+")) if part not in SELECTORS]
+        unknown = [part for part in map(str.strip, options.selector.split("+")) if entry_of(part) is None]
         if unknown and not options.weights:  # the names in their files are selectors too
             raise UserError(f"unknown selector {unknown[0]!r}; there are: {', '.join(SELECTORS)}, and sums of ranks")
 

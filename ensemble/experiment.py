@@ -15,7 +15,8 @@ from ensemble.candidates import CandidateRow, read_candidates
 from ensemble.choose import SelectorScores, answer_of, or_fallback, score_rows
 from ensemble.measure import CONSTANT, FIRST, ORACLE, WORST, SelectorResult, chance, measure
 from ensemble.models import RoleModel, open_models, roles_needed, tools
-from ensemble.selectors import SELECTORS, make_selectors
+from ensemble.selectors import SELECTORS, entry_of, make_selectors
+from ensemble.selectors.posterior import Posterior
 from eval.encoders import Encoder
 from eval.intervals import Interval
 from eval.scoring import Truth, check_same_ids, interval_figures, read_truth, score_texts
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 ALL = tuple(SELECTORS)
 FIGURES, REPORT = "experiment.json", "report.html"
+POSTERIOR = "posterior"
 
 
 @dataclass(frozen=True)
@@ -159,20 +161,26 @@ def fit_weights(
     candidates: Path, truth_file: Path, output: Path, name: str, selectors: Sequence[str],
     models: Mapping[str, RoleModel], encoder: Encoder, *, rotations: int = 0, fresh: bool = False,
 ) -> dict[str, float]:  # fmt: skip
-    """Fit a weighted sum of selectors and write it; see `ensemble.fitting`.
+    """Fit a weighted sum of selectors, or the powers of `posterior` alone, and write it; see `ensemble.fitting`.
 
     Raises:
         UserError: files are missing or wrong or don't go together.
     """
     check_output(output, (("table of candidates", candidates), ("truth", truth_file)))
-    if len(selectors) < 2:
-        raise UserError("a sum needs two selectors or more: --selectors consensus,likelihood")
+    if len(selectors) < 2 and list(selectors) != [POSTERIOR]:
+        raise UserError("a sum needs two selectors or more: --selectors consensus,likelihood; or posterior alone")
     truth = read_truth(truth_file, encoder)
     rows = [or_fallback(row) for row in _in_order(candidates, truth)]
     truths = true_scores(rows, truth.prompts, encoder)
     with open_models(models, roles_needed(list(selectors)), output, fresh=fresh) as opened:
         made = make_selectors(list(selectors), tools(encoder, opened, rotations=rotations))
-        weights = fitting.fit(truths, score_rows(rows, made))
+        scores = score_rows(rows, made)
+        posterior = made.get(POSTERIOR)
+        if len(made) == 1 and isinstance(posterior, Posterior):
+            evidence, _ = fitting.fit_evidence(rows, truths, posterior)
+            weights = {f"{POSTERIOR}:{evidence}": 1.0}
+        else:
+            weights = fitting.fit(truths, scores)
     fitting.write(output, name, weights, rows, truth)
     return weights
 
@@ -228,7 +236,7 @@ def sentences(experiment: Experiment) -> Iterator[str]:
             )
         yield f"{verdict}; it captures {best.headroom.mean:.0%} of the headroom."
     for name, known in e.knowledge.items():
-        if (SELECTORS.get(name) and SELECTORS[name].needs) or name == "consensus":
+        if ((entry := entry_of(name)) and entry.needs) or name == "consensus":
             sees = "knows" if known.rank_correlation.low > 0 else "does not know"
             yield f"{name} {sees} within rows which is better: rank correlation {known.rank_correlation}."
     for line in e.lines:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from ensemble.candidates import CandidateRow
-from ensemble.choose import SelectorScores
+from ensemble.choose import SelectorScores, best
 from ensemble.selectors.combine import standardised
+from ensemble.selectors.posterior import Evidence, Posterior
 from eval.grouping import plain_text
 from eval.scoring import Truth
 from submission.data.files import read_json, write_json
@@ -20,6 +22,7 @@ from submission.data.outputs import made_files
 from submission.errors import UserError
 
 _RIDGE = 1e-3
+_LIKELIHOODS, _LOGPROBS, _DRAWS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0), (0.0, 0.25, 0.5, 1.0, 2.0), (0.0, 1.0)
 
 
 def fit(truths: Sequence[Sequence[float]], scores: Mapping[str, SelectorScores]) -> dict[str, float]:
@@ -45,6 +48,25 @@ def fit(truths: Sequence[Sequence[float]], scores: Mapping[str, SelectorScores])
     weights, _ = nnls(padded, np.concatenate([target, np.zeros(size)]))
     total = float(weights.sum())
     return {name: float(weight) / total if total else 1 / size for name, weight in zip(scores, weights, strict=True)}
+
+
+def fit_evidence(
+    rows: Sequence[CandidateRow], truths: Sequence[Sequence[float]], posterior: Posterior
+) -> tuple[Evidence, float]:
+    """The powers of the posterior whose choices score best, of a grid, and their mean score; the plainest of equals.
+
+    Args:
+        rows: with their candidates.
+        truths: true score of each candidate of each row.
+        posterior: over them; its own powers do not matter.
+    """
+    grid = [Evidence(*powers) for powers in product(_LIKELIHOODS, _LOGPROBS, _DRAWS)]
+    totals = [0.0] * len(grid)
+    for row, true in zip(rows, truths, strict=True):
+        for number, scores in enumerate(posterior.under(grid, row.pair, row.candidates)):
+            totals[number] += true[best(scores)]
+    found = max(range(len(grid)), key=lambda number: (round(totals[number], 9), -abs(grid[number].likelihood - 1)))
+    return grid[found], totals[found] / max(1, len(rows))
 
 
 def write(path: Path, name: str, weights: Mapping[str, float], rows: Sequence[CandidateRow], truth: Truth) -> None:

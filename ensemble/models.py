@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ensemble.selectors import SELECTORS, Tools
+from ensemble.selectors import Tools, entry_of
 from eval.encoders import Encoder
 from submission.backends import AUTO, ModelSpec, model_spec
 from submission.backends.hardware import ALONE, Placement
@@ -67,7 +67,7 @@ def parse_models(content: Mapping[str, Any], given: Mapping[str, str] | None = N
 def roles_needed(selectors: list[str]) -> set[str]:
     """The roles that these selectors, or the parts of sums, ask."""
     parts = [part.strip() for name in selectors for part in name.split("+")]
-    return {SELECTORS[part].needs for part in parts if part in SELECTORS} - {""}
+    return {entry.needs for part in parts if (entry := entry_of(part))} - {""}
 
 
 def with_gate(roles: set[str]) -> set[str]:

@@ -9,7 +9,7 @@ from ensemble import charts
 from ensemble.choose import best
 from ensemble.experiment import REPORT, Experiment, ExperimentConfig, run_experiment, sentences
 from ensemble.measure import FIRST, ORACLE, WORST, SelectorResult
-from ensemble.selectors import SELECTORS
+from ensemble.selectors import entry_of
 from eval.charts import intervals
 from eval.encoders import Encoder
 from eval.intervals import Interval, bootstrap
@@ -175,7 +175,7 @@ def _examples(e: Experiment, name: str) -> Iterator[ReportExample]:
 
 
 def _cells(line: SelectorResult) -> tuple[str, ...]:
-    known = SELECTORS.get(line.name)
+    known = entry_of(line.name)
     cost = (f"{line.tokens:.0f}", f"{line.seconds:.2f}") if known and known.needs else ("", "")
     return (
         line.name, line.mean.shown(".3f"), "" if line.name == FIRST else line.over_first.shown("+.3f"),

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ensemble.candidates import Candidate, Draw
+from ensemble.candidates import Candidate, CandidateRow, Draw
+from ensemble.fitting import fit_evidence
+from ensemble.selectors import entry_of
 from ensemble.selectors.posterior import Evidence, Posterior, weights
 from submission.calls.likelihoods import Likelihoods
+from submission.errors import UserError
 from submission.types import Chat, Failure, LogLikelihood, Pair
 
 PAIR = Pair("1", "An original text.", "A rewritten text.")
@@ -67,6 +71,24 @@ def test_corners_are_the_selectors_that_it_joins() -> None:
     assert weights(THREE, sums, Evidence(0, 1, 0)).argmax() == 0  # logprob_total
     assert weights(THREE, sums, Evidence(0, 0, 1)) == pytest.approx([5 / 7, 1 / 7, 1 / 7])  # consensus
     assert weights(THREE, sums, Evidence(0, 0, 0)) == pytest.approx([1 / 3] * 3)
+
+
+def test_powers_are_fitted_and_named() -> None:
+    encoder: Any = _Encoder()
+    rows = [CandidateRow(replace(PAIR, id=str(number)), tuple(THREE)) for number in range(4)]
+    told = Posterior(encoder, Likelihoods(_Target({"style 0": -50.0, "style 60": -40.0, "style 65": -52.0})))
+    knows, mean = fit_evidence(rows, [[0.1, 0.9, 0.5]] * 4, told)
+    assert mean == 0.9
+    assert knows.likelihood > 0
+    fooled, mean = fit_evidence(rows, [[0.9, 0.1, 0.5]] * 4, told)
+    assert mean == 0.9
+    assert fooled.likelihood < knows.likelihood
+    assert Evidence.parse(str(knows)) == knows
+    assert entry_of(f"posterior:{knows}") is not None
+    assert entry_of("consensus:1/1/0") is None
+    for wrong in ("1/1", "a/b/c", "-1/0/0", "inf/0/0", ""):
+        with pytest.raises(UserError, match="three powers"):
+            entry_of(f"posterior:{wrong}")
 
 
 def test_what_is_not_known_decides_nothing() -> None:

@@ -8,7 +8,7 @@ All of them are listed in `SELECTORS`. Those that ask a model or an encoder are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ensemble.candidates import Candidate
 from ensemble.selectors import consensus, judges, likelihood, posterior, simple
@@ -18,7 +18,7 @@ from eval.encoders import Encoder
 from submission.calls.likelihoods import Likelihoods
 from submission.errors import UserError
 
-__all__ = ["SELECTORS", "Asking", "Candidate", "Selector", "Tools", "make_selectors"]
+__all__ = ["SELECTORS", "Asking", "Candidate", "Selector", "Tools", "entry_of", "make_selectors"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,19 @@ class SelectorEntry:
     about: str
     make: Callable[[Tools], Selector]
     needs: str = ""
+
+
+def entry_of(name: str) -> SelectorEntry | None:
+    """The entry of a selector; None if there is none. `posterior:1/0.5/0` is `posterior` with these powers.
+
+    Raises:
+        UserError: powers that are none.
+    """
+    base, colon, powers = name.partition(":")
+    if not colon or base != "posterior":
+        return SELECTORS.get(name)
+    evidence = posterior.Evidence.parse(powers)
+    return replace(SELECTORS[base], make=lambda tools: posterior.Posterior(tools.encoder, _target(tools), evidence))
 
 
 def _target(tools: Tools) -> Likelihoods:
@@ -116,10 +129,11 @@ def make_selectors(names: list[str], tools: Tools) -> dict[str, Selector]:
     """
 
     def one(name: str) -> Selector:
-        if name not in SELECTORS:
+        entry = entry_of(name)
+        if entry is None:
             known = ", ".join([*SELECTORS, *tools.weights])
             raise UserError(f"unknown selector {name!r}; there are: {known}, and sums of ranks such as first+consensus")
-        return SELECTORS[name].make(tools)
+        return entry.make(tools)
 
     made: dict[str, Selector] = {}
     for name in names:

@@ -12,6 +12,7 @@ from ensemble.selectors.likelihood import Likelihood
 from eval.encoders import Encoder
 from eval.metric import sharpened_cosines
 from submission.calls.likelihoods import Likelihoods
+from submission.errors import UserError
 from submission.types import Pair
 
 if TYPE_CHECKING:
@@ -33,6 +34,24 @@ class Evidence:
     logprob: float = 1.0
     draws: float = 0.0
 
+    @classmethod
+    def parse(cls, text: str) -> Evidence:
+        """Powers as `1/0.5/0`: of likelihood, log-probability and draws.
+
+        Raises:
+            UserError: they are not three numbers from 0.
+        """
+        try:
+            powers = [float(part) for part in text.split("/")]
+        except ValueError:
+            powers = []
+        if len(powers) != 3 or not all(0 <= power < math.inf for power in powers):
+            raise UserError(f"selector posterior:{text}: write three powers from 0, such as posterior:1/0.5/0")
+        return cls(*powers)
+
+    def __str__(self) -> str:
+        return f"{self.likelihood:g}/{self.logprob:g}/{self.draws:g}"
+
 
 class Posterior(Likelihood):
     """Minimum Bayes risk by the metric, each candidate weighted by the noisy channel.
@@ -53,12 +72,14 @@ class Posterior(Likelihood):
 
     def __call__(self, pair: Pair, candidates: Sequence[Candidate], /) -> list[float]:
         """Expected score of each candidate, from -1 to 1."""
+        return self.under([self._evidence], pair, candidates)[0]
+
+    def under(self, evidences: Sequence[Evidence], pair: Pair, candidates: Sequence[Candidate]) -> list[list[float]]:
+        """Expected scores of the candidates under each of several kinds of evidence."""
         sums = [known.sum for known in self.answers(pair, candidates)]
         vectors = self._encoder.embed([candidate.text for candidate in candidates])
-        expected: list[float] = (
-            sharpened_cosines(vectors, vectors) @ weights(candidates, sums, self._evidence)
-        ).tolist()
-        return expected
+        scores = sharpened_cosines(vectors, vectors)
+        return [(scores @ weights(candidates, sums, evidence)).tolist() for evidence in evidences]
 
 
 def weights(candidates: Sequence[Candidate], sums: Sequence[float], evidence: Evidence) -> NDArray[np.float64]:

@@ -230,7 +230,7 @@ def test_all_baselines_run_on_the_embedded_model_and_go_on_after_a_stop(run: Cli
     )
     done = run(*arguments)
     assert done.code == 0, done.err
-    names = {"constant", "constant_fitted", "nearest", "zero_shot", "few_shot", "few_shot_nearest"}
+    names = {"constant", "constant_fitted", "nearest", "zero_shot", "few_shot", "few_shot_nearest", "default"}
     for systems in (done.summary["systems"], done.summary["ood"]["systems"]):
         assert names <= set(systems) <= names | {"constant_exploit"}
     assert done.summary["reference"] == "constant"

@@ -58,7 +58,7 @@ class ComparedSystem:
         mean: over rows.
         difference: mean of (system - reference) over rows, paired; None for the reference itself.
         won, tied, lost: rows against the reference.
-        needed: rows that would show a difference of this size in four tries of five; None if there is none.
+        needed: rows that show a difference of this size with 80 % power; None if there is none.
     """
 
     system: System
@@ -205,9 +205,9 @@ def sentence(line: ComparedSystem, comparison: Comparison) -> str:
     if line.needed is not None and line.difference is not None:
         more = len(comparison.truth.ids)
         if line.difference.holds_zero:
-            said += f"; {line.difference.mean:+.4f} would take about {line.needed} rows to be seen, here are {more}"
+            said += f"; {line.difference.mean:+.3f} needs about {line.needed} rows for 80 % power, you have {more}"
         elif line.needed > more:
-            said += f"; four tries of five would see it with about {line.needed} rows, here are {more}"
+            said += f"; for 80 % power it needs about {line.needed} rows, you have {more}"
     return said
 
 

@@ -126,7 +126,7 @@ def bootstrap_of(
 
 
 def rows_needed(difference: Interval, rows: int) -> int | None:
-    """Rows that would show a difference of this size in four tries of five; None if there is none to show.
+    """Rows that show a difference of this size with 80 % power; None if there is none to show.
 
     Args:
         difference: of two systems, as measured.

@@ -28,7 +28,7 @@ from train.trainer import device_count, training_dtype
 _CHARACTERS = 4.2  # of a token of English, about
 _TEMPLATE, _ANSWER = 60, 15  # tokens of a template, and of a prompt that was recovered
 _ENCODER = 10.6e6  # parameters of MiniLM's layers
-_SHARES = {"prepare": 0.2, "sft": 0.5, "score": 0.3, "export": 0.3, "make": 0.1}  # of the matrices' pace
+_SHARES = {"prepare": 0.2, "sft": 0.4, "score": 0.7, "export": 0.3, "make": 0.1}  # of the matrices' pace
 _FIXED = {"prepare": 20.0, "sft": 30.0, "score": 60.0, "export": 60.0, "make": 60.0}  # seconds: loading, compiling
 _EXPORTED_TOKENS = 2_000  # that merged weights and GGUF files are checked on
 _DISK_PACE = 0.3e9  # bytes a second

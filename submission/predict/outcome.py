@@ -84,7 +84,9 @@ class Summary:
         lines.append(f"time       {self.seconds:.1f} s, {self.rows_per_second:.2f} rows/s")
         lines.append(f"output     {display_path(self.output)} (valid)")
         if self.too_many_failed:
-            lines.append("Too many rows failed: look at one with `inspect ID`; the same command tries them again.")
+            lines.append("Too many rows failed: the same command tries them again.")
+        look = f"python -m submission inspect ID --run {display_path(self.output)}"
+        lines.append(f"next       {look}    (one row: prompt and answer)")
         return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ _MOST_DRAWS = 64
 
 @dataclass(frozen=True, slots=True)
 class Variance:
-    """Of the draws' true scores.
+    """Variance components of the draws' true scores.
 
     Attributes:
         between: variance of rows' means: some rows are hard for every draw.

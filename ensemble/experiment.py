@@ -95,7 +95,7 @@ class Experiment:
         return blind[0] if blind else None
 
     def figures(self) -> dict[str, Any]:
-        """For programs."""
+        """The figures, for JSON."""
         return {
             "encoder": self.encoder.name, "rows": len(self.rows), "without_candidates": self.without,
             "clusters": self.truth.number_of_clusters,
@@ -194,7 +194,7 @@ def true_scores(rows: Sequence[CandidateRow], prompts: Sequence[str], encoder: E
 
 
 def lines_of(experiment: Experiment) -> Iterator[str]:
-    """For people."""
+    """Lines to print."""
     yield f"{'selector':<28}{'mean':>8}{'over first':>28}{'headroom':>10}{'best one':>10}{'tokens':>9}{'s':>7}  a row"
     for line in [*experiment.lines, *experiment.joined]:
         difference = "" if line.name == FIRST else line.over_first.shown("+.4f")

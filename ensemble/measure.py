@@ -49,7 +49,7 @@ class SelectorResult:
     seconds: float = 0.0
 
     def figures(self) -> dict[str, Any]:
-        """For programs."""
+        """The figures, for JSON."""
         intervals = ("mean", "over_first", "over_constant", "headroom", "regret")
         return {
             **{name: interval_figures(getattr(self, name)) for name in intervals},

@@ -37,7 +37,7 @@ class Turns:
         """The pace of the next turn.
 
         Args:
-            name: of the turn, for people.
+            name: of the turn, for messages.
             most: answers of a row at most.
         """
         left, total = self._budget.remaining(), sum(self._weights)
@@ -50,7 +50,7 @@ class Pace:
     Args:
         budget: of the run.
         seconds: of the turn; infinite without a deadline.
-        name: of the turn, for people.
+        name: of the turn, for messages.
         most: answers of a row at most.
     """
 
@@ -96,5 +96,5 @@ class Pace:
 
 
 def words(share: float) -> str:
-    """A share of the samples, for people."""
+    """A share of the samples, in words."""
     return "all samples" if share == 1 else "greedy answers only" if share == 0 else f"{share:.0%} of the samples"

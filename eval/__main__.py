@@ -269,7 +269,7 @@ def throughput(
 
 
 def _show(lines: Any, figures: Any, *, as_json: bool) -> None:
-    """Lines for people, on standard error when a program reads standard output."""
+    """Print the lines; with `as_json` on standard error, and the figures as JSON on standard output."""
     for line in lines:
         print_line(line, sys.stderr if as_json else sys.stdout)
     if as_json:

@@ -71,14 +71,14 @@ class Result:
     constants: list[FittedConstant]
 
     def figures(self) -> dict[str, Any]:
-        """For programs: those of the test set, with the others' under their names."""
+        """The figures, for JSON: those of the test set, with the others' under their names."""
         found = {
             name: figures(c) | {"shared": leaks.figures(self.shared[name])} for name, c in self.comparisons.items()
         }
         return found.pop("test") | found | {"constants": [constant.figures() for constant in self.constants]}
 
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """Lines to print."""
         for name, comparison in self.comparisons.items():
             yield ""
             yield name

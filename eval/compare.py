@@ -178,7 +178,7 @@ def compare(systems: Sequence[System], truth: Truth, encoder: Encoder, reference
 
 
 def table(comparison: Comparison) -> Iterator[str]:
-    """For people."""
+    """Lines to print."""
     truth = comparison.truth
     yield f"metric     {comparison.encoder.metric}"
     yield f"rows       {len(truth.ids)} of {truth.path}, {truth.number_of_clusters} prompts (near-duplicates are one)"
@@ -227,7 +227,7 @@ def cells(line: ComparedSystem) -> tuple[str, ...]:
 
 
 def figures(comparison: Comparison) -> dict[str, Any]:
-    """For programs."""
+    """The figures, for JSON."""
     return {
         "encoder": comparison.encoder.name,
         "n": len(comparison.truth.ids),

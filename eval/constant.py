@@ -61,7 +61,7 @@ class FittedConstant:
     exploit: bool
 
     def figures(self) -> dict[str, Any]:
-        """For programs."""
+        """The figures, for JSON."""
         return {"prompt": self.prompt, "train_mean": self.train_mean, "exploit": self.exploit}
 
 

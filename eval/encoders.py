@@ -95,7 +95,7 @@ class Encoder:
 
     @cached_property
     def is_the_competitions(self) -> bool:
-        """Whether this is the encoder whose scores are the competition's: by its name and its size."""
+        """True for sentence-t5-base, by name and size: its scores are the competition's."""
         return self.name == SENTENCE_T5 and _T5_BASE.items() <= _config(self.folder).items()
 
     @property

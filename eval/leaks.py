@@ -47,7 +47,7 @@ def shared(train: Path, test: Path, encoder: Encoder) -> dict[str, Shared]:
 
 
 def lines(found: Mapping[str, Shared]) -> Iterator[str]:
-    """For people: one line for each column, or a single one when nothing is shared."""
+    """Lines to print: one for each column, or a single one when nothing is shared."""
     clean = True
     for column, count in found.items():
         if count.near:
@@ -61,7 +61,7 @@ def lines(found: Mapping[str, Shared]) -> Iterator[str]:
 
 
 def figures(found: Mapping[str, Shared]) -> dict[str, dict[str, int]]:
-    """For programs."""
+    """The figures, for JSON."""
     return {column: {"rows": c.rows, "exact": c.exact, "near": c.near} for column, c in found.items()}
 
 

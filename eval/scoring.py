@@ -81,7 +81,7 @@ class Scored:
         return found
 
     def figures(self) -> dict[str, Any]:
-        """For programs."""
+        """The figures, for JSON."""
         interval = self.interval()
         figures: dict[str, Any] = {
             **interval_figures(interval),
@@ -192,7 +192,7 @@ def has_special_token(text: str) -> bool:
 
 
 def lines(scored: Scored, metric: str) -> Iterator[str]:
-    """For people.
+    """Lines to print.
 
     Args:
         scored: what to show.
@@ -221,7 +221,7 @@ def lines(scored: Scored, metric: str) -> Iterator[str]:
 
 
 def interval_figures(interval: Interval) -> dict[str, float | None]:
-    """For programs; null stands for what is unknown, JSON has no NaN."""
+    """The figures, for JSON; null stands for what is unknown, JSON has no NaN."""
     known = {"mean": interval.mean, "low": interval.low, "high": interval.high}
     return {name: value if value == value else None for name, value in known.items()}
 

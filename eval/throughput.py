@@ -88,7 +88,7 @@ class Measured:
         return self.median(way) / self.median(OURS)
 
     def figures(self) -> dict[str, object]:
-        """For programs."""
+        """The figures, for JSON."""
         return {
             "rows": self.rows,
             "prompt_tokens": round(self.prompt_tokens, 1),
@@ -131,7 +131,7 @@ def measure(config: ThroughputConfig) -> dict[str, Measured]:
 
 
 def table(scenario: str, measured: Measured) -> Iterator[str]:
-    """Lines for people."""
+    """Lines to print."""
     yield ""
     yield (
         f"{scenario}: {measured.rows} rows, {measured.prompt_tokens:.0f} prompt tokens and {measured.new_tokens:.0f} "

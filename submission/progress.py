@@ -13,7 +13,7 @@ _LINE_SECONDS = 10.0
 
 
 def print_line(line: str, stream: TextIO | None) -> None:
-    """Print a line for people. A reader that has gone, or a stream that was never there, ends no run.
+    """Print a line. A reader that has gone, or a stream that was never there, ends no run.
 
     What data holds for terminals (colours, cursor moves, titles) is spelled out.
     """

@@ -155,7 +155,7 @@ class LogLikelihood(_Travels):
 
 @dataclass(frozen=True, slots=True)
 class Failure(_Travels):
-    """What an item has instead of a result; `reason` is for people, in one line."""
+    """What an item has instead of a result; `reason` says why, in one line."""
 
     reason: str
 

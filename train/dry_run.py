@@ -57,7 +57,7 @@ def look(config: Sft) -> None:
 
 
 def lines(config: Sft, ready: PreparedTuning) -> Iterator[str]:
-    """For people.
+    """Lines to print.
 
     Raises:
         UserError: the model has no such layers.

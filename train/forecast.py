@@ -105,7 +105,7 @@ def forecast(run: Run, folds: int = 0) -> list[Stage]:
 
 
 def lines(stages: list[Stage]) -> Iterator[str]:
-    """For people."""
+    """Lines to print."""
     yield f"{'stage':<22}{'minutes':>9}{'memory GB':>11}{'disk GB':>9}"
     for stage in stages:
         yield f"{stage.name:<22}{_minutes(stage.seconds):>9}{stage.memory / 1e9:>11.1f}{stage.disk / 1e9:>9.2f}"

@@ -233,7 +233,7 @@ def make_adapter(
 
 
 def table(checked: Sequence[Checked]) -> Iterator[str]:
-    """For people."""
+    """Lines to print."""
     yield f"{'quantisation':<14}{'MB':>9}{'KL to F16':>15}{'perplexity':>13}{'tokens/s':>10}"
     for one in checked:
         yield (

@@ -84,7 +84,7 @@ def sweep(recipe: Path, output: Path, grid: Sequence[str], settings: Sequence[st
 
 
 def lines(rows: Sequence[tuple[Any, ...]]) -> list[str]:
-    """A table for people."""
+    """The table, as lines to print."""
     cells = [[column.replace("_", " ") for column in COLUMNS], *([_shown(cell) for cell in row] for row in rows)]
     widths = [max(len(row[place]) for row in cells) for place in range(len(COLUMNS))]
     return [

@@ -31,7 +31,7 @@ class TuningTask(Protocol):
         ...
 
     def measure(self, model: Any, triplets: Sequence[Triplet]) -> tuple[dict[str, float], list[str]]:
-        """Figures by name, and lines for people, of a model in evaluation mode."""
+        """Figures by name, and lines to print, of a model in evaluation mode."""
         ...
 
 

@@ -106,7 +106,7 @@ class Models(Mapping[str, "Handle"]):
         self.log, self.limits, self.compute = log, limits, compute
         self.found = self.computed = self.failed = self.missing = 0
         self.humbler: list[str] = []
-        self.asked: list[RecordedCall] | None = None  # takes all calls, for people to look at
+        self.asked: list[RecordedCall] | None = None  # collects all calls, for `inspect`
         self._by_spec: dict[str, Handle] = {}
         self._roles = {role: self._model(spec) for role, spec in roles.items()}
 

@@ -142,7 +142,7 @@ class Carrier(ABC):
 
     @abstractmethod
     def end(self, worker: Worker) -> str:
-        """End a worker, however it is; returns what became of it, for people."""
+        """End a worker, however it is; returns what became of it, for messages."""
 
     def kill(self, worker: Worker) -> None:
         """Let a worker end soon, without waiting for it."""

@@ -26,7 +26,7 @@ class Way:
 
     Attributes:
         what: is loaded.
-        words: how it is held, for people; "" as it was asked for.
+        words: how it is held, for messages; "" as it was asked for.
         environment: of its workers, beside that of this process.
     """
 

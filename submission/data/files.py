@@ -212,7 +212,7 @@ def atomic_writer(path: Path) -> Iterator[IO[str]]:
 
 
 def write_json(path: Path, content: Any, default: Callable[[Any], Any] | None = None) -> None:
-    """Write a JSON file for people and programs, whole or not at all; `default` as in `json.dump`."""
+    """Write an indented JSON file, whole or not at all; `default` as in `json.dump`."""
     with atomic_writer(path) as file:
         json.dump(content, file, indent=2, default=default)
         file.write("\n")

@@ -261,7 +261,7 @@ def _caution(gpu: Gpu, shape: ModelShape) -> str:
 
 
 def shown(fits: Iterable[Fit], limit_minutes: float = math.inf) -> Iterator[str]:
-    """Lines for people, one for each machine below a heading."""
+    """Lines to print: a heading, then one for each machine."""
     yield "machine  weights/GPU  KV tokens/GPU  at once/GPU  minutes"
     for one in fits:
         head = f"{one.machine.name:7}  {one.weight_bytes / 1e9:8.1f} GB  {one.kv_tokens:13,}"

@@ -75,7 +75,7 @@ class Summary:
         )
 
     def as_text(self) -> str:
-        """A few lines for people."""
+        """The lines that end a run on the terminal."""
         lines = [f"rows       {self.rows} ({self.computed} computed now)"]
         lines.append(f"fallbacks  {self.fallbacks}")
         lines += [f"           {count} x {reason}" for reason, count in self.reasons.items()]
@@ -168,7 +168,7 @@ class _Count:
 
 
 def print_summary(summary: Summary, *, as_json: bool) -> None:
-    """For people on standard error when a program reads standard output."""
+    """Print the summary; with `as_json` as one line on standard output, and the text on standard error."""
     print_line(summary.as_text(), sys.stderr if as_json else sys.stdout)
     if as_json:
         print_line(summary.as_json(), sys.stdout)

@@ -67,7 +67,7 @@ class Plan:
     shots: list[Triplet]
 
     def describe(self, role: str) -> dict[str, Any]:
-        """A role's model, for the manifest and for people."""
+        """A role's model, for the manifest and for messages."""
         describe = getattr(self.roles[role], "describe", None)
         return dict(describe()) if describe else {"model": str(self.roles[role])}
 

@@ -28,7 +28,7 @@ CALL_SECONDS = 120.0
 TRANSFER_SECONDS = 6 * 3600.0
 """Time for a command that moves files: weights have gigabytes."""
 
-"""Takes a line for people."""
+"""Prints a line."""
 
 _BLOCK = re.compile(r"-+(Request|Response)-+")
 _BLOCK_END = re.compile(r"-{20,}")
@@ -52,7 +52,7 @@ class _Step:
     transient: bool = False
 
     def fits(self, status: int, word: str) -> bool:
-        """Whether this is the step for an error; the words alone count for a step without codes."""
+        """True if this step handles the error; a step without codes is matched by its words alone."""
         if status and self.codes:
             return re.fullmatch(self.codes, str(status)) is not None
         return re.search(self.words, word, re.IGNORECASE) is not None
@@ -115,7 +115,7 @@ class HttpAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a command of the client left: the text for people without credentials, and what the server answered.
+    """What a command of the client left: its text without credentials, and what the server answered.
 
     `refused` names the files whose transfer the server refused: the client takes no notice of that.
     """
@@ -215,7 +215,7 @@ def configured_user() -> str:
 
 
 def _without_blocks(printed: str) -> tuple[str, list[HttpAnswer]]:
-    """The text for people, and the server's answers, from what the client prints when it is verbose."""
+    """The text to show, and the server's answers, from what the client prints when it is verbose."""
     kept, answers = [], []
     block: list[str] | None = None
     kind = ""

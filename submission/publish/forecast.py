@@ -35,7 +35,7 @@ class _Source:
 
 
 def forecast(bundle: Path, handles: Sequence[str]) -> Iterator[str]:
-    """Lines for people; none where the sizes of no attached model are known.
+    """Lines to print; none where the sizes of no attached model are known.
 
     Raises:
         UserError: kernel.toml or the file of recover_config cannot be read.

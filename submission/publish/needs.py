@@ -27,7 +27,7 @@ class Needs:
     Attributes:
         gpu: whether its model runs on a GPU.
         attached: whether its model is one of `model_sources`.
-        why: a phrase for people, such as "a GGUF file in llama.cpp for the CPU".
+        why: a phrase for messages, such as "a GGUF file in llama.cpp for the CPU".
         models: handles of the models that it attaches.
         cpu_build: whether a GPU would stand idle, as its llama.cpp was built for the CPU.
     """

@@ -181,7 +181,7 @@ def _set_environment(options: Options) -> None:
 
 
 def _check_platform(options: Options) -> bool:
-    """Whether this is vLLM's CPU build.
+    """True on vLLM's CPU build.
 
     Raises:
         UserError: it is built for GPUs, and there is none; or it is not, and 4 bits are asked for.

@@ -184,7 +184,10 @@ def fit(
     encoder: EncoderOption = "",
     fresh: FreshOption = False,
 ) -> None:
-    """Fit the weights of a sum of selectors on a validation set; `experiment` refuses them for its rows."""
+    """Fit the weights of a sum of selectors on a validation set; `experiment` refuses them for its rows.
+
+    With `--selectors posterior` alone the powers of its kinds of evidence are fitted.
+    """
     from ensemble.experiment import fit_weights
     from ensemble.models import read_models
     from eval.encoders import find_encoder

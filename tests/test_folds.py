@@ -93,10 +93,28 @@ def test_every_row_is_scored_once_and_all_are_learned(recipe: Path, tmp_path: Pa
     assert again.code == 0, again.err
     assert again.err.count("nothing to do") == 7  # sets and adapter of two folds; sets, adapter and weights of all rows
     assert json.loads((made / "score.json").read_text()) == score
+    assert isinstance(score["systems"]["tuned"]["fallbacks"], int)
+    before = (made / "folds" / "1" / "sets" / "train.parquet").read_bytes()
+    for other in (("--folds", "3"), ()):
+        refused = train(*arguments[:6], *other)
+        assert refused.code == 2, refused.err
+        assert "holds a run with 2 folds" in refused.err
+    assert (made / "folds" / "1" / "sets" / "train.parquet").read_bytes() == before
 
 
 def test_folds_need_triplets_and_a_score(recipe: Path, tmp_path: Path) -> None:
     train = runner("train", tmp_path)
+    (tmp_path / "names.csv").write_text("id,source,target,prompt\n1,a,b,c\n")
+    for arguments, said in (
+        (("run", "r.toml", "--triplets", "mine.csv", "--folds", "1"), "two are the least"),
+        (("run", "r.toml", "--triplets", "names.csv"), "missing column original_text, rewritten_text"),
+        (("run", "r.toml", "--triplets", "mine.csv", "--folds", "2", "--set", "score.backend=llama_cpp",
+          "--set", "score.base=embedded", "--set", "gguf.quantizations=F16"), "is a transformers folder"),
+    ):  # fmt: skip
+        refused = train(*arguments, "-o", "made")
+        assert refused.code == 2, refused.err
+        assert said in refused.err
+        assert not (tmp_path / "made").exists()
     (tmp_path / "no.toml").write_text(recipe.read_text().partition("[score]")[0])
     for arguments in (("run", "no.toml", "--triplets", "mine.csv"), ("run", "r.toml", "--set", "prompts.size=20")):
         refused = train(*arguments, "-o", "made", "--folds", "2")
@@ -115,7 +133,15 @@ def test_what_a_run_takes_is_told_before_it(recipe: Path, tmp_path: Path) -> Non
     longer = replace(run, sft=replace(run.sft, max_steps=200))
     seconds = [next(s.seconds for s in forecast.forecast(r) if s.name == "sft") for r in (run, longer)]
     assert seconds[1] > seconds[0]
-    assert [stage.name for stage in forecast.forecast(run, 5)][1:3] == ["sft x 5 folds", "score x 5 folds"]
+    folds = {count: {s.name: s.seconds for s in forecast.forecast(replace(run, folds=count))} for count in (2, 8)}
+    assert folds[8]["sft x 8 folds"] > 4 * folds[2]["sft x 2 folds"], "each learns from more rows"
+
+
+def test_triplets_on_the_command_line_are_what_is_learned() -> None:
+    run = read_run(ROOT / "train" / "recipes" / "gemma-7b-it-qlora.toml", ["output=made"], ["mine.csv"])
+    assert run.sft is not None
+    assert run.sft.train == str(Path("made") / "sets" / "train.parquet")
+    assert run.sft.validation == str(Path("made") / "sets" / "validation.parquet")
 
 
 def test_ones_own_triplets_are_put_beside_the_default() -> None:

@@ -86,7 +86,7 @@ def test_powers_are_fitted_and_named() -> None:
     assert Evidence.parse(str(knows)) == knows
     assert entry_of(f"posterior:{knows}") is not None
     assert entry_of("consensus:1/1/0") is None
-    for wrong in ("1/1", "a/b/c", "-1/0/0", "inf/0/0", ""):
+    for wrong in ("1/1", "a/b/c", "-1/0/0", "inf/0/0", "1e308/1/0", ""):
         with pytest.raises(UserError, match="three powers"):
             entry_of(f"posterior:{wrong}")
 
@@ -95,6 +95,8 @@ def test_what_is_not_known_decides_nothing() -> None:
     assert _choice(THREE, {"style 0": -90.0, "style 60": None, "style 65": -10.0}) == "style 0"
     odd = _candidates(("style 0", 0.0, 1), ("style 60", -3.0, 1), ("style 65", math.nan, 1))
     assert weights(odd, [-1.0, -1.0, -1.0], Evidence()) == pytest.approx([1 / 3] * 3)
+    both = [Candidate("style 0", (Draw("mine", 1, 0.0, 1), Draw("s", 1, -4.0, 5))), *_candidates(("style 60", -1.0, 1))]
+    assert weights(both, [-1.0, -1.0], Evidence())[0] == pytest.approx(1 / (1 + math.exp(3)))  # its known draw counts
     assert weights(THREE, [-1e6, -2e6, -3e6], Evidence()) == pytest.approx([1, 0, 0])
     one = _candidates(("style 7", -3.0, 1))
     assert _choice(one, {"style 7": -5.0}) == "style 7"

@@ -38,6 +38,17 @@ def test_what_failed_has_the_fallback_and_says_why() -> None:
     assert all(one.reason for one in odd.values())
 
 
+def test_nulls_of_pandas_are_blanks() -> None:
+    import pandas as pd
+
+    frame = pd.DataFrame(
+        {"id": pd.array([1, 2], dtype="Int64"), "original_text": ["a", None],
+         "rewritten_text": pd.array(["An original text.", None], dtype="string")}
+    )  # fmt: skip
+    found = recover(frame, **SCRIPTED)
+    assert [(one.id, one.status) for one in found] == [("1", "ok"), ("2", "failed")]
+
+
 def test_time_and_log(tmp_path: Path) -> None:
     log = tmp_path / "calls.jsonl"
     first = recover(PAIRS, log=log, **SCRIPTED)
@@ -62,14 +73,27 @@ def test_a_strategy_with_options_needs_no_model() -> None:
 def test_wrong_pairs_are_refused_by_name() -> None:
     import pandas as pd
 
+    odd: Any = Pair  # a user's program need not be typed
     for given, said in (
         ([PAIRS[0], PAIRS[0]], "id '0' is null, or is there twice"),
         ([Pair(" ", "a", "b")], "is null, or is there twice"),
-        (pd.DataFrame({"id": ["1"], "original_text": ["a"]}), "lacks the column rewritten_text"),
+        (pd.DataFrame({"id": ["1"], "original_text": ["a"]}), "rewritten_text is there 0 times"),
+        (pd.DataFrame([["1", "1", "a", "b"]], columns=["id", "id", "original_text", "rewritten_text"]), "2 times"),
+        ([odd(1, "a", "b")], "id must be a text, not int"),
+        ([odd("1", "a", float("nan"))], "rewritten_text must be a text, not float"),
+        (PAIRS[0], "not Pair"),
+        (None, "not NoneType"),
         ([("1", "a", "b")], "not tuple"),
     ):
         with pytest.raises(UserError, match=said):
             recover(given, **SCRIPTED)  # type: ignore[arg-type]
+    for options, said in (
+        ({"workers": -1}, "workers"), ({"workers": 1.5}, "workers"), ({"sampling": None}, "Sampling"),
+        ({"shots": [PAIRS[0]]}, "Triplet"), ({"seconds": float("nan")}, "seconds"), ({"seconds": "3"}, "seconds"),
+        ({"fallback": " "}, "fallback"), ({"fallback": None}, "fallback"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            recover(PAIRS, **SCRIPTED, **options)
     with pytest.raises(UserError, match="temperature"):
         recover(PAIRS, sampling=Sampling(temperature=-1), **SCRIPTED)
     assert recover([], **SCRIPTED) == []

@@ -196,7 +196,7 @@ def run(
 ) -> None:
     """Run the stages of a recipe: prompts, texts and rewrites unless it has triplets, prepare, sft, merge, gguf, score.
 
-    With --triplets no recipe is needed. What is finished is not done again. OUTPUT gets report.html, to be opened.
+    With --triplets no recipe is needed. What is finished is not done again. A scored run gets report.html.
     """
     from eval.encoders import find_encoder
     from train import forecast
@@ -206,18 +206,15 @@ def run(
     if recipe is None and not triplets:
         raise UserError("name a RECIPE, or your triplets with --triplets FILE")
     chosen = [*(settings or []), *([f"output={output}"] if output else [])]
-    made, metric = read_run(recipe or OWN, chosen, triplets or []), find_encoder(encoder)
-    if folds:
-        check_folds(made, folds)
-    else:
-        check(made)
-    if dry_run or not made.output.exists():
-        for line in forecast.lines(forecast.forecast(made, folds)):
+    made, metric = read_run(recipe or OWN, chosen, triplets or [], folds), find_encoder(encoder)
+    (check_folds if folds else check)(made, fresh=fresh)
+    if dry_run or not (made.output / "run.json").exists():
+        for line in forecast.lines(forecast.forecast(made)):
             print_line(line, sys.stdout if dry_run else sys.stderr)
     if dry_run:
         return
     if folds:
-        run_folds(made, folds, metric, fresh=fresh)
+        run_folds(made, metric, fresh=fresh)
     else:
         run_stages(made, metric, fresh=fresh)
 

@@ -72,8 +72,7 @@ def lines(config: Sft, ready: PreparedTuning) -> Iterator[str]:
     epoch, steps = config.steps(len(ready.train), device_count())
     tokens = sum(len(example.ids) for example in ready.train)
     yield f"{'steps':<12}{steps:>7}, {epoch} an epoch; {tokens / epoch:.0f} tokens a step"
-    answers = max(len(example.ids) - example.answer_from for example in ready.train)
-    size = measure(config, ready.base, max(len(example.ids) for example in ready.train), answers)
+    size = planned(config, ready)
     yield (
         f"{'parameters':<12}{size.parameters / 1e6:>7.1f} M, {size.trainable / 1e6:.2f} M of them trainable "
         f"({size.trainable / size.parameters:.2%})"
@@ -82,6 +81,12 @@ def lines(config: Sft, ready: PreparedTuning) -> Iterator[str]:
         f"{'memory':<12}{size.total / 1e9:>7.1f} GB estimated: weights {size.weights / 1e9:.1f}, adapter and optimizer "
         f"{size.optimizer / 1e9:.2f}, activations of the longest batch {size.activations / 1e9:.1f}"
     )
+
+
+def planned(config: Sft, ready: PreparedTuning) -> Size:
+    """What training on these examples takes; see `measure`."""
+    answer = max(len(example.ids) - example.answer_from for example in ready.train)
+    return measure(config, ready.base, max(len(example.ids) for example in ready.train), answer)
 
 
 def measure(config: Sft, base: Path, longest: int, answer: int) -> Size:

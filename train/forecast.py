@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from submission.backends.transformers.loading import stay_offline_and_quiet
@@ -54,12 +54,11 @@ class _Rows:
     longest: float
 
 
-def forecast(run: Run, folds: int = 0) -> list[Stage]:
+def forecast(run: Run) -> list[Stage]:
     """The stages that a run has, with what each takes.
 
     Args:
         run: with its recipe; nothing is written.
-        folds: parts of a cross-validation; 0 for none.
 
     Raises:
         UserError: a source or the base is missing or of another kind.
@@ -74,7 +73,8 @@ def forecast(run: Run, folds: int = 0) -> list[Stage]:
         stages.append(Stage("prepare", _FIXED["prepare"] + work / (pace * _SHARES["prepare"]), 1.0e9))
     if run.sft is None:
         return stages
-    split = run.recipe.split.shares if run.recipe else {"train": 1.0, "test": 0.0}
+    folds = run.folds
+    split = replace(run.recipe.split, folds=folds).shares if run.recipe else {"train": 1.0, "test": 0.0}
     stay_offline_and_quiet()
     base = base_folder(run.sft.base)
     tokens = min(run.sft.max_tokens, _TEMPLATE + rows.mean + _ANSWER)
@@ -92,7 +92,7 @@ def forecast(run: Run, folds: int = 0) -> list[Stage]:
     if folds:
         stages.append(Stage(f"sft{parts}", folds * sft, size.total, folds * 4 * adapter))
         stages.append(Stage(f"score{parts}", folds * score, 1.7e9))
-        sft *= rows.count / trained if trained else 1.0
+        sft *= rows.count / trained if trained else 1.0  # the model that is exported learns from all rows
     stages.append(Stage("sft", sft, size.total, 4 * adapter))
     merged = 2.0 * size.parameters
     files = sum(_QUANTIZED.get(name, 1.0) for name in run.gguf.quantizations) * size.parameters if run.gguf else 0.0
@@ -154,9 +154,15 @@ def _rows(run: Run) -> _Rows:
 
 def _lengths(paths: list[Path], recipe: Recipe) -> _Rows:
     names = {source.columns.get(name, name) for source in recipe.sources or () for name in _TEXTS} | set(_TEXTS)
-    lengths = [
-        sum(map(len, record.values())) / _CHARACTERS for path in paths for record in read_records(path, names)[1]
-    ]
+    lengths = []
+    for path in paths:
+        there, records = read_records(path, names)
+        if not names & set(there):
+            raise UserError(
+                f"{path}: missing column {', '.join(_TEXTS)}\nFound: {', '.join(there)}. Rename them, or name the "
+                "table as a [[source]] of a recipe with columns = { original_text = 'their name' }"
+            )
+        lengths += [sum(map(len, record.values())) / _CHARACTERS for record in records]
     if not lengths:
         raise UserError(f"{', '.join(map(os.fspath, paths)) or 'the sources'}: no row to train on")
     return _Rows(len(lengths), sum(lengths) / len(lengths), max(lengths))

@@ -20,7 +20,8 @@ from eval.encoders import Encoder, find_encoder
 from submission.backends import model_spec
 from submission.backends.models import resolve_folder
 from submission.config import from_mapping, read_toml
-from submission.data.outputs import up_to_date
+from submission.data.files import read_json, write_json
+from submission.data.outputs import check_folder, check_free, made_files, up_to_date
 from submission.errors import UserError
 from train.gguf import Gguf, export
 from train.merge import made_from, merge
@@ -36,6 +37,7 @@ LOG = logging.getLogger(__name__)
 
 _STAGES: dict[str, type[Any]] = {"prompts": Prompts, "texts": Texts, "rewrites": Rewrites}
 _MADE = "triplets.csv"
+_NOTE = "run.json"
 _LATER: dict[str, type[Any]] = {"sft": Sft, "gguf": Gguf, "score": Score}
 
 
@@ -57,6 +59,7 @@ class Run:
         making: the stages that make triplets; None if the recipe brings its own.
         recipe: of `prepare`; the triplets that are made are a source of it. None if [sft] names sets of its own.
         sft, gguf, score: None if the recipe has none.
+        folds: of a cross-validation; 0 for one test set.
     """
 
     output: Path
@@ -65,6 +68,7 @@ class Run:
     sft: Sft | None
     gguf: Gguf | None
     score: Score | None
+    folds: int = 0
 
     @property
     def sets(self) -> Path:
@@ -76,13 +80,14 @@ OWN = Path(__file__).parent / "recipes" / "own.toml"
 """The recipe of triplets that come without one."""
 
 
-def read_run(path: Path, settings: Sequence[str] = (), triplets: Sequence[str] = ()) -> Run:
+def read_run(path: Path, settings: Sequence[str] = (), triplets: Sequence[str] = (), folds: int = 0) -> Run:
     """Read a recipe.
 
     Args:
         path: TOML.
         settings: `key=value` and `section.key=value`, which go before the file.
-        triplets: tables that are sources beside those of the recipe.
+        triplets: tables that are sources beside those of the recipe; sets that [sft] names are not taken then.
+        folds: of a cross-validation; 0 for none.
 
     Raises:
         UserError: an unknown section or key, or a bad value.
@@ -90,6 +95,8 @@ def read_run(path: Path, settings: Sequence[str] = (), triplets: Sequence[str] =
     content = with_settings(read_toml(path, "RECIPE"), settings)
     if triplets and isinstance(sources := content.get("source", []), list):
         content["source"] = [*sources, *({"path": table} for table in triplets)]
+        if isinstance(tuning := content.get("sft"), dict):
+            content["sft"] = {key: value for key, value in tuning.items() if key not in ("train", "validation")}
     output = content.pop("output", "")
     if not isinstance(output, str) or not output:
         raise UserError(f"{path} has no output: name a folder with -o FOLDER")
@@ -116,7 +123,7 @@ def read_run(path: Path, settings: Sequence[str] = (), triplets: Sequence[str] =
         raise UserError(f"{path}: [{next(iter(content))}] is for triplets: name them as [[source]]")
     elif later["score"]:
         raise UserError(f"{path} has [score] and no test set: name triplets as [[source]] instead of [sft] train")
-    run = Run(folder, making, recipe, **later)
+    run = Run(folder, making, recipe, **later, folds=folds)
     return replace(run, sft=with_sets(run.sft, output)) if run.sft else run
 
 
@@ -126,8 +133,7 @@ def run_stages(run: Run, encoder: Encoder, *, fresh: bool = False) -> None:
     Raises:
         UserError: something is missing or wrong.
     """
-    run.output.mkdir(parents=True, exist_ok=True)
-    check(run)
+    begin(run, fresh=fresh)
     if run.making and run.recipe:
         _make_triplets(run, run.making, run.recipe, encoder, fresh=fresh)
     if run.recipe:
@@ -162,17 +168,55 @@ def _make_triplets(run: Run, making: Making, recipe: Recipe, encoder: Encoder, *
     make_rewrites(making.rewrites, prompts, texts, run.output / _MADE, spec, fresh=fresh)
 
 
-def check(run: Run) -> None:
-    """Refuse before hours of work what would be refused after them."""
+def begin(run: Run, *, fresh: bool) -> None:
+    """Check a run, and note in its folder what it is.
+
+    Raises:
+        UserError: as `check`.
+    """
+    check(run, fresh=fresh)
+    run.output.mkdir(parents=True, exist_ok=True)
+    note = run.output / _NOTE
+    with made_files(note, [note], {}):
+        write_json(note, {"folds": run.folds})
+
+
+def check(run: Run, *, fresh: bool = False) -> None:
+    """Refuse before hours of work what would be refused after them.
+
+    Raises:
+        UserError: what is missing, wrong or in the way.
+    """
+    output = run.output
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} is a file: name a folder")
+    if not fresh and (before := _folds_of(output)) is not None and before != run.folds:
+        raise UserError(
+            f"{output} holds a run with {before or 'no'} folds: name another output, or begin anew with --fresh"
+        )
+    check_free(output / _NOTE, [output / _NOTE])
     if run.sft:
         check_installed(run.sft)
         resolve_folder(run.sft.base)
+        if output.exists():
+            check_folder(output / "merged")
     if run.gguf:
         run.gguf.check()
         run.gguf.converter()
+        for path in (output / run.gguf.file(name) for name in run.gguf.quantizations):
+            check_free(path, [path])
     if run.score and run.sft:
-        run.score.check(run.output)
+        run.score.check(output)
         model_spec(run.score.backend, run.score.base or run.sft.base)
+
+
+def _folds_of(output: Path) -> int | None:
+    """The folds of the run that a folder holds; None if it holds none."""
+    if (output / _NOTE).is_file():
+        content = read_json(output / _NOTE)
+        folds = content.get("folds") if isinstance(content, dict) else None
+        return folds if isinstance(folds, int) else None
+    return None
 
 
 def _merge(adapter: Path, merged: Path, *, fresh: bool) -> None:

@@ -16,7 +16,7 @@ from eval.scoring import read_truth
 from eval.sections import Subject, sections
 from submission.backends import AUTO
 from submission.data.files import write_json
-from submission.data.outputs import check_free, claim, made_files
+from submission.data.outputs import check_free, claim, made_files, read_manifest
 from submission.data.tables import PAIR_COLUMNS, PREDICTION_COLUMNS, read_table, write_predictions, write_table
 
 LOG = logging.getLogger(__name__)
@@ -84,8 +84,16 @@ def score_run(
         LOG.info(line)
     claim(output / _FIGURES, [output / _FIGURES])
     write_json(output / _FIGURES, result.figures())
-    if not score.limit:
-        _write_page(output, output / "sets" / "test.parquet", _systems(output), encoder)
+    truth = output / "sets" / "test.parquet"
+    if score.limit:
+        truth = output / _RUNS / "truth.parquet"
+        _write_truth(truth, [output], score.limit)
+    _write_page(output, truth, _systems(output), encoder)
+
+
+def truth_file(output: Path) -> Path:
+    """Where the test rows of all folds lie."""
+    return output / "folds" / "truth.parquet"
 
 
 def score_folds(parts: Sequence[Path], output: Path, encoder: Encoder, limit: int = 0) -> None:
@@ -97,19 +105,16 @@ def score_folds(parts: Sequence[Path], output: Path, encoder: Encoder, limit: in
         encoder: of the metric.
         limit: rows of each fold that were predicted; 0 for all.
     """
-    truth, joined = output / "folds" / "truth.parquet", output / "folds" / _RUNS
-    columns = (*PAIR_COLUMNS, "rewrite_prompt")
-    rows = [row.cells for part in parts for row in read_table(part / "sets" / "test.parquet", columns)[: limit or None]]
-    with made_files(truth, [truth], {"folds": len(parts)}):
-        write_table(truth, columns, rows)
+    truth, joined = truth_file(output), output / "folds" / _RUNS
+    _write_truth(truth, parts, limit)
     systems = []
     for name in [path.name for path in _systems(parts[0])]:
         answers = joined / name / "submission.csv"
         answers.parent.mkdir(parents=True, exist_ok=True)
-        found = (row for part in parts for row in
-                 read_table(part / _RUNS / "test" / name / "submission.csv", PREDICTION_COLUMNS))  # fmt: skip
-        with made_files(answers, [answers], {"folds": len(parts)}):
-            write_predictions(answers, ((row.cells[0], row.cells[1]) for row in found))
+        given = [part / _RUNS / "test" / name / "submission.csv" for part in parts]
+        found = (row.cells for file in given for row in read_table(file, PREDICTION_COLUMNS))
+        with made_files(answers, [answers], {"result": {"fallbacks": sum(map(_fallbacks, given))}}):
+            write_predictions(answers, ((row_id, prompt) for row_id, prompt in found))
         systems.append(answers.parent)
     known = read_truth(truth, encoder)
     compared = compare([read_system(str(path), known, encoder, [EXPLOIT]) for path in systems], known, encoder, TUNED)
@@ -120,6 +125,22 @@ def score_folds(parts: Sequence[Path], output: Path, encoder: Encoder, limit: in
     claim(output / _FIGURES, [output / _FIGURES])
     write_json(output / _FIGURES, {"folds": len(parts), **figures(compared)})
     _write_page(output, truth, systems, encoder)
+
+
+def _write_truth(truth: Path, parts: Sequence[Path], limit: int) -> None:
+    """The test rows of several outputs as one table; of each the first `limit`, 0 for all."""
+    columns = (*PAIR_COLUMNS, "rewrite_prompt")
+    rows = [row.cells for part in parts
+            for row in read_table(part / "sets" / "test.parquet", columns)[: limit or None]]  # fmt: skip
+    with made_files(truth, [truth], {"rows": len(rows)}):
+        write_table(truth, columns, rows)
+
+
+def _fallbacks(answers: Path) -> int:
+    """Rows of a run that took the fallback, by its manifest."""
+    result = read_manifest(answers).get("result")
+    count = result.get("fallbacks") if isinstance(result, dict) else None
+    return count if isinstance(count, int) else 0
 
 
 def _systems(output: Path) -> list[Path]:

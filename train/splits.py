@@ -111,11 +111,12 @@ def split(groups: Sequence[int], splitting: Splitting) -> list[str]:
         return _dealt(groups, wanted, splitting.seed)
     if splitting.folds < 2 or not 0 <= splitting.fold < splitting.folds:
         raise UserError(f"fold {splitting.fold} of {splitting.folds}: [split] folds must be 2 or more, and fold below")
-    parts = _dealt(groups, {str(number): 1 / splitting.folds for number in range(splitting.folds)}, splitting.seed)
-    kept = [group for group, part in zip(groups, parts, strict=True) if part != str(splitting.fold)]
+    folds = {f"fold {number + 1}": 1 / splitting.folds for number in range(splitting.folds)}
+    parts, own = _dealt(groups, folds, splitting.seed), f"fold {splitting.fold + 1}"
+    kept = [group for group, part in zip(groups, parts, strict=True) if part != own]
     total = 1 - wanted.pop("test")
     rest = iter(_dealt(kept, {name: share / total for name, share in wanted.items()}, splitting.seed))
-    return ["test" if part == str(splitting.fold) else next(rest) for part in parts]
+    return ["test" if part == own else next(rest) for part in parts]
 
 
 def _dealt(groups: Sequence[int], wanted: Mapping[str, float], seed: int) -> list[str]:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_MOST = 100
+
+
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """How much each kind of evidence counts, as powers.
@@ -45,8 +48,10 @@ class Evidence:
             powers = [float(part) for part in text.split("/")]
         except ValueError:
             powers = []
-        if len(powers) != 3 or not all(0 <= power < math.inf for power in powers):
-            raise UserError(f"selector posterior:{text}: write three powers from 0, such as posterior:1/0.5/0")
+        if len(powers) != 3 or not all(0 <= power <= _MOST for power in powers):
+            raise UserError(
+                f"selector posterior:{text}: write three powers from 0 to {_MOST}, such as posterior:1/0.5/0"
+            )
         return cls(*powers)
 
     def __str__(self) -> str:
@@ -105,7 +110,11 @@ def _logprobs(candidates: Sequence[Candidate]) -> NDArray[np.float64]:
     """The recoverer's log P of each candidate, nats; one of other origin, noted as 0, is as the least of the others."""
     import numpy as np
 
-    found = np.array([max(draw.logprob for draw in candidate.draws) for candidate in candidates], float)
-    known = found[np.isfinite(found) & (found < 0)]
-    least = known.min() if len(known) else 0.0
-    return np.where(np.isfinite(found) & (found < 0), found, least)
+    found = np.array(
+        [
+            max((d.logprob for d in one.draws if math.isfinite(d.logprob) and d.logprob < 0), default=math.nan)
+            for one in candidates
+        ]
+    )
+    known = found[~np.isnan(found)]
+    return np.where(np.isnan(found), known.min() if len(known) else 0.0, found)

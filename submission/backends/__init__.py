@@ -127,6 +127,8 @@ def model_spec(
         UserError: what is missing or wrong, with what exists or the pip command.
     """
     if backend == AUTO:
+        if model not in PACKAGED and not Path(model).expanduser().exists():
+            raise UserError(f"model {model} does not exist: name a GGUF file, a transformers folder or 'embedded'")
         backend = backend_of(model)
     if backend not in _BACKENDS:
         raise UserError(f"unknown backend {backend!r}; there are: {AUTO}, {', '.join(_BACKENDS)}")

@@ -29,6 +29,7 @@ from submission.predict.asking import answer_all
 from submission.predict.outcome import BLANK_INPUT, DEADLINE, NO_ANSWER
 from submission.predict.plan import choose_template
 from submission.predict.strategies import DEFAULT_PROMPT, Setup, find_recover, roles_of
+from submission.prompts.answers import is_blank, strip_invalid_utf8
 from submission.types import Budget, Pair, Prediction, Sampling, Triplet
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def recover(
     Raises:
         UserError: an option, an id or a column is wrong, or a model is missing.
     """
+    _check(sampling, shots, fallback, workers, seconds)
     asked = _pairs(pairs)
     budget = Budget(None if seconds is None else time.monotonic() + seconds)
     place = Path(adapter).expanduser() if adapter else None
@@ -103,20 +105,43 @@ def recover(
     return [_whole(pair, found.get(pair.id), fallback, late=late) for pair in asked]
 
 
+def _check(sampling: Any, shots: Any, fallback: Any, workers: Any, seconds: Any) -> None:
+    """Refuse what is of another kind: within the run it would only make rows fail."""
+    if not isinstance(sampling, Sampling):
+        raise UserError(f"sampling={sampling!r:.40} must be a Sampling")
+    if not all(isinstance(shot, Triplet) for shot in shots):
+        raise UserError("shots must be Triplet(pair, rewrite_prompt)")
+    if not isinstance(fallback, str) or is_blank(fallback) or strip_invalid_utf8(fallback) != fallback:
+        raise UserError(f"fallback={fallback!r:.40} is blank, reads as null or is not UTF-8: give a prompt")
+    if type(workers) is not int or workers < 0:
+        raise UserError(f"workers={workers!r:.40} must be a whole number from 0")
+    if seconds is not None and (type(seconds) not in (int, float) or seconds != seconds):
+        raise UserError(f"seconds={seconds!r:.40} must be a number, or None")
+
+
 def _pairs(given: Iterable[Pair] | pd.DataFrame) -> list[Pair]:
     table: Any = given
     columns = getattr(table, "columns", None)
     pairs: list[Pair]
     if columns is None:
+        if not isinstance(table, Iterable):
+            raise UserError(f"pairs must be Pairs or a DataFrame, not {type(table).__name__}")
         pairs = list(table)
-        odd = next((pair for pair in pairs if not isinstance(pair, Pair)), None)
-        if odd is not None:
-            raise UserError(f"pairs must be Pair(id, original_text, rewritten_text), not {type(odd).__name__}")
+        for pair in pairs:
+            if not isinstance(pair, Pair):
+                raise UserError(f"pairs must be Pair(id, original_text, rewritten_text), not {type(pair).__name__}")
+            odd = next((n for n in PAIR_COLUMNS if not isinstance(getattr(pair, n), str)), None)
+            if odd is not None:
+                raise UserError(f"pair {pair.id!r}: {odd} must be a text, not {type(getattr(pair, odd)).__name__}")
     else:
-        missing = [name for name in PAIR_COLUMNS if name not in list(columns)]
+        names = list(columns)
+        missing = [name for name in PAIR_COLUMNS if names.count(name) != 1]
         if missing:
-            raise UserError(f"the table lacks the column {', '.join(missing)}; it has: {', '.join(map(str, columns))}")
-        cells = ([_text(value) for value in table[name].tolist()] for name in PAIR_COLUMNS)
+            raise UserError(
+                f"the table needs each of {', '.join(PAIR_COLUMNS)} once; {missing[0]} is there "
+                f"{names.count(missing[0])} times, among: {', '.join(map(str, names))}"
+            )
+        cells = (_texts(table[name]) for name in PAIR_COLUMNS)
         pairs = [Pair(*row) for row in zip(*cells, strict=True)]
     seen: set[str] = set()
     for pair in pairs:
@@ -126,9 +151,10 @@ def _pairs(given: Iterable[Pair] | pd.DataFrame) -> list[Pair]:
     return pairs
 
 
-def _text(value: Any) -> str:
-    """A cell as text; None and NaN, which no text equals, are blank."""
-    return "" if value is None or value != value else str(value)
+def _texts(column: Any) -> list[str]:
+    """A column as texts; nulls are blank."""
+    null = column.isna().tolist()
+    return ["" if blank else str(value) for value, blank in zip(column.tolist(), null, strict=True)]
 
 
 def _whole(pair: Pair, found: Prediction | None, fallback: str, *, late: bool) -> Prediction:

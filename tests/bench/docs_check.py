@@ -28,7 +28,7 @@ _PAGES = ("docs/QUICKSTART.md", "README.md")  # the first makes the bundle that 
 _NOT_HERE = {
     "submission push": "sends to Kaggle",
     "--attach gemma": "the model is Kaggle's, and my-lora an adapter of it",
-    "--model gemma-7b-it": "the model is Kaggle's",
+    "--model models/gemma-7b-it": "the model is Kaggle's",
 }
 _SMALL = {
     "train/recipes/": ["--dry-run"],

@@ -123,16 +123,18 @@ def test_folds_need_triplets_and_a_score(recipe: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "made").exists()
 
 
-def test_what_a_run_takes_is_told_before_it(recipe: Path, tmp_path: Path) -> None:
+def test_what_a_run_takes_is_told_before_it(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = runner("train", tmp_path)("run", "r.toml", "--triplets", "mine.csv", "-o", "made", "--dry-run")
     assert told.code == 0, told.err
     assert [line.split()[0] for line in told.out.splitlines()] == ["stage", "prepare", "sft", "merge", "score", "in"]
     assert not (tmp_path / "made").exists()
+    monkeypatch.setattr(forecast, "measured_pace", lambda _: 1e9)  # a busy machine has another one each time
     run = read_run(recipe, ["output=made"], [str(tmp_path / "mine.csv")])
     assert run.sft is not None
     longer = replace(run, sft=replace(run.sft, max_steps=200))
     seconds = [next(s.seconds for s in forecast.forecast(r) if s.name == "sft") for r in (run, longer)]
     assert seconds[1] > seconds[0]
+    run = replace(run, sft=replace(run.sft, max_steps=0, epochs=3.0))
     folds = {count: {s.name: s.seconds for s in forecast.forecast(replace(run, folds=count))} for count in (2, 8)}
     assert folds[8]["sft x 8 folds"] > 4 * folds[2]["sft x 2 folds"], "each learns from more rows"
 

@@ -28,7 +28,7 @@ def ways(lines: Sequence[SelectorResult], first: str) -> bytes:
         axes.set_yticks(range(len(lines)), names)
         axes.set_ylim(len(lines) - 0.5, -0.5)
         axes.set_xlim(left=0)
-        axes.set_xlabel("mean score, 95 % interval (seconds a row of asking models)")
+        axes.set_xlabel("mean score, 95 % interval")
     return png.getvalue()
 
 

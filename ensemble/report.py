@@ -43,7 +43,13 @@ def sections(experiment: Experiment) -> Iterator[Section]:
         "What each way scores",
         list(_opening(e)),
         [Table(_SHORT_HEAD, [_short(line) for line in told])],
-        [Figure("ways", charts.ways(told, FIRST), "Mean score of each way; the line is the first answer.")],
+        [
+            Figure(
+                "ways",
+                charts.ways(told, FIRST),
+                "Mean score of each way; in brackets what asking models took, seconds a row; the line is the first answer.",
+            )
+        ],
     )
     yield Section(
         "In full",
@@ -109,14 +115,14 @@ def _opening(e: Experiment) -> Iterator[str]:
     draws = sum(len(row.draws) for row in e.rows) / len(e.rows)
     oracle, first, best_one = e.line(ORACLE), e.line(FIRST), e.best_selector
     yield (
-        f"{len(e.rows)} pairs were answered {draws:.0f} times each. `first` is the answer that a model gives on its "
-        "own; the others choose among all answers. The `oracle` knows the truth: no choice can be better."
+        f'{len(e.rows)} pairs were answered {draws:.0f} times each. "first" is the answer that a model gives on its '
+        'own; the others choose among all answers. The "oracle" knows the truth: no choice can be better.'
     )
     yield f"The first answer scores {first.mean.mean:.3f}, the best possible choice {oracle.mean.mean:.3f}."
     if best_one is not None:
         gain = best_one.over_first
         verdict = "is better than the first answer" if gain.low > 0 else "is not shown to be better"
-        yield f"The best way of choosing, `{best_one.name}`, {verdict}: {gain.shown('+.3f')}."
+        yield f"The best way of choosing, {best_one.name}, {verdict}: {gain.shown('+.3f')}."
 
 
 _SHORT_HEAD = ("way", "mean [95 %]", "over first", "headroom", "s/row")

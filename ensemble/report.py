@@ -47,7 +47,7 @@ def sections(experiment: Experiment) -> Iterator[Section]:
             Figure(
                 "ways",
                 charts.ways(told, FIRST),
-                "Mean score of each way; in brackets what asking models took, seconds a row; the line is the first answer.",
+                "Mean score of each way; in brackets the seconds a row that models were asked; the line: first answer.",
             )
         ],
     )

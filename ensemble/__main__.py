@@ -155,9 +155,9 @@ def experiment(
     from ensemble.models import read_models
     from ensemble.report import experiment_with_page
     from eval.encoders import find_encoder
+    from submission.data.outputs import check_no_file
 
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output {output} is a file: name a folder")
+    check_no_file(output)
     names = split_list(selectors) or list(ALL)
     known = read_models(models, {"target": target, "judge": judge, "gate": gate})
     config = ExperimentConfig(

@@ -5,31 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ensemble.diagnosis import Curve
-from ensemble.measure import SelectorResult
 from eval.charts import canvas, legend, style
 from eval.intervals import Interval
 from eval.scoring import one_line
 
 _LETTERS = 22
-
-
-def ways(lines: Sequence[SelectorResult], first: str) -> bytes:
-    """The mean score of each way with its interval, and what asking models for it took; a line at the first answer."""
-    with canvas(1.2 + 0.42 * len(lines)) as (axes, png):
-        for place, line in enumerate(lines):
-            mean = line.mean
-            reach = [[max(0.0, mean.mean - mean.low)], [max(0.0, mean.high - mean.mean)]]
-            axes.errorbar([mean.mean], [place], xerr=reach, fmt="o", markersize=5, capsize=2, **style(0))
-            if line.name == first:
-                axes.axvline(mean.mean, color="#444444", linewidth=1)
-        names = [
-            f"{one_line(line.name, _LETTERS)}{f' ({line.seconds:.1f} s)' if line.seconds else ''}" for line in lines
-        ]
-        axes.set_yticks(range(len(lines)), names)
-        axes.set_ylim(len(lines) - 0.5, -0.5)
-        axes.set_xlim(left=0)
-        axes.set_xlabel("mean score, 95 % interval")
-    return png.getvalue()
 
 
 def correlations(found: Mapping[tuple[str, str], Interval]) -> bytes:

@@ -24,6 +24,7 @@ _CURVES = 5  # selectors beside the oracle
 _HEAD = (
     "selector", "mean [95 %]", "over first", "over constant", "headroom", "regret", "best one", "tokens/row", "s/row",
 )  # fmt: skip
+_SHORT_HEAD = ("way", "mean [95 %]", "over first", "headroom", "s/row")
 
 
 def experiment_with_page(config: ExperimentConfig, encoder: Encoder) -> Experiment:
@@ -46,7 +47,12 @@ def sections(experiment: Experiment) -> Iterator[Section]:
         [
             Figure(
                 "ways",
-                charts.ways(told, FIRST),
+                intervals(
+                    {f"{line.name}{f' ({line.seconds:.1f} s)' if line.seconds else ''}": line.mean for line in told},
+                    "mean score, 95 % interval",
+                    beside=e.line(FIRST).mean.mean,
+                    from_zero=True,
+                ),
                 "Mean score of each way; in brackets the seconds a row that models were asked; the line: first answer.",
             )
         ],
@@ -123,9 +129,6 @@ def _opening(e: Experiment) -> Iterator[str]:
         gain = best_one.over_first
         verdict = "is better than the first answer" if gain.low > 0 else "is not shown to be better"
         yield f"The best way of choosing, {best_one.name}, {verdict}: {gain.shown('+.3f')}."
-
-
-_SHORT_HEAD = ("way", "mean [95 %]", "over first", "headroom", "s/row")
 
 
 def _short(line: SelectorResult) -> tuple[str, ...]:

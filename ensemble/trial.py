@@ -17,7 +17,7 @@ from ensemble.report import experiment_with_page
 from ensemble.sample import sample
 from ensemble.sources import CandidateSource
 from eval.encoders import Encoder
-from submission.data.outputs import made_files
+from submission.data.outputs import check_no_file, made_files
 from submission.data.tables import read_triplets, write_predictions
 from submission.errors import UserError
 
@@ -42,8 +42,7 @@ def examples() -> Path:
 def trial(output: Path, encoder: Encoder, near: float, *, rows: int = ROWS, fresh: bool = False) -> Experiment:
     """Sample, score and compare; the same command again goes on, or does nothing but compare."""
     triplets = read_triplets(examples())[:rows]
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output {output} is a file: name a folder")
+    check_no_file(output)
     output.mkdir(parents=True, exist_ok=True)
     candidates = output / "candidates.parquet"
     truth = output / "truth.csv"

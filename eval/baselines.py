@@ -23,7 +23,7 @@ from eval.scoring import Truth, read_truth
 from submission.backends import AUTO
 from submission.backends.models import EMBEDDED, TUNED, embedded_gguf
 from submission.data.files import atomic_writer
-from submission.data.outputs import check_free, made_files
+from submission.data.outputs import check_free, check_no_file, made_files
 from submission.data.tables import read_triplets
 from submission.errors import UserError
 from submission.predict.plan import RunConfig
@@ -97,8 +97,7 @@ def run_baselines(config: BaselinesConfig, encoder: Encoder) -> Result:
     for path in sets.values():
         read_triplets(path)  # what is wrong with it is said before anything is run
     triplets = read_triplets(config.train)
-    if config.output.exists() and not config.output.is_dir():
-        raise UserError(f"output {config.output} is a file: name a folder")
+    check_no_file(config.output)
     for file in ("nearest.toml", "constant_fitted.toml", f"{EXPLOIT}.toml"):
         check_free(config.output / file, [config.output / file])
     config.output.mkdir(parents=True, exist_ok=True)

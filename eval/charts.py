@@ -46,11 +46,13 @@ def differences(comparison: Comparison) -> bytes:
     return intervals(lines, f"mean score minus that of {one_line(comparison.reference, 30)}, 95 % interval")
 
 
-def intervals(found: Mapping[str, Interval], label: str, *, beside: float = 0.0) -> bytes:
+def intervals(found: Mapping[str, Interval], label: str, *, beside: float = 0.0, from_zero: bool = False) -> bytes:
     """A dot with its interval for each name, and a line at what they are to be told from."""
     with canvas(1.2 + 0.42 * len(found)) as (axes, png):
         _dots(axes, [one_line(name, _MOST_LETTERS) for name in found], list(found.values()), 0.0, 0)
         axes.axvline(beside, color="#444444", linewidth=1)
+        if from_zero:
+            axes.set_xlim(left=0)
         axes.set_xlabel(label)
     return png.getvalue()
 

@@ -56,10 +56,24 @@ class Subject:
         """
         known = read_truth(truth, encoder, by)
         systems = [read_system(run, known, encoder, exploits) for run in runs]
-        pairs = read_pairs(truth) if has_columns(truth, PAIR_COLUMNS) else None
-        kinds = known.kinds or kinds_of_prompt(known.prompts, encoder)
+        return cls.of(compare(systems, known, encoder, reference), by)
+
+    @classmethod
+    def of(cls, comparison: Comparison, by: str = "") -> Subject:
+        """What is compared, with the texts of its truth's first rows.
+
+        Args:
+            comparison: its truth may have been cut to the first rows of its file.
+            by: the column that told kinds of prompt; "" for none.
+
+        Raises:
+            UserError: the truth's file cannot be read.
+        """
+        truth = comparison.truth
+        pairs = read_pairs(truth.path)[: len(truth.ids)] if has_columns(truth.path, PAIR_COLUMNS) else None
+        kinds = truth.kinds or kinds_of_prompt(truth.prompts, comparison.encoder)
         told_by = f"the column {by}" if by else "likeness: a group is called by its most central prompt"
-        return cls(compare(systems, known, encoder, reference), kinds, told_by, pairs)
+        return cls(comparison, kinds, told_by, pairs)
 
 
 def sections(subject: Subject) -> Iterator[Section]:

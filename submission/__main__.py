@@ -11,7 +11,17 @@ from typing import Annotated, Any
 
 import typer
 
-from submission.commands import RayCpusOption, RayGpusOption, RayOption, WorkersOption, new_app, run_command
+from submission.commands import (
+    MinPOption,
+    RayCpusOption,
+    RayGpusOption,
+    RayOption,
+    TemperatureOption,
+    TopPOption,
+    WorkersOption,
+    new_app,
+    run_command,
+)
 from submission.progress import print_line
 from submission.publish.commands import add_to
 
@@ -70,17 +80,9 @@ def predict(
         str | None, typer.Option(help="Prompt for rows without an answer; default: a sensible constant.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 40,
-    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            min=0.01, max=1, help="Nucleus sampling: smallest set of tokens with this total probability (top-p)."
-        ),
-    ] = 1.0,
-    min_p: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Minimum token probability, relative to the most probable token (min-p)."),
-    ] = 0.0,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     deadline: Annotated[
         str | None, typer.Option(help="Write a complete file within this time of the start, such as 8h30m.")

@@ -32,6 +32,14 @@ RayGpusOption = Annotated[
 RayCpusOption = Annotated[
     int, typer.Option("--ray-cpus", min=0, help="CPUs per worker on the cluster; 0 splits them evenly.")
 ]
+TemperatureOption = Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")]
+TopPOption = Annotated[
+    float,
+    typer.Option(min=0.01, max=1, help="Nucleus sampling: smallest set of tokens with this total probability (top-p)."),
+]
+MinPOption = Annotated[
+    float, typer.Option(min=0, max=1, help="Minimum token probability, relative to the most probable token (min-p).")
+]
 
 
 def new_app(help: str) -> typer.Typer:

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from submission.data.tables import read_triplets
+from eval.encoders import find_encoder
+from submission.data.outputs import write_manifest
+from submission.data.tables import PAIR_COLUMNS, read_triplets, write_predictions, write_table
 from submission.errors import UserError
 from tests.conftest import ROOT, runner
 from tests.tiny_models import tiny_model
 from train import forecast
 from train.run import OWN, read_run
+from train.score import Score, score_folds
 from train.splits import Splitting, split
 
 _RECIPE = """
@@ -100,6 +103,25 @@ def test_every_row_is_scored_once_and_all_are_learned(recipe: Path, tmp_path: Pa
         assert refused.code == 2, refused.err
         assert "holds a run with 2 folds" in refused.err
     assert (made / "folds" / "1" / "sets" / "train.parquet").read_bytes() == before
+
+
+def test_a_score_without_a_constant_is_put_beside_one(tmp_path: Path) -> None:
+    triplets = read_triplets(ROOT / "examples" / "triplets.csv")[:8]
+    parts = [tmp_path / "folds" / number for number in ("1", "2")]
+    for part, rows in zip(parts, (triplets[:4], triplets[4:]), strict=True):
+        answers = part / "score" / "test" / "tuned" / "submission.csv"
+        for folder in (part / "sets", answers.parent):
+            folder.mkdir(parents=True)
+        cells = [(t.pair.id, t.pair.original_text, t.pair.rewritten_text, t.rewrite_prompt) for t in rows]
+        write_table(part / "sets" / "test.parquet", (*PAIR_COLUMNS, "rewrite_prompt"), cells)
+        write_predictions(answers, [(t.pair.id, t.rewrite_prompt) for t in rows[:3]])
+        write_manifest(answers, {"result": {"fallbacks": 1}})
+    score_folds(Score(baselines=(), limit=3), parts, tmp_path, find_encoder("embedded"))
+    told = json.loads((tmp_path / "score.json").read_text())
+    assert (told["n"], set(told["systems"])) == (6, {"constant", "tuned"})
+    assert told["systems"]["tuned"]["mean"] == pytest.approx(1.0, abs=1e-5)  # the metric adds 1e-6 to a length
+    assert told["systems"]["tuned"]["fallbacks"] == 2
+    assert (tmp_path / "report.html").is_file()
 
 
 def test_folds_need_triplets_and_a_score(recipe: Path, tmp_path: Path) -> None:

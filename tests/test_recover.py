@@ -94,6 +94,8 @@ def test_wrong_pairs_are_refused_by_name() -> None:
     ):  # fmt: skip
         with pytest.raises(UserError, match=said):
             recover(PAIRS, **SCRIPTED, **options)
+    with pytest.raises(UserError, match="leaves too little of the context"):
+        recover(PAIRS, sampling=Sampling(max_new_tokens=100_000), **SCRIPTED)
     with pytest.raises(UserError, match="temperature"):
         recover(PAIRS, sampling=Sampling(temperature=-1), **SCRIPTED)
     assert recover([], **SCRIPTED) == []

@@ -12,7 +12,17 @@ from typing import Annotated
 
 import typer
 
-from submission.commands import RayCpusOption, RayGpusOption, RayOption, WorkersOption, new_app, run_command
+from submission.commands import (
+    MinPOption,
+    RayCpusOption,
+    RayGpusOption,
+    RayOption,
+    TemperatureOption,
+    TopPOption,
+    WorkersOption,
+    new_app,
+    run_command,
+)
 from submission.config import split_list
 from submission.errors import UserError
 from submission.progress import print_line
@@ -108,17 +118,9 @@ def rewrites(
     ray: RayOption = "",
     ray_gpus: RayGpusOption = None,
     ray_cpus: RayCpusOption = 0,
-    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.7,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            min=0.01, max=1, help="Nucleus sampling: smallest set of tokens with this total probability (top-p)."
-        ),
-    ] = 0.95,
-    min_p: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Minimum token probability, relative to the most probable token (min-p)."),
-    ] = 0.0,
+    temperature: TemperatureOption = 0.7,
+    top_p: TopPOption = 0.95,
+    min_p: MinPOption = 0.0,
     length_factor: Annotated[
         float, typer.Option(min=0.1, help="Maximum length of a rewrite, as a multiple of its text.")
     ] = 2.0,
@@ -161,11 +163,11 @@ def prepare(
     OUTPUT gets a data card (README.md) that counts every row, and dropped.csv that names each one that was left out.
     """
     from eval.encoders import find_encoder
+    from submission.data.outputs import check_no_file
     from train.prepare import prepare as run
     from train.recipe import read_recipe
 
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output {output} is a file: name a folder")
+    check_no_file(output)
     run(read_recipe(sources or [], recipe, settings or []), output, find_encoder(encoder), fresh=fresh)
 
 

@@ -53,7 +53,7 @@ def run_folds(run: Run, encoder: Encoder, *, fresh: bool = False) -> None:
     check_folds(run, fresh=fresh)
     assert run.recipe is not None
     assert run.score is not None
-    begin(run, fresh=fresh)
+    begin(run)
     parts = [run.output / "folds" / str(number + 1) for number in range(run.folds)]
     for number, part in enumerate(parts):  # all of them first: too few groups are seen before hours of training
         part.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def run_folds(run: Run, encoder: Encoder, *, fresh: bool = False) -> None:
     for number, part in enumerate(parts):
         LOG.info(f"fold {number + 1} of {run.folds}")
         _run_fold(run, part, encoder, fresh=fresh)
-    score_folds(parts, run.output, encoder, run.score.limit)
+    score_folds(run.score, parts, run.output, encoder)
     LOG.info("all rows")
     whole = replace(run.recipe, split=replace(run.recipe.split, test=0.0, folds=0, fold=0))
     run_stages(replace(run, recipe=whole, score=None), encoder, fresh=fresh)

@@ -9,7 +9,6 @@ matrices, which is timed for a second. The shares of that speed that stages reac
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,9 +24,10 @@ from train.sft_config import Sft
 from train.sources import KAGGLE, read_records, resolve
 from train.trainer import device_count, training_dtype
 
+_TEXTS = ("original_text", "rewritten_text")
 _CHARACTERS = 4.2  # of a token of English, about
 _TEMPLATE, _ANSWER = 60, 15  # tokens of a template, and of a prompt that was recovered
-_ENCODER = 10.6e6  # parameters of MiniLM's layers
+_ENCODER, _TARGET = 10.6e6, 106e6  # parameters of the layers of MiniLM, and of the embedded model
 _SHARES = {"prepare": 0.2, "sft": 0.4, "score": 0.7, "export": 0.3, "make": 0.1}  # of the matrices' pace
 _FIXED = {"prepare": 20.0, "sft": 30.0, "score": 60.0, "export": 60.0, "make": 60.0}  # seconds: loading, compiling
 _EXPORTED_TOKENS = 2_000  # that merged weights and GGUF files are checked on
@@ -67,7 +67,7 @@ def forecast(run: Run) -> list[Stage]:
     rows = _rows(run)
     if run.making:
         made = 2 * run.making.texts.write * run.making.texts.max_new_tokens + rows.count * rows.mean
-        stages.append(Stage("make triplets", _FIXED["make"] + 2 * 106e6 * made / (pace * _SHARES["make"]), 1.7e9))
+        stages.append(Stage("make triplets", _FIXED["make"] + 2 * _TARGET * made / (pace * _SHARES["make"]), 1.7e9))
     if run.recipe:
         work = 2 * _ENCODER * rows.count * (rows.mean + _ANSWER)
         stages.append(Stage("prepare", _FIXED["prepare"] + work / (pace * _SHARES["prepare"]), 1.0e9))
@@ -88,10 +88,9 @@ def forecast(run: Run) -> list[Stage]:
         shots = sum(3 * tokens for name in run.score.baselines if name.startswith("few_shot"))
         work = tested * (models * tokens + shots) * 2 * size.linear
         score = _FIXED["score"] + work / (pace * _SHARES["score"])
-    parts = f" x {folds} folds" if folds else ""
     if folds:
-        stages.append(Stage(f"sft{parts}", folds * sft, size.total, folds * 4 * adapter))
-        stages.append(Stage(f"score{parts}", folds * score, 1.7e9))
+        stages.append(Stage(f"sft x {folds} folds", folds * sft, size.total, folds * 4 * adapter))
+        stages.append(Stage(f"score x {folds} folds", folds * score, 1.7e9))
         sft *= rows.count / trained if trained else 1.0  # the model that is exported learns from all rows
     stages.append(Stage("sft", sft, size.total, 4 * adapter))
     merged = 2.0 * size.parameters
@@ -153,7 +152,7 @@ def _rows(run: Run) -> _Rows:
 
 
 def _lengths(paths: list[Path], recipe: Recipe) -> _Rows:
-    names = {source.columns.get(name, name) for source in recipe.sources or () for name in _TEXTS} | set(_TEXTS)
+    names = {source.columns.get(name, name) for source in recipe.sources for name in _TEXTS} | set(_TEXTS)
     lengths = []
     for path in paths:
         there, records = read_records(path, names)
@@ -164,12 +163,9 @@ def _lengths(paths: list[Path], recipe: Recipe) -> _Rows:
             )
         lengths += [sum(map(len, record.values())) / _CHARACTERS for record in records]
     if not lengths:
-        raise UserError(f"{', '.join(map(os.fspath, paths)) or 'the sources'}: no row to train on")
+        raise UserError(f"{', '.join(map(str, paths)) or 'the sources'}: no row to train on")
     return _Rows(len(lengths), sum(lengths) / len(lengths), max(lengths))
 
 
 def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.0f}" if seconds >= 600 else f"{seconds / 60:.1f}"
-
-
-_TEXTS = ("original_text", "rewritten_text")

@@ -21,7 +21,7 @@ from submission.backends import model_spec
 from submission.backends.models import resolve_folder
 from submission.config import from_mapping, read_toml
 from submission.data.files import read_json, write_json
-from submission.data.outputs import check_folder, check_free, made_files, up_to_date
+from submission.data.outputs import check_folder, check_free, check_no_file, made_files, up_to_date
 from submission.errors import UserError
 from train.gguf import Gguf, export
 from train.merge import made_from, merge
@@ -133,7 +133,8 @@ def run_stages(run: Run, encoder: Encoder, *, fresh: bool = False) -> None:
     Raises:
         UserError: something is missing or wrong.
     """
-    begin(run, fresh=fresh)
+    check(run, fresh=fresh)
+    begin(run)
     if run.making and run.recipe:
         _make_triplets(run, run.making, run.recipe, encoder, fresh=fresh)
     if run.recipe:
@@ -168,13 +169,8 @@ def _make_triplets(run: Run, making: Making, recipe: Recipe, encoder: Encoder, *
     make_rewrites(making.rewrites, prompts, texts, run.output / _MADE, spec, fresh=fresh)
 
 
-def begin(run: Run, *, fresh: bool) -> None:
-    """Check a run, and note in its folder what it is.
-
-    Raises:
-        UserError: as `check`.
-    """
-    check(run, fresh=fresh)
+def begin(run: Run) -> None:
+    """Make the folder of a run that was checked, and note there what it is."""
     run.output.mkdir(parents=True, exist_ok=True)
     note = run.output / _NOTE
     with made_files(note, [note], {}):
@@ -188,8 +184,7 @@ def check(run: Run, *, fresh: bool = False) -> None:
         UserError: what is missing, wrong or in the way.
     """
     output = run.output
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output {output} is a file: name a folder")
+    check_no_file(output)
     if not fresh and (before := _folds_of(output)) is not None and before != run.folds:
         raise UserError(
             f"{output} holds a run with {before or 'no'} folds: name another output, or begin anew with --fresh"

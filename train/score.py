@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from eval.baselines import EXPLOIT, BaselinesConfig, check_names, run_baselines
-from eval.compare import compare, figures, read_system, table
+from eval.baselines import BASELINES, EXPLOIT, BaselinesConfig, check_names, run_baselines
+from eval.compare import Comparison, compare, figures, read_system, table
 from eval.encoders import Encoder
 from eval.report import write_report
 from eval.scoring import read_truth
@@ -82,13 +82,7 @@ def score_run(
     )  # fmt: skip
     for line in result.lines():
         LOG.info(line)
-    claim(output / _FIGURES, [output / _FIGURES])
-    write_json(output / _FIGURES, result.figures())
-    truth = output / "sets" / "test.parquet"
-    if score.limit:
-        truth = output / _RUNS / "truth.parquet"
-        _write_truth(truth, [output], score.limit)
-    _write_page(output, truth, _systems(output), encoder)
+    _write(output, result.figures(), result.comparisons["test"])
 
 
 def truth_file(output: Path) -> Path:
@@ -96,44 +90,44 @@ def truth_file(output: Path) -> Path:
     return output / "folds" / "truth.parquet"
 
 
-def score_folds(parts: Sequence[Path], output: Path, encoder: Encoder, limit: int = 0) -> None:
+def score_folds(score: Score, parts: Sequence[Path], output: Path, encoder: Encoder) -> None:
     """Put the test sets of all folds together, each row answered by the model that had not seen it.
 
     Args:
+        score: what was compared in each.
         parts: outputs of the folds.
         output: of the run, gets score.json and report.html.
         encoder: of the metric.
-        limit: rows of each fold that were predicted; 0 for all.
     """
-    truth, joined = truth_file(output), output / "folds" / _RUNS
-    _write_truth(truth, parts, limit)
-    systems = []
-    for name in [path.name for path in _systems(parts[0])]:
-        answers = joined / name / "submission.csv"
-        answers.parent.mkdir(parents=True, exist_ok=True)
-        given = [part / _RUNS / "test" / name / "submission.csv" for part in parts]
-        found = (row.cells for file in given for row in read_table(file, PREDICTION_COLUMNS))
-        with made_files(answers, [answers], {"result": {"fallbacks": sum(map(_fallbacks, given))}}):
-            write_predictions(answers, ((row_id, prompt) for row_id, prompt in found))
-        systems.append(answers.parent)
+    truth, columns = truth_file(output), (*PAIR_COLUMNS, "rewrite_prompt")
+    rows = [row.cells for part in parts
+            for row in read_table(part / "sets" / "test.parquet", columns)[: score.limit or None]]  # fmt: skip
+    with made_files(truth, [truth], {"rows": len(rows)}):
+        write_table(truth, columns, rows)
     known = read_truth(truth, encoder)
-    compared = compare([read_system(str(path), known, encoder, [EXPLOIT]) for path in systems], known, encoder, TUNED)
+    names = [name for name in BASELINES if name in (*score.baselines, TUNED) and _answers(parts[0], name).is_file()]
+    systems = [read_system(str(_join(parts, output / "folds", name)), known, encoder, [EXPLOIT]) for name in names]
+    compared = compare(systems, known, encoder, TUNED)
     LOG.info("")
     LOG.info(f"{len(parts)} folds: each row is answered by a model that did not learn from it")
     for line in table(compared):
         LOG.info(line)
-    claim(output / _FIGURES, [output / _FIGURES])
-    write_json(output / _FIGURES, {"folds": len(parts), **figures(compared)})
-    _write_page(output, truth, systems, encoder)
+    _write(output, {"folds": len(parts), **figures(compared)}, compared)
 
 
-def _write_truth(truth: Path, parts: Sequence[Path], limit: int) -> None:
-    """The test rows of several outputs as one table; of each the first `limit`, 0 for all."""
-    columns = (*PAIR_COLUMNS, "rewrite_prompt")
-    rows = [row.cells for part in parts
-            for row in read_table(part / "sets" / "test.parquet", columns)[: limit or None]]  # fmt: skip
-    with made_files(truth, [truth], {"rows": len(rows)}):
-        write_table(truth, columns, rows)
+def _join(parts: Sequence[Path], output: Path, name: str) -> Path:
+    """The folder of what a system answered in all folds, as one file."""
+    given, joined = [_answers(part, name) for part in parts], output / _RUNS / name / "submission.csv"
+    joined.parent.mkdir(parents=True, exist_ok=True)
+    with made_files(joined, [joined], {"result": {"fallbacks": sum(map(_fallbacks, given))}}):
+        cells = (row.cells for file in given for row in read_table(file, PREDICTION_COLUMNS))
+        write_predictions(joined, ((row_id, prompt) for row_id, prompt in cells))
+    return joined.parent
+
+
+def _answers(output: Path, name: str) -> Path:
+    """What a system answered to the test set of a run."""
+    return output / _RUNS / "test" / name / "submission.csv"
 
 
 def _fallbacks(answers: Path) -> int:
@@ -143,13 +137,10 @@ def _fallbacks(answers: Path) -> int:
     return count if isinstance(count, int) else 0
 
 
-def _systems(output: Path) -> list[Path]:
-    """Folders of what was predicted, in the order of the table."""
-    order = json.loads((output / _FIGURES).read_text(encoding="utf-8"))["systems"]
-    return [output / _RUNS / "test" / name for name in order]
-
-
-def _write_page(output: Path, truth: Path, systems: Sequence[Path], encoder: Encoder) -> None:
-    subject = Subject.read([str(path) for path in systems], truth, encoder, reference=TUNED, exploits=[EXPLOIT])
-    page, *_ = write_report(output / _REPORT, f"{output.name}: tuned beside others", list(sections(subject)))
+def _write(output: Path, content: dict[str, Any], compared: Comparison) -> None:
+    """Write score.json and report.html."""
+    claim(output / _FIGURES, [output / _FIGURES])
+    write_json(output / _FIGURES, content)
+    title = f"{output.name}: tuned beside others"
+    page, *_ = write_report(output / _REPORT, title, list(sections(Subject.of(compared))))
     LOG.info(f"written to {page}")

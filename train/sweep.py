@@ -15,7 +15,7 @@ from typing import Any
 
 from submission.config import from_mapping, split_list
 from submission.data.files import atomic_path, write_json
-from submission.data.outputs import check_apart, check_free, claim, read_manifest
+from submission.data.outputs import check_apart, check_free, check_no_file, claim, read_manifest
 from submission.data.tables import write_table
 from submission.errors import UserError
 from train.sft import sft
@@ -64,8 +64,7 @@ def sweep(recipe: Path, output: Path, grid: Sequence[str], settings: Sequence[st
         )
         for chosen in combinations(grid)
     }
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output {output} is a file: name a folder")
+    check_no_file(output)
     files = [output / name for name in ("sweep.csv", "sweep.json", "sweep.png")]
     check_apart(output / "sweep", files, [("recipe", recipe)])
     check_free(output / "sweep", files)

@@ -178,11 +178,20 @@ def check_folder(path: Path) -> None:
         UserError: it is a file, its parent does not exist, or something of the user's is in there.
     """
     check_folder_name(path)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"output {path} is a file: name a folder")
+    check_no_file(path)
     if not path.parent.is_dir():
         raise UserError(f"output folder {path.parent} does not exist: create it with mkdir -p {path.parent}")
     check_free(path, [path])
+
+
+def check_no_file(folder: Path) -> None:
+    """Refuse a file where a folder is to be written.
+
+    Raises:
+        UserError: names it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output {folder} is a file: name a folder")
 
 
 def check_folder_name(path: Path) -> None:

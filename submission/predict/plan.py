@@ -89,8 +89,7 @@ def plan(config: RunConfig, read: Callable[[Pairs], object] = lambda _: None, *,
     if writes:
         files += [file for one in (config.output, manifest_path(config.output)) for file in leftovers(one)]
         check_apart(config.output, files, (one for one in _inputs(config) if not one[1].is_dir()))
-    if is_blank(config.fallback) or strip_invalid_utf8(config.fallback) != config.fallback:
-        raise UserError(f"--fallback {config.fallback!r} is blank, reads as null or is not UTF-8: give a prompt")
+    check_fallback(config.fallback)
     if config.shots is not None and config.n_shots < 1:
         raise UserError("--n-shots must be at least 1 when --shots is given")
     recover = find_recover(config.recover or ("few_shot" if config.shots else "zero_shot"))
@@ -103,7 +102,9 @@ def plan(config: RunConfig, read: Callable[[Pairs], object] = lambda _: None, *,
     pairs = Pairs(config.input, config.encoding, config.limit)
     read(pairs)
     shots = read_triplets(config.shots, config.encoding)[: config.n_shots] if config.shots else []
-    setup = Setup(cache(lambda: _model(config)), template, shots, config.sampling, recover_config, config.placement)
+    setup = Setup(
+        cache(lambda: checked_model(config)), template, shots, config.sampling, recover_config, config.placement
+    )
     strategy = recover.make(setup)
     roles = roles_of(strategy, setup)
     if writes:
@@ -113,8 +114,22 @@ def plan(config: RunConfig, read: Callable[[Pairs], object] = lambda _: None, *,
     return Plan(config, pairs, recover, strategy, roles, template, shots)
 
 
-def _model(config: RunConfig) -> ModelSpec:
-    """The model of --model, checked."""
+def check_fallback(fallback: str) -> None:
+    """Refuse a fallback that would be no answer.
+
+    Raises:
+        UserError: shows it.
+    """
+    if is_blank(fallback) or strip_invalid_utf8(fallback) != fallback:
+        raise UserError(f"--fallback {fallback!r} is blank, reads as null or is not UTF-8: give a prompt")
+
+
+def checked_model(config: RunConfig) -> ModelSpec:
+    """The model of --model.
+
+    Raises:
+        UserError: as `model_spec`, or its context leaves too little to the prompt.
+    """
     spec = model_spec(config.backend, config.model, config.adapter, config.settings, config.placement)
     if config.sampling.max_new_tokens > spec.options.context // 2:
         raise UserError(

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from submission.backends import AUTO, model_spec
+from submission.backends import AUTO
 from submission.backends.hardware import Placement
 from submission.backends.models import TUNED
 from submission.calls.log import Log, is_log
@@ -27,9 +27,8 @@ from submission.data.tables import PAIR_COLUMNS, has_text
 from submission.errors import UserError
 from submission.predict.asking import answer_all
 from submission.predict.outcome import BLANK_INPUT, DEADLINE, NO_ANSWER
-from submission.predict.plan import choose_template
+from submission.predict.plan import RunConfig, check_fallback, checked_model, choose_template
 from submission.predict.strategies import DEFAULT_PROMPT, Setup, find_recover, roles_of
-from submission.prompts.answers import is_blank, strip_invalid_utf8
 from submission.types import Budget, Pair, Prediction, Sampling, Triplet
 
 if TYPE_CHECKING:
@@ -83,9 +82,11 @@ def recover(
     budget = Budget(None if seconds is None else time.monotonic() + seconds)
     place = Path(adapter).expanduser() if adapter else None
     layout = choose_template(template, model, place, shots=bool(shots))
-    placement = Placement(workers)
-    spec = cache(lambda: model_spec(backend, model, place, list(settings), placement))
-    setup = Setup(spec, layout, list(shots), sampling, config or {}, placement)
+    run = RunConfig(
+        Path(), Path(), backend=backend, model=model, adapter=place, settings=list(settings),
+        placement=Placement(workers), sampling=sampling,
+    )  # fmt: skip
+    setup = Setup(cache(lambda: checked_model(run)), layout, list(shots), sampling, config or {}, run.placement)
     made = find_recover(strategy or ("few_shot" if shots else "zero_shot")).make(setup)
     found: dict[str, Prediction] = {}
     with tempfile.TemporaryDirectory(prefix="prompt-recovery-") as folder:
@@ -111,8 +112,9 @@ def _check(sampling: Any, shots: Any, fallback: Any, workers: Any, seconds: Any)
         raise UserError(f"sampling={sampling!r:.40} must be a Sampling")
     if not all(isinstance(shot, Triplet) for shot in shots):
         raise UserError("shots must be Triplet(pair, rewrite_prompt)")
-    if not isinstance(fallback, str) or is_blank(fallback) or strip_invalid_utf8(fallback) != fallback:
-        raise UserError(f"fallback={fallback!r:.40} is blank, reads as null or is not UTF-8: give a prompt")
+    if not isinstance(fallback, str):
+        raise UserError(f"fallback={fallback!r:.40} must be a prompt")
+    check_fallback(fallback)
     if type(workers) is not int or workers < 0:
         raise UserError(f"workers={workers!r:.40} must be a whole number from 0")
     if seconds is not None and (type(seconds) not in (int, float) or seconds != seconds):

@@ -24,7 +24,7 @@ import submission
 from submission import kernel
 from submission.backends.models import PACKAGED, TUNED, check_gguf_adapter, check_peft_adapter, is_gguf, resolve_folder
 from submission.data.files import atomic_folder, files_in, read_json, write_json
-from submission.data.outputs import check_apart, check_folder_name, made_folder, manifest_path
+from submission.data.outputs import check_apart, check_folder_name, check_no_file, made_folder, manifest_path
 from submission.data.tables import some
 from submission.errors import UserError
 from submission.publish.attachable import handle_of
@@ -201,8 +201,7 @@ def check_replaceable(output: Path) -> None:
         UserError: names what is in the way.
     """
     check_folder_name(output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output {output} is a file: name a folder")
+    check_no_file(output)
     try:
         listed = set(read_contents(output)["files"]) | {kernel.CONTENTS, DATASET_FILE}
     except UserError:

@@ -28,8 +28,6 @@ CALL_SECONDS = 120.0
 TRANSFER_SECONDS = 6 * 3600.0
 """Time for a command that moves files: weights have gigabytes."""
 
-"""Prints a line."""
-
 _BLOCK = re.compile(r"-+(Request|Response)-+")
 _BLOCK_END = re.compile(r"-{20,}")
 _TRANSFER = re.compile(r'"(?:GET|PUT) \S*?([^\s/?]+)(?:\?\S*)? HTTP/[\d.]+" ([45]\d\d)')  # without the signed query

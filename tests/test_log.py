@@ -57,6 +57,23 @@ def test_a_torn_end_costs_its_own_line(tmp_path: Path) -> None:
         again.close()
 
 
+def test_answers_that_are_written_together_are_lines_like_others(tmp_path: Path) -> None:
+    one_by_one = written(tmp_path / "l").read_bytes()
+    for torn in (b"", b'["0123'):
+        path = tmp_path / f"together{len(torn)}"
+        path.write_bytes(torn)
+        log = Log(path)
+        log.add_all([])
+        assert path.read_bytes() == torn
+        log.add_all(list(ANSWERS.items())[:5])
+        log.add_all(list(ANSWERS.items())[5:])
+        assert known(log) == ANSWERS
+        log.close()
+        assert path.read_bytes() == (torn + b"\n" if torn else b"") + one_by_one
+        again = Log(path)
+        assert (known(again), again.damaged) == (ANSWERS, bool(torn))
+
+
 def test_no_flipped_bit_changes_an_answer(tmp_path: Path) -> None:
     whole = written(tmp_path / "whole").read_bytes()
     draw = random.Random(0)

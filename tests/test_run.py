@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from submission.predict.run import BestAnswers
 from submission.predict.strategies import DEFAULT_PROMPT
+from submission.types import Prediction
 from tests.conftest import Cli, command, environment, read_csv, write_csv
 
 SCRIPTED = ("--backend", "scripted")
@@ -26,6 +28,23 @@ def finished_rows(log: Path) -> list[bytes]:
     """The whole lines of a log."""
     content = log.read_bytes() if log.exists() else b""
     return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+
+
+def test_the_best_answer_of_a_row_is_kept_however_many_there_are() -> None:
+    answers = BestAnswers()
+    ids = [f"row {number}" for number in range(2_500)]
+    assert all(answers.put(Prediction(one, "early", "failed" if number % 2 else "ok", truncated=not number % 3))
+               for number, one in enumerate(ids))  # fmt: skip
+    assert (len(answers), set(answers)) == (2_500, set(ids))
+    assert ids[7] in answers
+    assert "another" not in answers
+    assert not any(answers.put(Prediction(one, "", "failed", "later")) for one in ids)
+    assert (answers[ids[6]].text, answers[ids[6]].status, answers[ids[6]].truncated) == ("early", "ok", True)
+    assert (answers[ids[7]].status, answers[ids[7]].reason) == ("failed", "later")
+    assert not answers.put(Prediction(ids[7], "better"))
+    assert answers.get(ids[7]) == Prediction(ids[7], "better")
+    assert answers.put(Prediction("\udcff", "odd"))
+    assert len(answers) == 2_501
 
 
 def test_a_run_writes_every_row_in_the_order_of_the_input(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -113,7 +113,13 @@ class Log:
         return None
 
     def add(self, digest: str, content: Any) -> None:
-        """Keep the answer of a call; a shared log, which only saves time, goes without if it cannot be written.
+        """Keep the answer of a call; see `add_all`."""
+        self.add_all([(digest, content)])
+
+    def add_all(self, answers: Iterable[tuple[str, Any]]) -> None:
+        """Keep answers with the digests of their calls, written together.
+
+        A shared log, which only saves time, goes without if it cannot be written.
 
         Raises:
             PromptRecoveryError: the disk is full, or fails, and the log is not shared.
@@ -121,29 +127,45 @@ class Log:
         if self._given_up:
             return
         try:
-            self._add(digest, content)
+            if self._shared:
+                for digest, content in answers:
+                    self._add_shared(digest, content)
+            else:
+                self._add(answers)
         except (PromptRecoveryError, OSError) as error:
             if not self._shared:
                 raise
             self._given_up = True
             LOG.warning("%s\nNothing more is kept there; this run goes on.", str(error).splitlines()[0])
 
-    def _add(self, digest: str, content: Any) -> None:
+    def _add(self, answers: Iterable[tuple[str, Any]]) -> None:
+        """With one write: each call of the system gives up the interpreter's lock, for which the threads compete."""
+        lines = [(digest, _line(digest, content)) for digest, content in answers]
+        if not lines:
+            return
         self._get_ready()
-        text = _json(content)
-        checksum = _checksum(digest.encode(), text)
-        line = b'["%s","%s",%s]\n' % (checksum, digest.encode(), text)
-        if self._torn:  # what a kill left of a line is ended, so that this one stands alone
-            line = b"\n" + line
-        self._write(line)
-        end = os.lseek(self._file, 0, os.SEEK_CUR) if not self._shared else os.lseek(self._file, 0, os.SEEK_END)
-        start, torn = end - len(line), self._torn
-        self._torn = False
-        if self._shared and os.pread(self._file, len(line), start) != line:
-            return  # another process wrote behind it: a later run finds it
-        start += torn
-        self._note(digest, start, end - start)
+        self._write(self._ended(b"".join(line for _, line in lines)))
+        start = os.lseek(self._file, 0, os.SEEK_CUR) - sum(len(line) for _, line in lines)
+        for digest, line in lines:
+            self._note(digest, start, len(line))
+            start += len(line)
         self.sync_if_due()
+
+    def _add_shared(self, digest: str, content: Any) -> None:
+        self._get_ready()
+        line = _line(digest, content)
+        written = self._ended(line)
+        self._write(written)
+        end = os.lseek(self._file, 0, os.SEEK_END)
+        if os.pread(self._file, len(written), end - len(written)) != written:
+            return  # another process wrote behind it: a later run finds it
+        self._note(digest, end - len(line), len(line))
+        self.sync_if_due()
+
+    def _ended(self, lines: bytes) -> bytes:
+        """The lines, behind an end of what a kill left of another one, so that they stand alone."""
+        torn, self._torn = self._torn, False
+        return b"\n" + lines if torn else lines
 
     def tell_damaged(self, told: int = 0) -> int:
         """Tell people of lines that were left alone, beyond those they were told of; returns how many there are."""
@@ -241,6 +263,11 @@ class Log:
                 "What was computed before is safe; make room and run the same command again."
             ) from error
         self._unsynced = True
+
+
+def _line(digest: str, content: Any) -> bytes:
+    text = _json(content)
+    return b'["%s","%s",%s]\n' % (_checksum(digest.encode(), text), digest.encode(), text)
 
 
 def _first_bits(digest: str) -> int:

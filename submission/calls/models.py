@@ -414,18 +414,21 @@ class _Answering:
     def _log_results(self) -> list[tuple[str, Any]]:
         """Bring all results that are there to the log; returns what is to be yielded."""
         assert self._call is not None
-        told: list[tuple[str, Any]] = []
+        kind, told = self._kind, list[tuple[str, Any]]()
+        kept: list[tuple[str, Any]] = []
         for item, answer, seconds in self._call.results():
             if isinstance(answer, Failure):
                 self._failed.append((item, answer))
                 continue
             self._run.computed += 1
-            digest = self._digests.pop(self._kind.key(item))
+            key = kind.key(item)
+            digest = self._digests.pop(key)
             if self._keep:
-                self._model.log.add(digest, self._kind.content(answer, seconds))
+                kept.append((digest, kind.content(answer, seconds)))
             self._first.pop(digest, None)
-            timed = self._kind.timed(answer, seconds)
-            told += [(key, timed) for key in self._keys.pop(self._kind.key(item))]
+            timed = kind.timed(answer, seconds)
+            told += [(other, timed) for other in self._keys.pop(key)]
+        self._model.log.add_all(kept)
         return told
 
     def _ask_failed_again(self) -> bool:

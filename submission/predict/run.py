@@ -36,6 +36,8 @@ from submission.progress import print_line, show_progress
 from submission.types import Budget, Pair, Prediction
 
 LOG = logging.getLogger(__name__)
+_TOGETHER = 1_000  # answers that are written to the working table with one statement
+_MAYBE_BITS = 21  # 2 MB: of a million ids 38 % are looked for in vain
 
 
 def predict(config: RunConfig, started: float | None = None) -> Summary:
@@ -61,35 +63,57 @@ class BestAnswers(Mapping[str, Prediction]):
     def __init__(self) -> None:
         columns = "id BLOB PRIMARY KEY, text TEXT, status TEXT, reason TEXT, truncated INT"
         self._rows = scratch(f"CREATE TABLE answers ({columns}) WITHOUT ROWID")
+        self._latest: dict[str, Prediction] = {}  # not written yet: many together, since each statement costs a lock
+        self._maybe = bytearray(1 << _MAYBE_BITS)  # by an id's hash: whether it may have been written
+        self._lock = threading.RLock()  # the watchdog's thread reads while the main one writes
 
     def put(self, answer: Prediction) -> bool:
         """Take a row's answer, in place of one that it had; whether it had none."""
-        cells = (key_of(answer.id), answer.text, answer.status, answer.reason, answer.truncated)
-        if self._rows.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)", cells).rowcount:
-            return True
-        if answer.status == "ok" or self[answer.id].status != "ok":  # the best known answer counts
-            self._rows.execute("REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", cells)
-        return False
+        with self._lock:
+            known = self.get(answer.id)
+            if known is None or answer.status == "ok" or known.status != "ok":  # the best known answer counts
+                self._latest[answer.id] = Prediction(
+                    answer.id, answer.text, answer.status, answer.reason, truncated=answer.truncated
+                )
+                if len(self._latest) >= _TOGETHER:
+                    self._write()
+            return known is None
 
     def __getitem__(self, row_id: str) -> Prediction:
-        found = self._rows.execute(
-            "SELECT text, status, reason, truncated FROM answers WHERE id = ?", (key_of(row_id),)
-        ).fetchone()
-        if found is None:
+        with self._lock:
+            if row_id in self._latest:
+                return self._latest[row_id]
+            found = (
+                self._maybe[_slot(row_id)]
+                and self._rows.execute(
+                    "SELECT text, status, reason, truncated FROM answers WHERE id = ?", (key_of(row_id),)
+                ).fetchone()
+            )
+        if not found:
             raise KeyError(row_id)
         return Prediction(row_id, found[0], found[1], found[2], truncated=bool(found[3]))
 
-    def __contains__(self, row_id: object) -> bool:
-        asked = (key_of(str(row_id)),)
-        return self._rows.execute("SELECT 1 FROM answers WHERE id = ?", asked).fetchone() is not None
-
     def __iter__(self) -> Iterator[str]:
+        self._write()
         for (key,) in self._rows.execute("SELECT id FROM answers"):
             yield text_of(key)
 
     def __len__(self) -> int:
+        self._write()
         (count,) = self._rows.execute("SELECT count(*) FROM answers").fetchone()
         return int(count)
+
+    def _write(self) -> None:
+        with self._lock:
+            cells = [(key_of(one.id), one.text, one.status, one.reason, one.truncated) for one in self._latest.values()]
+            self._rows.executemany("REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", cells)
+            for row_id in self._latest:
+                self._maybe[_slot(row_id)] = 1
+            self._latest.clear()
+
+
+def _slot(row_id: str) -> int:
+    return hash(row_id) & ((1 << _MAYBE_BITS) - 1)
 
 
 class _Run:

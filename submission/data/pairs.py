@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from submission.data.scratch import key_of, scratch, text_of
+from submission.data.scratch import key_of, scratch
 from submission.data.tables import PAIR_COLUMNS, checked, digest_pairs, stream_table
 from submission.types import Pair
 
-_BLOCK = 100  # rows that are stored with one statement
+_BLOCK = 100  # rows that are stored together: each statement gives up the interpreter's lock, and waits for it
 
 
 class Pairs:
@@ -33,7 +35,7 @@ class Pairs:
         Raises:
             UserError: as `submission.data.tables.read_pairs`.
         """
-        self._rows = scratch("CREATE TABLE pairs (number INTEGER PRIMARY KEY, id BLOB, original BLOB, rewritten BLOB)")
+        self._blocks = scratch("CREATE TABLE blocks (number INTEGER PRIMARY KEY, ids BLOB, texts BLOB)")
         self._count = 0
         self.digest = digest_pairs(self._read(path, encoding))
         self._count = min(self._count, limit or self._count)
@@ -42,30 +44,40 @@ class Pairs:
         return self._count
 
     def __iter__(self) -> Iterator[Pair]:
-        asked = "SELECT id, original, rewritten FROM pairs WHERE number <= ? ORDER BY number"
-        for cells in self._rows.execute(asked, (self._count,)):
-            yield Pair(*map(text_of, cells))
+        return islice(self._read_all(), self._count)
 
     @property
     def ids(self) -> Iterable[str]:
         """Their ids, in file order, to be gone through as often as wanted."""
-        return _Ids(self._rows, self._count)
+        return _Ids(self._blocks, self._count)
+
+    def _read_all(self) -> Iterator[Pair]:
+        for ids, texts in self._blocks.execute("SELECT ids, texts FROM blocks ORDER BY number"):
+            for row_id, (original, rewritten) in zip(json.loads(ids), json.loads(texts), strict=True):
+                yield Pair(row_id, original, rewritten)
 
     def _read(self, path: Path, encoding: str) -> Iterator[Pair]:
-        rows = checked(path, stream_table(path, PAIR_COLUMNS, encoding))
+        rows = (Pair(*row.cells) for row in checked(path, stream_table(path, PAIR_COLUMNS, encoding)))
         while block := list(islice(rows, _BLOCK)):
-            cells = ((number, *map(key_of, row.cells)) for number, row in enumerate(block, self._count + 1))
-            self._rows.executemany("INSERT INTO pairs VALUES (?, ?, ?, ?)", cells)
+            ids = _stored([row.id for row in block])
+            texts = _stored([(row.original_text, row.rewritten_text) for row in block])
+            self._blocks.execute("INSERT INTO blocks (ids, texts) VALUES (?, ?)", (ids, texts))
             self._count += len(block)
-            for row in block:
-                yield Pair(*row.cells)
+            yield from block
 
 
 @dataclass(frozen=True, slots=True)
 class _Ids:
-    rows: sqlite3.Connection
+    blocks: sqlite3.Connection
     count: int
 
     def __iter__(self) -> Iterator[str]:
-        for (key,) in self.rows.execute("SELECT id FROM pairs WHERE number <= ? ORDER BY number", (self.count,)):
-            yield text_of(key)
+        return islice(self._read_all(), self.count)
+
+    def _read_all(self) -> Iterator[str]:
+        for (ids,) in self.blocks.execute("SELECT ids FROM blocks ORDER BY number"):
+            yield from json.loads(ids)
+
+
+def _stored(cells: list[Any]) -> bytes:
+    return key_of(json.dumps(cells, ensure_ascii=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ import pytest
 from submission.backends.models import embedded_gguf
 from submission.data.tables import write_table
 from submission.types import Backend, Chat, Completion, Failure, LogLikelihood, Pair, Request
+from tests.warm import Warm
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIR_HEADER = ("id", "original_text", "rewritten_text")
@@ -28,6 +30,7 @@ PAIR_HEADER = ("id", "original_text", "rewritten_text")
 os.environ["HF_HUB_OFFLINE"] = "1"
 hypothesis.settings.register_profile("untimed", deadline=None)  # no test depends on the machine's speed
 hypothesis.settings.load_profile("untimed")
+_WARM = Warm()
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,10 @@ def runner(room: str, folder: Path) -> Cli:
     """Runs `python -m ROOM ...` in a process of its own, in a folder."""
 
     def run(*arguments: object, timeout: float = 300) -> Finished:
-        done = subprocess.run(
-            command(*arguments, room=room),
-            cwd=folder,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        done = _WARM.run(room, [*map(str, arguments)], folder, environment(), timeout) or subprocess.run(
+            command(*arguments, room=room), cwd=folder, env=environment(), capture_output=True, text=True,
+            timeout=timeout, check=False,
+        )  # fmt: skip
         return Finished(done.returncode, done.stdout, done.stderr)
 
     return run
@@ -179,29 +177,46 @@ def gguf() -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def exact_gguf(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model's file in float32: llama.cpp rounds activations beside quantised weights."""
-    from submission.backends.llama.library import encode_weights
-
-    path = tmp_path_factory.mktemp("exact") / "f32.gguf"
-    assert encode_weights(gguf, path, 0, 2)
+def made_once(path: Path, make: Callable[[Path], object]) -> Path:
+    """A file or folder that one of the processes of a test run makes for all."""
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            unfinished = path.with_name(f"unfinished.{path.name}")
+            make(unfinished)
+            unfinished.rename(path)
     return path
 
 
 @pytest.fixture(scope="session")
-def hf_folder(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all processes of a test run."""
+    mine = tmp_path_factory.getbasetemp()
+    return mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine
+
+
+@pytest.fixture(scope="session")
+def exact_gguf(gguf: Path, shared_folder: Path) -> Path:
+    """The embedded model's file in float32: llama.cpp rounds activations beside quantised weights."""
+    from submission.backends.llama.library import encode_weights
+
+    return made_once(shared_folder / "f32.gguf", lambda path: encode_weights(gguf, path, 0, 2))
+
+
+@pytest.fixture(scope="session")
+def hf_folder(gguf: Path, shared_folder: Path) -> Path:
     """The embedded model as a transformers folder, dequantised to float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    folder = tmp_path_factory.mktemp("hf")
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    return folder
+    def make(folder: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+    return made_once(shared_folder / "hf", make)
 
 
 @pytest.fixture(scope="session")
@@ -232,7 +247,7 @@ def recipe(tiny: Path, tmp_path: Path) -> Path:
     path.write_text(
         f"[sft]\nbase = {json.dumps(str(tiny))}\n"
         f"train = {train}\nvalidation = {train}\n"
-        "max_tokens = 512\nbatch = 2\naccumulation = 2\nmax_steps = 12\nevaluate_every = 4\nevaluation_rows = 4\n"
+        "max_tokens = 224\nbatch = 2\naccumulation = 2\nmax_steps = 12\nevaluate_every = 4\nevaluation_rows = 4\n"
         'save_every = 4\nwarmup_steps = 2\nlearning_rate = 1e-2\noptimizer = "adamw_torch"\n'
         "gradient_checkpointing = false\n"
     )

@@ -18,7 +18,8 @@ def without_specials(description: Mapping[str, Any]) -> tuple[Any, Any]:
     """
     from tokenizers import Tokenizer
 
-    plain = copy.deepcopy(dict(description))
+    plain = dict(description)  # the vocabulary, which is long, is not copied
+    plain["pre_tokenizer"] = copy.deepcopy(plain["pre_tokenizer"])
     plain["post_processor"] = plain["truncation"] = plain["padding"] = None
     plain["added_tokens"] = [
         token for token in plain["added_tokens"] if not token["special"] and not looks_like_markup(token["content"])

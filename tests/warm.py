@@ -1,6 +1,7 @@
 """Commands in processes that begin with the slow packages imported: torch and its company take seven seconds each time.
 
-A server imports them once and forks for each command; its child runs `python -m ROOM` as a new interpreter would.
+A server imports them once and forks for each command; its child runs `python -m ROOM` as a new interpreter would. The
+product itself, whose clock starts with it, is left to the child.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from typing import NoReturn
 # What takes more than a quarter of a second to import, and starts no thread.
 _SLOW = (
     "numpy", "torch", "torch._dynamo", "torch.distributed", "pandas", "pyarrow.parquet", "pydantic.types",
-    "transformers.trainer",
-    "transformers.modeling_utils", "transformers.models.llama.modeling_llama", "peft", "trl.trainer.sft_trainer",
+    "typer.main", "transformers.trainer", "transformers.modeling_utils", "transformers.models.llama.modeling_llama",
+    "peft", "trl.trainer.sft_trainer",
 )  # fmt: skip
 
 
@@ -37,11 +38,13 @@ class Warm:
         self._one = threading.Lock()
         self._ready = threading.Event()
         self._server: subprocess.Popen[str] | None = None
+        self._read: dict[str, str] = {}
 
     def run(
         self, room: str, arguments: list[str], cwd: Path, environment: Mapping[str, str], timeout: float
     ) -> subprocess.CompletedProcess[str] | None:
-        """Run `python -m ROOM` with arguments; None while the server starts or runs another command.
+        """Run `python -m ROOM` with arguments; None while the server starts or runs another command, and in an
+        environment other than the first one: what is imported has read it.
 
         Raises:
             subprocess.TimeoutExpired: it took longer, and was killed.
@@ -49,22 +52,24 @@ class Warm:
         if not self._one.acquire(blocking=False):
             return None
         try:
+            read = {name: value for name, value in environment.items() if name != "PYTEST_CURRENT_TEST"}
             if self._server is None:
-                self._start()
-            if not self._ready.is_set():
+                self._read = read
+                self._start(environment)
+            if not self._ready.is_set() or read != self._read:
                 return None
             with tempfile.TemporaryDirectory() as folder:
                 out, err = Path(folder, "out"), Path(folder, "err")
-                asked: list[object] = [room, arguments, str(cwd), dict(environment), str(out), str(err)]
+                asked: list[object] = [room, arguments, str(cwd), str(out), str(err)]
                 code = self._ask(asked, timeout)
                 return subprocess.CompletedProcess([room, *arguments], code, out.read_text(), err.read_text())
         finally:
             self._one.release()
 
-    def _start(self) -> None:
+    def _start(self, environment: Mapping[str, str]) -> None:
         self._server = server = subprocess.Popen(
             [sys.executable, "-m", "tests.warm"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parent.parent, env=environment,
         )  # fmt: skip
 
         def listen() -> None:
@@ -99,22 +104,19 @@ def _serve() -> None:
     for name in _SLOW:
         with suppress(ImportError):  # a product without it is tested too
             importlib.import_module(name)
-    for room in ("submission", "train", "ensemble", "eval"):
-        importlib.import_module(f"{room}.__main__")
-        del sys.modules[f"{room}.__main__"]  # what it imports stays
     gc.freeze()
     print("ready", flush=True)
     for line in sys.stdin:
-        room, arguments, cwd, environment, out, err = json.loads(line)
+        room, arguments, cwd, out, err = json.loads(line)
         child = os.fork()
         if not child:
-            _become(room, arguments, cwd, environment, out, err)
+            _become(room, arguments, cwd, out, err)
         print(child, flush=True)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
-def _become(room: str, arguments: list[str], cwd: str, environment: dict[str, str], out: str, err: str) -> NoReturn:
+def _become(room: str, arguments: list[str], cwd: str, out: str, err: str) -> NoReturn:
     """Be the command, to its end; the interpreter itself is not taken apart, which takes half a second with torch."""
     for number, (path, flags) in enumerate(
         [(os.devnull, os.O_RDONLY), (out, os.O_WRONLY | os.O_CREAT), (err, os.O_WRONLY | os.O_CREAT)]
@@ -123,8 +125,6 @@ def _become(room: str, arguments: list[str], cwd: str, environment: dict[str, st
         os.dup2(file, number)
         os.close(file)
     os.chdir(cwd)
-    os.environ.clear()
-    os.environ.update(environment)
     sys.path[0] = cwd
     sys.argv = [room, *arguments]
     code: object = 0

@@ -43,7 +43,6 @@ from submission.types import Budget, Failure, Model, Pair, Prediction
 
 LOG = logging.getLogger(__name__)
 
-_WHAT = "recover ensemble.best_of:best_of"
 _SELECTION = 0.05  # of the time, for a selector that asks no model; one that does has the share of a source
 
 
@@ -76,20 +75,23 @@ class best_of:
         answers: by role, how many answers of how many tokens a row asks of it at most, for `predict --dry-run`.
     """
 
-    @staticmethod
-    def check_config(config: Mapping[str, Any]) -> None:
+    what = "recover ensemble.best_of:best_of"
+    options_type = BestOfOptions
+
+    @classmethod
+    def check_config(cls, config: Mapping[str, Any]) -> None:
         """Refuse a configuration by its shape, wherever the models and files that it names are.
 
         Raises:
             UserError: an unknown key or selector, a bad value, or no source.
         """
-        options, _, _ = _parse(config)
+        options, _, _ = cls.parse(config)
         unknown = [part for part in map(str.strip, options.selector.split("+")) if entry_of(part) is None]
         if unknown and not options.weights:  # the names in their files are selectors too
             raise UserError(f"unknown selector {unknown[0]!r}; there are: {', '.join(SELECTORS)}, and sums of ranks")
 
     def __init__(self, setup: Setup) -> None:
-        self._options, self._sources, self._models = _parse(setup.config)
+        self._options, self._sources, self._models = self.parse(setup.config)
         plain = _without_a_model(self._sources, setup.config)
         self._layouts = {
             source.name: (setup.template, [])
@@ -108,11 +110,20 @@ class best_of:
         }
         self.answers = {f"source {one.name}": (_draws(one), one.max_new_tokens) for one in self._sources}
 
+    @classmethod
+    def parse(cls, config: Mapping[str, Any]) -> tuple[BestOfOptions, list[CandidateSource], dict[str, RoleModel]]:
+        """Options, sources and models of a configuration."""
+        rest = {key: value for key, value in config.items() if key not in ("source", "target", "judge", "gate")}
+        options = from_mapping(cls.options_type, rest, cls.what)
+        sources = parse_sources(config.get("source", [{}]), cls.what)
+        models = parse_models({role: config[role] for role in ("target", "judge", "gate") if role in config})
+        return options, sources, models
+
     def __call__(self, pairs: Iterable[Pair], models: Mapping[str, Model], budget: Budget) -> Iterator[Prediction]:
         """See `submission.types.Recover`."""
         todo = [_Row(pair) for pair in pairs]
         encoder = self._encoder.asked_through(models["encoder"])
-        kit = _Kit(self._options, encoder, likelihoods(models, self._judges), self._weights)
+        kit = Kit(self._options, encoder, likelihoods(models, self._judges), self._weights)
         weights = [float(_draws(source)) for source in self._sources]
         asks = bool(self._judges)
         turns = Turns(budget, [*weights, max(weights) if asks else _SELECTION * sum(weights)])
@@ -165,18 +176,23 @@ class best_of:
             if optional and pace.left == 0:
                 return  # the call is given up; what it had computed is in the log
 
-    def _select(self, todo: list[_Row], kit: _Kit, pace: Pace) -> Iterator[Prediction]:
+    def _select(self, todo: list[_Row], kit: Kit, pace: Pace) -> Iterator[Prediction]:
         """Choose for all rows; yields better answers."""
         candidates = kit.rows(todo, [source.name for source in self._sources])
         start = 0
         while start < len(todo):
             some = slice(start, start + pace.wave(len(todo) - start))
             began = time.monotonic()
-            scores = score_rows(candidates[some], {"it": kit.selector}, quiet=True)["it"].values
-            for row, found, said in zip(todo[some], candidates[some], scores, strict=True):
-                yield row.predict(self._options, found.candidates, said)
+            chosen = self.choose(candidates[some], kit)
+            for row, (found, scores) in zip(todo[some], chosen, strict=True):
+                yield row.predict(self._options, found.candidates, scores)
             pace.took(time.monotonic() - began, some.stop - start, 1.0)
             start = some.stop
+
+    def choose(self, rows: Sequence[CandidateRow], kit: Kit) -> list[tuple[CandidateRow, Sequence[float]]]:
+        """The rows with the scores of their candidates; the highest is the answer."""
+        scores = score_rows(rows, {"it": kit.selector}, quiet=True)["it"].values
+        return list(zip(rows, scores, strict=True))
 
 
 @dataclass(slots=True, eq=False)
@@ -197,7 +213,7 @@ class _Row:
         return Prediction(self.pair.id, text, reason=reason, raw=raw)
 
 
-class _Kit:
+class Kit:
     """What rows are selected with, once the models are there."""
 
     def __init__(
@@ -207,7 +223,8 @@ class _Kit:
         opened: Mapping[str, Likelihoods],
         weights: dict[str, dict[str, float]],
     ) -> None:
-        self._encoder, self._near = encoder, options.near
+        self.encoder, self._near = encoder, options.near
+        self.target = opened.get("target")
         kit = tools(encoder, opened, rotations=options.rotations, weights=weights)
         self.selector: Selector = make_selectors([options.selector], kit)[options.selector]
 
@@ -216,7 +233,7 @@ class _Kit:
         while other models answer.
         """
         texts = {text: None for row in todo for text, _ in row.drawn}
-        encoder = self._encoder if self._near < 1 else None  # alike but for case and punctuation: no encoder tells that
+        encoder = self.encoder if self._near < 1 else None  # alike but for case and punctuation: no encoder tells that
         if texts and encoder is not None:
             encoder.embed(list(texts))
 
@@ -241,11 +258,3 @@ def _without_a_model(sources: Sequence[CandidateSource], config: Mapping[str, An
     """Names of the sources that leave the model to `predict`."""
     return {source.name for source, entry in zip(sources, config.get("source", [{}]), strict=True)
             if not {"backend", "model", "adapter", "settings", "workers"} & set(entry)}  # fmt: skip
-
-
-def _parse(config: Mapping[str, Any]) -> tuple[BestOfOptions, list[CandidateSource], dict[str, RoleModel]]:
-    rest = {key: value for key, value in config.items() if key not in ("source", "target", "judge", "gate")}
-    options = from_mapping(BestOfOptions, rest, _WHAT)
-    sources = parse_sources(config.get("source", [{}]), _WHAT)
-    models = parse_models({role: config[role] for role in ("target", "judge", "gate") if role in config})
-    return options, sources, models

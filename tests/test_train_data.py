@@ -21,10 +21,11 @@ from submission.calls.log import Log
 from submission.calls.models import open_models
 from submission.data.tables import read_triplets
 from submission.errors import UserError
+from submission.prompts.grammar import MadePrompt, read_grammar
 from submission.types import Backend, Pair, Sampling
 from tests.conftest import ROOT, Cli, command, environment, read_csv, runner, write_csv
 from train.cleaning import Cleaner, Cleaning, DataRow, clean_prompt
-from train.prompts import MadePrompt, generate, read_grammar, take, take_distinct, without_near_duplicates
+from train.prompts import generate, take, take_distinct, without_near_duplicates
 from train.rewrites import pair_up
 from train.screens import Screens, by_embedding, by_likelihood, by_text, is_refusal, leaks_prompt
 from train.splits import Splitting, connected, group_rows, shared, split

@@ -45,7 +45,9 @@ FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over; ignore t
 def prompts(
     output: Output,
     size: Annotated[int, typer.Option(min=1, help="Number of prompts.")] = 1000,
-    grammar: Annotated[Path | None, typer.Option(help="Grammar as TOML. Default: train/grammar.toml.")] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(help="Grammar as TOML. Default: submission/prompts/grammar.toml.")
+    ] = None,
     kinds: Annotated[str, typer.Option(help="Kinds of prompt to make, comma-separated. Default: all.")] = "",
     near: Annotated[
         float | None,

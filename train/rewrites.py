@@ -15,9 +15,9 @@ from pathlib import Path
 
 from submission.data.tables import has_columns, read_table
 from submission.errors import UserError
+from submission.prompts.grammar import MadePrompt
 from submission.prompts.templates import render_rewrite
 from submission.types import Encoded, Failure, Request, Sampling
-from train.prompts import MadePrompt
 
 COLUMNS = ("id", "original_text", "rewritten_text", "rewrite_prompt", "kind", "style")
 _BLOCKS = 50

@@ -23,6 +23,7 @@ from submission.data.hashing import content_hash
 from submission.data.outputs import check_output, claim, up_to_date, write_manifest
 from submission.data.tables import has_text, read_table, write_table
 from submission.errors import UserError
+from submission.prompts.grammar import GRAMMAR, read_grammar
 from submission.types import Sampling
 from train import prompts, rewrites, texts
 
@@ -70,7 +71,7 @@ class Rewrites:
 
 def make_prompts(config: Prompts, output: Path, find_encoder: Callable[[], Encoder], *, fresh: bool) -> None:
     """Write rewrite prompts."""
-    grammar = Path(config.grammar) if config.grammar else prompts.GRAMMAR
+    grammar = Path(config.grammar) if config.grammar else GRAMMAR
     try:
         near = float(config.near) if config.near else None
     except ValueError:
@@ -84,7 +85,7 @@ def make_prompts(config: Prompts, output: Path, find_encoder: Callable[[], Encod
     stage = _Stage("prompts", output, config, {"grammar": grammar}, {"encoder": encoder.name if encoder else "none"})
     if stage.is_finished(fresh=fresh):
         return
-    known = prompts.read_grammar(grammar, config.kinds)
+    known = read_grammar(grammar, config.kinds)
     if encoder is None:
         stage.write(prompts.COLUMNS, prompts.rows(prompts.take(known, config.size, config.seed)))
     else:

@@ -100,13 +100,13 @@ def weights(candidates: Sequence[Candidate], sums: Sequence[float], evidence: Ev
     logs = evidence.draws * np.log([len(candidate.draws) for candidate in candidates])
     if all(math.isfinite(value) for value in sums):
         logs = logs + evidence.likelihood * np.array(sums)
-    logs = logs + evidence.logprob * _logprobs(candidates)
+    logs = logs + evidence.logprob * logprobs(candidates)
     parts = np.exp(logs - logs.max())
     probabilities: NDArray[np.float64] = parts / parts.sum()
     return probabilities
 
 
-def _logprobs(candidates: Sequence[Candidate]) -> NDArray[np.float64]:
+def logprobs(candidates: Sequence[Candidate]) -> NDArray[np.float64]:
     """The recoverer's log P of each candidate, nats; one of other origin, noted as 0, is as the least of the others."""
     import numpy as np
 

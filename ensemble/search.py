@@ -1,0 +1,158 @@
+"""A search for the prompt, as a strategy: draw, score, say the likeliest intents in other words, score again, answer.
+
+    python -m submission predict test.csv -o submission.csv --recover ensemble.search:search --recover-config s.toml
+
+with s.toml, where every line may be left out:
+
+    proposals = 32
+    [[source]]
+    n = 8
+    [target]
+    model = "embedded"
+
+What the recoverer draws is of few words: it has learned what to ask for, not how it was worded. So each draw is read
+as an intent (kind and style, see `submission.prompts.grammar`); the likeliest are rendered in the phrasings of the
+grammar, which the target model scores as it scored the draws. The answer has the highest expected score by the metric
+under the noisy channel (see `ensemble.selectors.posterior`).
+
+It is for rewrites whose model is at hand: the likelihoods of another one say little.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from ensemble.best_of import BestOfOptions, Kit, best_of
+from ensemble.candidates import Candidate, CandidateRow, Draw
+from ensemble.selectors.likelihood import Likelihood
+from ensemble.selectors.posterior import Evidence, logprobs, weights
+from eval.metric import sharpened_cosines
+from submission.calls.likelihoods import Question
+from submission.errors import UserError
+from submission.predict.strategies import Setup
+from submission.prompts.grammar import GRAMMAR, Grammar, PromptKind, read_grammar, renderings
+
+Intent = tuple[PromptKind, str]
+
+SOURCE = "rendering"
+_FIRST_SHARE = 0.65  # of the renderings that the likeliest intent has, the next one the same share of the rest
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOptions(BestOfOptions):
+    """Settings beside [[source]] and [target], and those of `best_of` that are not about choosing.
+
+    proposals: draws and renderings that the target model scores for a row, at most.
+    intents: of a row that are rendered, at most.
+    likelihood: power of P(rewrite | prompt) among renderings; see `ensemble.selectors.posterior.Evidence`.
+    grammar: TOML; "" for the project's own.
+    """
+
+    selector: str = "posterior"
+    proposals: int = 32
+    intents: int = 2
+    likelihood: float = 0.25
+    grammar: str = ""
+
+    def __post_init__(self) -> None:
+        if self.selector != "posterior":
+            raise UserError(f"selector = {self.selector!r}: a search chooses by the posterior")
+        if self.proposals < 1 or self.intents < 1 or not 0 <= self.likelihood <= 100:
+            raise UserError("proposals and intents are whole numbers from 1, likelihood a number from 0 to 100")
+
+
+class search(best_of):
+    """See the module; made by `predict`. Its roles are its sources by name, target and encoder."""
+
+    what = "recover ensemble.search:search"
+    options_type = SearchOptions
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        assert isinstance(self._options, SearchOptions)
+        path = self._options.grammar
+        self._grammar = read_grammar(Path(path).expanduser() if path else GRAMMAR)
+
+    def choose(self, rows: Sequence[CandidateRow], kit: Kit) -> list[tuple[CandidateRow, Sequence[float]]]:
+        """The rows with their renderings, and the expected scores of all."""
+        options = self._options
+        assert isinstance(options, SearchOptions)
+        assert kit.target is not None
+        target = Likelihood(kit.target)
+        drawn = super().choose(rows, kit)  # asks about all draws together
+        plans = [_plan(row, options, self._grammar, target) for row in rows]
+        asked: list[Question] = []
+        for row, plan in zip(rows, plans, strict=True):
+            asked += target.ask(row.pair, plan.candidates)
+        kit.target.of(asked)
+        kit.encoder.embed([text for row, plan in zip(rows, plans, strict=True) for text in _texts(row, plan)])
+        found: list[tuple[CandidateRow, Sequence[float]]] = []
+        for (row, scores), plan in zip(drawn, plans, strict=True):
+            more = _expected(row, plan, options, target, kit)
+            found.append((CandidateRow(row.pair, (*row.candidates, *plan.candidates)), more) if more else (row, scores))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Renderings of a row, each with the log-probability of its intent, shared among the renderings of it."""
+
+    candidates: tuple[Candidate, ...] = ()
+    priors: tuple[float, ...] = ()
+
+
+def _plan(row: CandidateRow, options: SearchOptions, grammar: Grammar, target: Likelihood) -> _Plan:
+    left = options.proposals - len(row.candidates)
+    intents = _intents(row, grammar, target)
+    candidates: list[Candidate] = []
+    priors: list[float] = []
+    for place, ((kind, style), prior) in enumerate(intents[: options.intents]):
+        last = place + 1 == min(options.intents, len(intents))
+        wanted = left if last else round(left * _FIRST_SHARE)
+        draw = random.Random(f"{row.pair.id} {kind.name} {style}")  # another run has the same ones
+        made = [one.text for one in islice(renderings(kind, style, draw), max(0, wanted))]
+        candidates += [Candidate(text, (Draw(SOURCE, place, 0.0, 1),)) for text in made]
+        priors += [prior - math.log(len(made))] * len(made)
+        left -= len(made)
+    return _Plan(tuple(candidates), tuple(priors))
+
+
+def _intents(row: CandidateRow, grammar: Grammar, target: Likelihood) -> list[tuple[Intent, float]]:
+    """What the draws ask for, the likeliest by the posterior first, each with the recoverer's log-probability of it."""
+    if not row.candidates:
+        return []
+    sums = [known.sum for known in target.answers(row.pair, row.candidates)]
+    posterior = weights(row.candidates, sums, Evidence())
+    mass: dict[Intent, float] = {}
+    prior: dict[Intent, float] = {}
+    for candidate, weight, logprob in zip(row.candidates, posterior, logprobs(row.candidates), strict=True):
+        intent = grammar.intent_of(candidate.text)
+        if intent is not None:
+            mass[intent] = mass.get(intent, 0.0) + float(weight)
+            known = prior.get(intent, -math.inf)
+            top = max(known, float(logprob))
+            prior[intent] = top + math.log(math.exp(known - top) + math.exp(float(logprob) - top))
+    return [(intent, prior[intent]) for intent in sorted(mass, key=lambda one: -mass[one])]
+
+
+def _texts(row: CandidateRow, plan: _Plan) -> list[str]:
+    return [candidate.text for candidate in (*row.candidates, *plan.candidates)]
+
+
+def _expected(row: CandidateRow, plan: _Plan, options: SearchOptions, target: Likelihood, kit: Kit) -> list[float]:
+    """Expected scores of draws and renderings under the renderings' posterior; none if that is not known."""
+    import numpy as np
+
+    sums = [known.sum for known in target.answers(row.pair, plan.candidates)]
+    if not sums or not all(map(math.isfinite, sums)):
+        return []
+    logs = options.likelihood * np.array(sums) + np.array(plan.priors)
+    parts = np.exp(logs - logs.max())
+    vectors = kit.encoder.embed(_texts(row, plan))
+    expected = sharpened_cosines(vectors, vectors[len(row.candidates) :]) @ (parts / parts.sum())
+    return [float(score) for score in expected]

@@ -22,6 +22,7 @@ WAY = ("--recover", "ensemble.search:search", "--recover-config", "s.toml")
         ("rewrite this text in the voice of a pirate", "voice", "a pirate"),
         ("Rewrite this text in a casual tone.", "tone", "casual"),
         ("Rewrite this text in the voice of a nursery rhyme.", "form", "a nursery rhyme"),  # as the grammar lists it
+        ("Rewrite this text as a opinion column", "form", "an opinion column"),
         ("Rewrite this text as a opinion piece by a cat", "form", "a opinion piece by a cat"),
     ],
 )

@@ -54,7 +54,7 @@ class Grammar:
         """The kind and the style of a prompt; None if no pattern reads it.
 
         Of several patterns the one counts that leaves least to the style. A style that the grammar lists is of the kind
-        that lists it, however it was asked for.
+        that lists it, and spelt as there, whatever its article and however it was asked for.
         """
         text = prompt.strip().rstrip(_ENDS)
         found = [
@@ -66,8 +66,16 @@ class Grammar:
         if not found:
             return None
         _, number, style = min(found)
-        listing = [kind for kind in self.kinds if style.casefold() in {one.casefold() for one in kind.styles}]
-        return (listing[0] if listing and self.kinds[number] not in listing else self.kinds[number]), style
+        listed = [
+            (kind is not self.kinds[number], place, one)
+            for place, kind in enumerate(self.kinds)
+            for one in kind.styles
+            if _bare(one) == _bare(style)
+        ]
+        if not listed:
+            return self.kinds[number], style
+        _, place, style = min(listed)
+        return self.kinds[place], style
 
     @property
     def capacity(self) -> int:
@@ -140,6 +148,10 @@ def _of_pattern(pattern: str, kind: PromptKind, style: str, draw: random.Random)
             yield text + "?"
         else:
             yield text + "." if number % 2 else text
+
+
+def _bare(style: str) -> str:
+    return style.casefold().removeprefix("a ").removeprefix("an ").removeprefix("the ")
 
 
 @cache

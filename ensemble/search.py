@@ -20,6 +20,7 @@ It is for rewrites whose model is at hand: the likelihoods of another one say li
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Sequence
@@ -32,14 +33,19 @@ from ensemble.candidates import Candidate, CandidateRow, Draw
 from ensemble.selectors.likelihood import Likelihood
 from ensemble.selectors.posterior import Evidence, logprobs, weights
 from eval.metric import sharpened_cosines
-from submission.calls.likelihoods import Question
+from submission.calls.likelihoods import Likelihoods, Question
+from submission.calls.supervisor import LostError
+from submission.data.scratch import key_of
 from submission.errors import UserError
 from submission.predict.strategies import Setup
 from submission.prompts.grammar import GRAMMAR, Grammar, PromptKind, read_grammar, renderings
 
+LOG = logging.getLogger(__name__)
+
 Intent = tuple[PromptKind, str]
 
 SOURCE = "rendering"
+_LEAST_READ = 0.5  # of the posterior of a row's draws that the grammar must read
 _FIRST_SHARE = 0.65  # of the renderings that the likeliest intent has, the next one the same share of the rest
 
 
@@ -60,8 +66,8 @@ class SearchOptions(BestOfOptions):
     grammar: str = ""
 
     def __post_init__(self) -> None:
-        if self.selector != "posterior":
-            raise UserError(f"selector = {self.selector!r}: a search chooses by the posterior")
+        if self.selector != "posterior" or self.weights or self.concat != 1:
+            raise UserError("selector, weights and concat are not for a search: it chooses one by the posterior")
         if self.proposals < 1 or self.intents < 1 or not 0 <= self.likelihood <= 100:
             raise UserError("proposals and intents are whole numbers from 1, likelihood a number from 0 to 100")
 
@@ -83,13 +89,23 @@ class search(best_of):
         options = self._options
         assert isinstance(options, SearchOptions)
         assert kit.target is not None
-        target = Likelihood(kit.target)
         drawn = super().choose(rows, kit)  # asks about all draws together
+        try:
+            return self._render(drawn, kit, kit.target, options)
+        except LostError as error:  # the choice among the draws is there
+            LOG.error("nothing is said in other words: %s", error)
+            return drawn
+
+    def _render(
+        self, drawn: list[tuple[CandidateRow, Sequence[float]]], kit: Kit, model: Likelihoods, options: SearchOptions
+    ) -> list[tuple[CandidateRow, Sequence[float]]]:
+        rows = [row for row, _ in drawn]
+        target = Likelihood(model)
         plans = [_plan(row, options, self._grammar, target) for row in rows]
         asked: list[Question] = []
         for row, plan in zip(rows, plans, strict=True):
             asked += target.ask(row.pair, plan.candidates)
-        kit.target.of(asked)
+        model.of(asked)
         kit.encoder.embed([text for row, plan in zip(rows, plans, strict=True) for text in _texts(row, plan)])
         found: list[tuple[CandidateRow, Sequence[float]]] = []
         for (row, scores), plan in zip(drawn, plans, strict=True):
@@ -114,8 +130,11 @@ def _plan(row: CandidateRow, options: SearchOptions, grammar: Grammar, target: L
     for place, ((kind, style), prior) in enumerate(intents[: options.intents]):
         last = place + 1 == min(options.intents, len(intents))
         wanted = left if last else round(left * _FIRST_SHARE)
-        draw = random.Random(f"{row.pair.id} {kind.name} {style}")  # another run has the same ones
-        made = [one.text for one in islice(renderings(kind, style, draw), max(0, wanted))]
+        draw = random.Random(key_of(f"{row.pair.id} {kind.name} {style}"))  # another run has the same ones
+        said = {candidate.text for candidate in (*row.candidates, *candidates)}
+        made = [one.text for one in islice(renderings(kind, style, draw), max(0, wanted)) if one.text not in said]
+        if not made:
+            continue
         candidates += [Candidate(text, (Draw(SOURCE, place, 0.0, 1),)) for text in made]
         priors += [prior - math.log(len(made))] * len(made)
         left -= len(made)
@@ -137,6 +156,8 @@ def _intents(row: CandidateRow, grammar: Grammar, target: Likelihood) -> list[tu
             known = prior.get(intent, -math.inf)
             top = max(known, float(logprob))
             prior[intent] = top + math.log(math.exp(known - top) + math.exp(float(logprob) - top))
+    if sum(mass.values()) < _LEAST_READ:
+        return []  # what is likely has no intent: the draws are what there is
     return [(intent, prior[intent]) for intent in sorted(mass, key=lambda one: -mass[one])]
 
 
@@ -148,10 +169,10 @@ def _expected(row: CandidateRow, plan: _Plan, options: SearchOptions, target: Li
     """Expected scores of draws and renderings under the renderings' posterior; none if that is not known."""
     import numpy as np
 
-    sums = [known.sum for known in target.answers(row.pair, plan.candidates)]
-    if not sums or not all(map(math.isfinite, sums)):
+    sums = np.array([known.sum for known in target.answers(row.pair, plan.candidates)])
+    if not np.isfinite(sums).any():
         return []
-    logs = options.likelihood * np.array(sums) + np.array(plan.priors)
+    logs = np.where(np.isfinite(sums), options.likelihood * sums + np.array(plan.priors), -np.inf)
     parts = np.exp(logs - logs.max())
     vectors = kit.encoder.embed(_texts(row, plan))
     expected = sharpened_cosines(vectors, vectors[len(row.candidates) :]) @ (parts / parts.sum())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
-from submission.prompts.grammar import read_grammar
+from submission.prompts.grammar import read_grammar, renderings
 from tests.conftest import ROOT, Cli, read_csv
 
 PAIRS = ROOT / "examples" / "test.csv"
@@ -37,6 +39,29 @@ def test_what_is_no_prompt_of_the_grammar_has_no_intent(prompt: str) -> None:
     assert read_grammar().intent_of(prompt) is None
 
 
+def test_what_the_grammar_says_it_reads_again() -> None:
+    grammar = read_grammar()
+    wrong = []
+    for kind in grammar.kinds:
+        for style in kind.styles:
+            for prompt in islice(renderings(kind, style, random.Random(style)), 6):
+                found = grammar.intent_of(prompt.text)
+                if found is None or found[1] != style:
+                    wrong.append((prompt.text, found and found[1]))
+    assert not wrong
+
+
+def test_patterns_without_a_style_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "g.toml").write_text(
+        '[[kind]]\nname = "a"\npatterns = ["Do it", "Make it {style} and {style}", "Make it {style}"]\nstyles = ["x"]\n'
+    )
+    grammar = read_grammar(tmp_path / "g.toml")
+    assert grammar.intent_of("Do it") is None
+    found = grammar.intent_of("Make it formal.")
+    assert found is not None
+    assert found[1] == "formal"
+
+
 def configure(folder: Path, answers: dict[str, str], more: str = "") -> None:
     (folder / "answers.json").write_text(json.dumps(answers))
     (folder / "s.toml").write_text(
@@ -63,14 +88,27 @@ def test_likely_intents_are_said_in_other_words_and_a_second_run_asks_nothing(cl
     assert (tmp_path / "s.csv").read_bytes() == content
 
 
+@pytest.mark.parametrize("proposals", [1, 2])
+def test_few_proposals_leave_the_draws(proposals: int, cli: Cli, tmp_path: Path) -> None:
+    ids = [row[0] for row in read_csv(PAIRS)[1:3]]
+    answers = {f"{row_id}/{n}": f"Rewrite this text as a {word}." for row_id in ids
+               for n, word in enumerate(("haiku", "limerick", "sonnet"))}  # fmt: skip
+    configure(tmp_path, answers, f"proposals = {proposals}")
+    done = cli("predict", PAIRS, "-o", "s.csv", *WAY, "--limit", 2, "--json")
+    assert done.code == 0, done.err
+    assert "the strategy failed" not in done.err
+    assert {row[1] for row in read_csv(tmp_path / "s.csv")[1:]} <= set(answers.values())
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        ("concat = 2", "chooses one by the posterior"),
         ("proposals = 0", "whole numbers from 1"),
         ("intents = 0", "whole numbers from 1"),
         ("likelihood = -1", "from 0"),
         ("likelihood = 101", "from 0 to 100"),
-        ('selector = "first"', "chooses by the posterior"),
+        ('selector = "first"', "chooses one by the posterior"),
         ('grammar = "nowhere.toml"', "nowhere.toml does not exist"),
         ("rounds = 3", "rounds"),
     ],

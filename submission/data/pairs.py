@@ -15,6 +15,7 @@ from submission.data.tables import PAIR_COLUMNS, checked, digest_pairs, stream_t
 from submission.types import Pair
 
 _BLOCK = 100  # rows that are stored together: each statement gives up the interpreter's lock, and waits for it
+_BLOCK_CHARS = 10_000_000  # that end a block early: they are in memory together
 
 
 class Pairs:
@@ -58,7 +59,7 @@ class Pairs:
 
     def _read(self, path: Path, encoding: str) -> Iterator[Pair]:
         rows = (Pair(*row.cells) for row in checked(path, stream_table(path, PAIR_COLUMNS, encoding)))
-        while block := list(islice(rows, _BLOCK)):
+        while block := list(_block(rows)):
             ids = _stored([row.id for row in block])
             texts = _stored([(row.original_text, row.rewritten_text) for row in block])
             self._blocks.execute("INSERT INTO blocks (ids, texts) VALUES (?, ?)", (ids, texts))
@@ -77,6 +78,15 @@ class _Ids:
     def _read_all(self) -> Iterator[str]:
         for (ids,) in self.blocks.execute("SELECT ids FROM blocks ORDER BY number"):
             yield from json.loads(ids)
+
+
+def _block(rows: Iterator[Pair]) -> Iterator[Pair]:
+    size = 0
+    for row in islice(rows, _BLOCK):
+        yield row
+        size += len(row.original_text) + len(row.rewritten_text)
+        if size > _BLOCK_CHARS:
+            return
 
 
 def _stored(cells: list[Any]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -11,6 +12,7 @@ from submission.errors import BackendError, PromptRecoveryError, first_line, is_
 from submission.prompts.answers import is_blank, strip_invalid_utf8
 from submission.types import Budget, Model, Pair, Prediction, Recover
 
+LOG = logging.getLogger(__name__)
 _REASON_CHARS = 200
 
 
@@ -84,6 +86,8 @@ def answer_all(
             continue
         # If it failed before it took a row, the rows ahead are what to divide.
         failed = list(taken.values()) or list(islice(attempt.pairs, _BLOCK))
+        if not failed:
+            LOG.warning("the strategy failed when all rows had an answer: %s", trouble)
         ahead = list(islice(attempt.pairs, 1))
         if ahead:
             work.append(_Attempt(chain(ahead, attempt.pairs)))

@@ -53,29 +53,27 @@ class Grammar:
     def intent_of(self, prompt: str) -> tuple[PromptKind, str] | None:
         """The kind and the style of a prompt; None if no pattern reads it.
 
-        Of several patterns the one counts that leaves least to the style. A style that the grammar lists is of the kind
-        that lists it, and spelt as there, whatever its article and however it was asked for.
+        A style that the grammar lists is of the kind that lists it, and spelt as there, whatever its article and
+        however it was asked for. Of several readings without such a style the one counts that leaves least to it.
         """
         text = prompt.strip().rstrip(_ENDS)
         found = [
             (len(match["style"]), number, match["style"])
             for number, kind in enumerate(self.kinds)
-            for pattern in kind.patterns
-            if (match := _expression(pattern, kind).fullmatch(text))
+            for expression in _expressions(kind)
+            if (match := expression.fullmatch(text))
         ]
         if not found:
             return None
-        _, number, style = min(found)
+        read = {_bare(style): number for _, number, style in found}
         listed = [
-            (kind is not self.kinds[number], place, one)
-            for place, kind in enumerate(self.kinds)
-            for one in kind.styles
-            if _bare(one) == _bare(style)
+            (read[_bare(style)] != number, number, style)
+            for number, kind in enumerate(self.kinds)
+            for style in kind.styles
+            if _bare(style) in read
         ]
-        if not listed:
-            return self.kinds[number], style
-        _, place, style = min(listed)
-        return self.kinds[place], style
+        _, number, style = min(listed) if listed else min(found)
+        return self.kinds[number], style
 
     @property
     def capacity(self) -> int:
@@ -155,15 +153,21 @@ def _bare(style: str) -> str:
 
 
 @cache
-def _expression(pattern: str, kind: PromptKind) -> re.Pattern[str]:
-    parts = []
-    for literal, name, _, _ in string.Formatter().parse(pattern.rstrip(_ENDS)):
-        parts.append(re.escape(literal))
-        if name == "style":
-            parts.append("(?P<style>.+)")
-        elif name:
-            parts.append(f"(?:{'|'.join(map(re.escape, kind.slots[name]))})")
-    return re.compile("".join(parts), re.IGNORECASE)
+def _expressions(kind: PromptKind) -> list[re.Pattern[str]]:
+    """How the patterns of a kind are read; one without a style, or with two, asks for nothing that can be told."""
+    expressions = []
+    for pattern in kind.patterns:
+        parts = []
+        for literal, name, _, _ in string.Formatter().parse(pattern.rstrip(_ENDS)):
+            parts.append(re.escape(literal))
+            if name == "style":
+                parts.append("(?P<style>.+)")
+            elif name:
+                longest_first = sorted(kind.slots[name], key=len, reverse=True)
+                parts.append(f"(?:{'|'.join(map(re.escape, longest_first))})")
+        if parts.count("(?P<style>.+)") == 1:
+            expressions.append(re.compile("".join(parts), re.IGNORECASE))
+    return expressions
 
 
 def _slots(pattern: str) -> list[str]:

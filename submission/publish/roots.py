@@ -45,14 +45,15 @@ def roots(settings: kernel.Settings, folder: Path, attach: Sequence[str] = ()) -
 
 
 def _names_all_models(content: str) -> bool:
-    """Whether a configuration of `ensemble.best_of` names another model than a packaged one for all that it asks."""
+    """Whether a configuration of `ensemble.best_of` or `ensemble.search` names another model than a packaged one for all that it asks."""
     try:
         config = tomllib.loads(content)
     except tomllib.TOMLDecodeError:
         return False
     tables = config.get("source", [{}]) if isinstance(config.get("source", [{}]), list) else [{}]
-    selector = str(config.get("selector"))
-    asked = [role for role, word in (("target", "likelihood"), ("judge", "judge")) if word in selector]
+    selector = str(config.get("selector", "posterior"))  # a search needs not name it
+    words = (("target", "likelihood"), ("target", "posterior"), ("judge", "judge"))
+    asked = [role for role, word in words if word in selector]
     tables = [*tables, *(config.get(role, {}) for role in asked)]
     return all(isinstance(table, dict) and table.get("model", TUNED) not in PACKAGED for table in tables)
 

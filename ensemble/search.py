@@ -30,6 +30,7 @@ from pathlib import Path
 
 from ensemble.best_of import BestOfOptions, Kit, best_of
 from ensemble.candidates import Candidate, CandidateRow, Draw
+from ensemble.selectors.asking import softmax
 from ensemble.selectors.likelihood import Likelihood
 from ensemble.selectors.posterior import Evidence, logprobs, weights
 from eval.metric import sharpened_cosines
@@ -143,6 +144,8 @@ def _plan(row: CandidateRow, options: SearchOptions, grammar: Grammar, target: L
 
 def _intents(row: CandidateRow, grammar: Grammar, target: Likelihood) -> list[tuple[Intent, float]]:
     """What the draws ask for, the likeliest by the posterior first, each with the recoverer's log-probability of it."""
+    import numpy as np
+
     if not row.candidates:
         return []
     sums = [known.sum for known in target.answers(row.pair, row.candidates)]
@@ -153,9 +156,7 @@ def _intents(row: CandidateRow, grammar: Grammar, target: Likelihood) -> list[tu
         intent = grammar.intent_of(candidate.text)
         if intent is not None:
             mass[intent] = mass.get(intent, 0.0) + float(weight)
-            known = prior.get(intent, -math.inf)
-            top = max(known, float(logprob))
-            prior[intent] = top + math.log(math.exp(known - top) + math.exp(float(logprob) - top))
+            prior[intent] = float(np.logaddexp(prior.get(intent, -math.inf), logprob))
     if sum(mass.values()) < _LEAST_READ:
         return []  # what is likely has no intent: the draws are what there is
     return [(intent, prior[intent]) for intent in sorted(mass, key=lambda one: -mass[one])]
@@ -173,7 +174,6 @@ def _expected(row: CandidateRow, plan: _Plan, options: SearchOptions, target: Li
     if not np.isfinite(sums).any():
         return []
     logs = np.where(np.isfinite(sums), options.likelihood * sums + np.array(plan.priors), -np.inf)
-    parts = np.exp(logs - logs.max())
     vectors = kit.encoder.embed(_texts(row, plan))
-    expected = sharpened_cosines(vectors, vectors[len(row.candidates) :]) @ (parts / parts.sum())
+    expected = sharpened_cosines(vectors, vectors[len(row.candidates) :]) @ softmax(logs.tolist())
     return [float(score) for score in expected]

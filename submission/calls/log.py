@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from submission.data.files import sidecar_path
-from submission.data.scratch import scratch
+from submission.data.scratch import MaybeThere, scratch
 from submission.errors import PromptRecoveryError, UserError
 
 T = TypeVar("T")
@@ -29,7 +29,6 @@ LOG = logging.getLogger(__name__)
 _CHECKSUM, _DIGEST = 16, 32  # hexadecimal digits
 _HEAD = len('["') + _CHECKSUM + len('","') + _DIGEST + len('",')  # bytes before the content
 _LONGEST = 64 << 20  # bytes of a line; longer ones are none of ours
-_MAYBE_BITS = 21  # 2 MB: of a million calls 38 % are looked for in vain
 _UNINDEXED = 10_000  # places that are kept in memory before they are written to the index together
 _SYNC_SECONDS = 2.0
 _LOCK_SECONDS = 3.0  # a process that was just killed may hold its lock a moment longer
@@ -76,7 +75,7 @@ class Log:
         self._torn = self._given_up = False
         self._index = scratch("CREATE TABLE calls (digest BLOB PRIMARY KEY, start INT, length INT) WITHOUT ROWID")
         self._latest: dict[bytes, tuple[int, int]] = {}  # places that the index does not know yet
-        self._maybe = bytearray(1 << _MAYBE_BITS)  # by the first bits of a digest: whether it may be known
+        self._maybe = MaybeThere()  # by the first bits of a digest
         self._fresh = fresh and path.exists()
         if path.exists():
             self._open()
@@ -205,7 +204,7 @@ class Log:
             self._fresh = False
 
     def _place(self, digest: str) -> tuple[int, int] | None:
-        if not self._maybe[_first_bits(digest)]:
+        if _first_bits(digest) not in self._maybe:
             return None
         asked = bytes.fromhex(digest)
         found: tuple[int, int] | None = self._latest.get(asked)
@@ -214,7 +213,7 @@ class Log:
         return found
 
     def _note(self, digest: str, start: int, length: int) -> None:
-        self._maybe[_first_bits(digest)] = 1
+        self._maybe.add(_first_bits(digest))
         self._latest[bytes.fromhex(digest)] = (start, length)
         if len(self._latest) >= _UNINDEXED:
             self._index_latest()
@@ -271,7 +270,7 @@ def _line(digest: str, content: Any) -> bytes:
 
 
 def _first_bits(digest: str) -> int:
-    return int(digest[:8], 16) >> (32 - _MAYBE_BITS)
+    return int(digest[:8], 16)
 
 
 def is_log(path: Path) -> bool:

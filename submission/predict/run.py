@@ -25,7 +25,7 @@ from submission.calls.supervisor import DeadlineReached, LostError
 from submission.data.files import remove_leftovers
 from submission.data.outputs import check_free, manifest_path, write_manifest
 from submission.data.pairs import Pairs
-from submission.data.scratch import key_of, scratch, text_of
+from submission.data.scratch import MaybeThere, key_of, scratch, text_of
 from submission.data.tables import has_text
 from submission.predict.asking import answer_all
 from submission.predict.deadline import Interrupted, Timetable, Watchdog
@@ -37,7 +37,6 @@ from submission.types import Budget, Pair, Prediction
 
 LOG = logging.getLogger(__name__)
 _TOGETHER = 1_000  # answers that are written to the working table with one statement
-_MAYBE_BITS = 21  # 2 MB: of a million ids 38 % are looked for in vain
 
 
 def predict(config: RunConfig, started: float | None = None) -> Summary:
@@ -64,7 +63,7 @@ class BestAnswers(Mapping[str, Prediction]):
         columns = "id BLOB PRIMARY KEY, text TEXT, status TEXT, reason TEXT, truncated INT"
         self._rows = scratch(f"CREATE TABLE answers ({columns}) WITHOUT ROWID")
         self._latest: dict[str, Prediction] = {}  # not written yet: many together, since each statement costs a lock
-        self._maybe = bytearray(1 << _MAYBE_BITS)  # by an id's hash: whether it may have been written
+        self._written = MaybeThere()  # by the hash of an id
         self._lock = threading.RLock()  # the watchdog's thread reads while the main one writes
 
     def put(self, answer: Prediction) -> bool:
@@ -84,7 +83,7 @@ class BestAnswers(Mapping[str, Prediction]):
             if row_id in self._latest:
                 return self._latest[row_id]
             found = (
-                self._maybe[_slot(row_id)]
+                hash(row_id) in self._written
                 and self._rows.execute(
                     "SELECT text, status, reason, truncated FROM answers WHERE id = ?", (key_of(row_id),)
                 ).fetchone()
@@ -108,12 +107,8 @@ class BestAnswers(Mapping[str, Prediction]):
             cells = [(key_of(one.id), one.text, one.status, one.reason, one.truncated) for one in self._latest.values()]
             self._rows.executemany("REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", cells)
             for row_id in self._latest:
-                self._maybe[_slot(row_id)] = 1
+                self._written.add(hash(row_id))
             self._latest.clear()
-
-
-def _slot(row_id: str) -> int:
-    return hash(row_id) & ((1 << _MAYBE_BITS) - 1)
 
 
 class _Run:

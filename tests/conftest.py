@@ -22,12 +22,15 @@ import pytest
 from submission.backends.models import embedded_gguf
 from submission.data.tables import write_table
 from submission.types import Backend, Chat, Completion, Failure, LogLikelihood, Pair, Request
+from tests.tiny_models import cut_gguf
 from tests.warm import Warm
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIR_HEADER = ("id", "original_text", "rewritten_text")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Threads of two test processes share the cores: one that waits for another must not take the core that it needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 hypothesis.settings.register_profile("untimed", deadline=None)  # no test depends on the machine's speed
 hypothesis.settings.load_profile("untimed")
 _WARM = Warm()
@@ -196,6 +199,12 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def shallow_gguf(gguf: Path, shared_folder: Path) -> Path:
+    """Two layers of the embedded model, for what a run does around a model: loaded and computed in moments."""
+    return made_once(shared_folder / "shallow.gguf", lambda path: cut_gguf(gguf, path, 2))
+
+
+@pytest.fixture(scope="session")
 def exact_gguf(gguf: Path, shared_folder: Path) -> Path:
     """The embedded model's file in float32: llama.cpp rounds activations beside quantised weights."""
     from submission.backends.llama.library import encode_weights
@@ -205,18 +214,10 @@ def exact_gguf(gguf: Path, shared_folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def hf_folder(gguf: Path, shared_folder: Path) -> Path:
-    """The embedded model as a transformers folder, dequantised to float32."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    """The embedded model as a transformers folder, dequantised to float32: what training starts from."""
+    from train.bases import base_folder
 
-    def make(folder: Path) -> None:
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-        )
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-
-    return made_once(shared_folder / "hf", make)
+    return made_once(shared_folder / "hf", lambda folder: folder.symlink_to(base_folder(str(gguf)))).resolve()
 
 
 @pytest.fixture(scope="session")

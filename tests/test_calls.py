@@ -371,13 +371,13 @@ def test_the_number_of_workers_is_no_part_of_what_decides_the_answers() -> None:
 
 def test_the_embedded_model_in_two_workers_predicts_as_in_one(cli: Cli, tmp_path: Path) -> None:
     table = ROOT / "examples" / "test.csv"
-    one = cli("predict", table, "-o", "one.csv", "--limit", 6, "--json")
-    two = cli("predict", table, "-o", "two.csv", "--limit", 6, "--json", "--workers", 2)
+    one = cli("predict", table, "-o", "one.csv", "--limit", 4, "--max-new-tokens", 8, "--json")
+    two = cli("predict", table, "-o", "two.csv", "--limit", 4, "--max-new-tokens", 8, "--json", "--workers", 2)
     assert (one.code, two.code) == (0, 0), two.err
     assert two.summary["fallbacks"] == 0
     lines = [(tmp_path / name).read_text().splitlines() for name in ("one.csv", "two.csv")]
     same = sum(a == b for a, b in zip(*lines, strict=True))
-    assert same >= 6  # header included: near-ties may fall either way
+    assert same >= 4  # header included: near-ties may fall either way
 
 
 def test_a_killed_run_leaves_no_process_behind_and_resumes(cli: Cli, tmp_path: Path) -> None:
@@ -486,7 +486,7 @@ def test_workers_outlive_the_thread_that_asked_first(tmp_path: Path) -> None:
 def test_a_hang_costs_a_part_of_the_time_that_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("submission.calls.supervisor._KNOWN", 5)
     monkeypatch.setattr("submission.calls.supervisor._SLOWER", 0.0)
-    with opened(tmp_path, scripted("hang_ids=40", "batch=4", workers=2), Limits(time.monotonic() + 30)) as models:
+    with opened(tmp_path, scripted("hang_ids=40", "batch=4", workers=2), Limits(time.monotonic() + 15)) as models:
         found = ask(models, PAIRS[:80])
     assert {key for key, answer in found.items() if answer != EXPECTED[key]} == {"40"}
     assert "gave no answer" in found["40"]

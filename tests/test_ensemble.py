@@ -289,11 +289,13 @@ def test_equal_candidates_and_single_ones_are_defined() -> None:
 # -- commands -----------------------------------------------------------------------------------------------
 
 
-def test_candidates_of_the_embedded_model_become_a_submission_and_a_report(run: Cli, tmp_path: Path) -> None:
+def test_candidates_of_a_model_become_a_submission_and_a_report(run: Cli, shallow_gguf: Path, tmp_path: Path) -> None:
+    model = f"model = {json.dumps(str(shallow_gguf))}\n"
     (tmp_path / "s.toml").write_text(
-        '[[source]]\nname = "short"\ntemplate = "short"\n[[source]]\nname = "warm"\ntemplate = "detailed"\n'
-        "greedy = false\ntemperature = 1.0\n"
+        f'[[source]]\nname = "short"\ntemplate = "short"\n{model}[[source]]\nname = "warm"\ntemplate = "detailed"\n'
+        f"{model}greedy = false\ntemperature = 1.0\n"
     )
+    (tmp_path / "m.toml").write_text(f"[target]\n{model}[judge]\n{model}")
     drawn = ("sample", EXAMPLES / "test.csv", "-o", "c.parquet", "--sources", "s.toml", "--set", "n=2", "--set",
              "max_new_tokens=16", "--limit", 5)  # fmt: skip
     done = run(*drawn)
@@ -314,7 +316,8 @@ def test_candidates_of_the_embedded_model_become_a_submission_and_a_report(run: 
     truth = [row for row in read_csv(EXAMPLES / "truth.csv") if row[0] in {"id", *(r.pair.id for r in rows)}]
     write_csv(tmp_path / "truth.csv", truth[1:], truth[0])
     names = "first,consensus,likelihood,judge_yes_no,judge_pick"
-    made = run("experiment", "c.parquet", "--truth", "truth.csv", "-o", "e", "--selectors", names, "--rotations", 2)
+    made = run("experiment", "c.parquet", "--truth", "truth.csv", "-o", "e", "--selectors", names, "--rotations", 2,
+               "--models", "m.toml")  # fmt: skip
     assert made.code == 0, made.err
     assert "Headroom" in made.out
     figures = json.loads((tmp_path / "e" / "experiment.json").read_text())

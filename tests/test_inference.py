@@ -58,10 +58,10 @@ def candidates(pairs: Sequence[Pair]) -> list[tuple[str, Chat, str]]:
 
 def test_greedy_answers_in_a_batch_are_those_of_one_row_at_a_time(llama: LlamaCpp, example_pairs: list[Pair]) -> None:
     """Kernels round by the shape of a batch: where answers part, the two tokens were level."""
-    asked = [Request(key, chat, Sampling(max_new_tokens=16)) for key, chat in chats(example_pairs[:12])]
+    asked = [Request(key, chat, Sampling(max_new_tokens=16)) for key, chat in chats(example_pairs[:6])]
     result = compare_greedy(llama, asked)
-    assert result.rows == 12
-    assert result.equal >= 10
+    assert result.rows == 6
+    assert result.equal >= 4
     assert result.largest_gap < 0.1
 
 
@@ -127,13 +127,13 @@ def test_the_cache_of_a_model_on_gpus_is_bounded_by_their_memory(
 
 
 def test_little_memory_changes_the_speed_and_no_answer(llama: LlamaCpp, example_pairs: list[Pair]) -> None:
-    asked = [Request(key, chat, Sampling(max_new_tokens=4)) for key, chat in chats(example_pairs[:5])]
+    asked = [Request(key, chat, Sampling(max_new_tokens=4)) for key, chat in chats(example_pairs[:3])]
     tight = model_spec("llama_cpp", settings=["memory=1", "batch=40"]).load()
     answers = {key: c[0].text for key, c in generated(tight, asked).items()}
     assert set(answers) == {request.key for request in asked}
-    shot = Triplet(example_pairs[5], "Rewrite this as a poem")
+    shot = Triplet(example_pairs[3], "Rewrite this as a poem")
     many = [Request(pair.id, TEMPLATES["few_shot"].render(pair, [shot]), Sampling(n=2, temperature=1, max_new_tokens=3))
-            for pair in example_pairs[:3]]  # fmt: skip
+            for pair in example_pairs[:2]]  # fmt: skip
     assert {key: len(c) for key, c in generated(tight, many).items()} == {request.key: 2 for request in many}
 
 
@@ -167,12 +167,12 @@ def test_another_adapter_takes_the_place_of_the_default_one() -> None:
     assert tuned != plain
 
 
-def test_throughput_compares_with_what_would_be_used_instead(cli: Cli, tmp_path: Path) -> None:
+def test_throughput_compares_with_what_would_be_used_instead(shallow_gguf: Path, tmp_path: Path) -> None:
     import subprocess
 
     command = [sys.executable, "-m", "eval", "throughput", ROOT / "examples" / "test.csv", "--shots",
                ROOT / "examples" / "train.csv", "--rows", 3, "--max-new-tokens", 3, "--repeats", 1, "--no-transformers",
-               "--plot", "speed.png", "--json"]  # fmt: skip
+               "--model", shallow_gguf, "--plot", "speed.png", "--json"]  # fmt: skip
     done = subprocess.run(
         list(map(str, command)), cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
     )

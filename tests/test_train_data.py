@@ -105,11 +105,11 @@ def test_of_a_chain_of_near_duplicates_one_stays(encoder: Encoder) -> None:
 
 
 def test_distinct_prompts_are_as_many_as_asked_for(encoder: Encoder) -> None:
-    found = take_distinct(read_grammar(), 150, encoder, near=0.9)
-    assert len(found) == 150
+    found = take_distinct(read_grammar(), 60, encoder, near=0.9)
+    assert len(found) == 60
     assert without_near_duplicates(found, encoder, 0.9) == found
     with pytest.raises(UserError, match="no near-duplicates"):
-        take_distinct(read_grammar(), 150, encoder, near=0.05)
+        take_distinct(read_grammar(), 60, encoder, near=0.05)
 
 
 # -- texts --------------------------------------------------------------------------------------------------

@@ -109,3 +109,26 @@ def make_tokenizer(kind: Kind) -> Any:
     )
     named = {f"{name}_token": token for name, token in tokens.items()}
     return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=_CHAT[kind], **named)
+
+
+def cut_gguf(source: Path, target: Path, layers: int) -> None:
+    """Write the first layers of a GGUF model, as they are encoded, with its tokenizer."""
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+
+    reader = GGUFReader(source)
+    architecture = str(reader.fields["general.architecture"].contents())
+    writer = GGUFWriter(target, architecture)
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        value = layers if name == f"{architecture}.block_count" else field.contents()
+        part = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+        writer.add_key_value(name, value, field.types[0], sub_type=part)
+    for tensor in reader.tensors:
+        place = tensor.name.split(".")
+        if place[0] != "blk" or int(place[1]) < layers:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

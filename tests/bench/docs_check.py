@@ -68,8 +68,6 @@ def prepare(folder: Path) -> None:
     (folder / "model.gguf").symlink_to(gguf)
     (folder / "lora.gguf").symlink_to(tuned_adapter())
     tiny_adapter(folder / "ADAPTER_DIR", tiny_model(folder / "DIR", "mistral"), 1)
-    (folder / _TUNED).parent.mkdir(parents=True)
-    shutil.copyfile(gguf, folder / _TUNED)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,6 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"left out       {line}  ({reason})", flush=True)
                 continue
             more = next((more for part, more in _SMALL.items() if part in line), [])
+            if _TUNED in words and not (folder / _TUNED).exists():
+                (folder / _TUNED).parent.mkdir(parents=True)
+                shutil.copyfile(folder / "model.gguf", folder / _TUNED)
             began = time.monotonic()
             done = subprocess.run(
                 [sys.executable, *words[1:], *(word for word in more if "--dry-run" not in words)], cwd=folder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -69,18 +70,22 @@ def by_kind(comparison: Comparison, kinds: Sequence[str], names: Sequence[str]) 
 
     labels = np.array(kinds)
     lines = comparison.lines
-    with canvas(1.4 + (0.2 + 0.12 * len(lines)) * len(names)) as (axes, png):
+    with canvas(1.4 + (0.28 + 0.12 * len(lines)) * len(names)) as (axes, png):
         for number, line in enumerate(lines):
             means = []
             for name in names:
                 rows = labels == name
                 means.append(bootstrap(line.system.scored.scores[rows][:, None], comparison.truth.clusters[rows])[0])
             offset = (number - (len(lines) - 1) / 2) * 0.8 / len(lines)
-            shown = [f"{one_line(name, _MOST_LETTERS)} ({kinds.count(name)})" for name in names]
+            shown = [f"{_in_two_lines(name)} ({kinds.count(name)})" for name in names]
             _dots(axes, shown, means, offset, number, line.system.name)
         axes.set_xlabel("mean score, 95 % interval")
         legend(axes)
     return png.getvalue()
+
+
+def _in_two_lines(text: str) -> str:
+    return "\n".join(textwrap.wrap(one_line(text, 2 * _MOST_LETTERS), _MOST_LETTERS, max_lines=2, placeholder="..."))
 
 
 def by_length(comparison: Comparison, lengths: NDArray[np.int64]) -> bytes:

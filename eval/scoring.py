@@ -227,10 +227,14 @@ def interval_figures(interval: Interval) -> dict[str, float | None]:
 
 
 def one_line(text: str, most: int = 90) -> str:
-    """A text without line breaks or control characters, shortened."""
+    """A text without line breaks or control characters, shortened between words where there are any."""
     flat = "".join(c if c.isprintable() else " " for c in text)
     flat = " ".join(flat.split())
-    return flat if len(flat) <= most else flat[: most - 3] + "..."
+    if len(flat) <= most:
+        return flat
+    room = most - 3
+    end = flat.rfind(" ", room // 2, room + 1)
+    return flat[: room if end < 0 else end] + "..."
 
 
 def _check_rows(path: Path, rows: Sequence[Row]) -> None:

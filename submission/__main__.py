@@ -19,6 +19,7 @@ from submission.commands import (
     TemperatureOption,
     TopPOption,
     WorkersOption,
+    grouped,
     new_app,
     run_command,
 )
@@ -37,7 +38,17 @@ _TEMPLATES = (
 )
 
 
-@app.command()
+_GROUPS = {
+    "What to predict": ("output", "limit", "encoding", "fallback", "max_failures"),
+    "Model": ("model", "backend", "adapter", "load_in_4bit", "settings"),
+    "Prompt": ("template", "shots", "n_shots", "recover", "recover_config"),
+    "Sampling": ("max_new_tokens", "temperature", "top_p", "min_p", "seed"),
+    "Run": ("deadline", "fresh", "dry_run", "as_json", "help"),
+    "Machines": ("workers", "ray", "ray_gpus", "ray_cpus"),
+}
+
+
+@app.command(cls=grouped(_GROUPS))
 def predict(
     input: Annotated[
         Path,

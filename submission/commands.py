@@ -6,10 +6,11 @@ import errno
 import io
 import logging
 import sys
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from submission.errors import PromptRecoveryError, UserError
 from submission.progress import print_line
@@ -52,6 +53,28 @@ def new_app(help: str) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
         help=help,
     )
+
+
+def grouped(groups: Mapping[str, Sequence[str]]) -> type[TyperCommand]:
+    """A command whose `--help` lists its options in groups.
+
+    Args:
+        groups: by heading, the parameters' names; those that are in none come last.
+    """
+
+    class Grouped(TyperCommand):
+        def format_options(self, ctx: Any, formatter: Any) -> None:
+            """Write arguments and options."""
+            told = {parameter.name: parameter.get_help_record(ctx) for parameter in self.get_params(ctx)}
+            arguments = [str(one.name) for one in self.get_params(ctx) if one.param_type_name == "argument"]
+            named = {"Arguments": arguments, **groups}
+            others = [name for name in told if name and not any(name in names for names in named.values())]
+            for heading, names in {**named, "Other": others}.items():
+                if records := [record for name in names if (record := told[name])]:
+                    with formatter.section(heading):
+                        formatter.write_dl(records)
+
+    return Grouped
 
 
 def run_command(command: Callable[[], object]) -> None:

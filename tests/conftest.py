@@ -221,15 +221,18 @@ def hf_folder(gguf: Path, shared_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(hf_folder: Path, shared_folder: Path) -> Path:
     """A llama of two narrow layers with the embedded model's tokenizer."""
+    return made_once(shared_folder / "tiny", lambda folder: _make_tiny(hf_folder, folder))
+
+
+def _make_tiny(hf_folder: Path, folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from submission.backends.transformers.loading import load_tokenizer
 
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tiny")
     tokenizer = load_tokenizer(hf_folder)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -237,14 +240,30 @@ def tiny(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
 def recipe(tiny: Path, tmp_path: Path) -> Path:
     """Twelve steps on the tiny model, with dropout, so that random streams matter."""
+    return _write_recipe(tmp_path, tiny)
+
+
+@pytest.fixture(scope="session")
+def tuned_run(tiny: Path, shared_folder: Path) -> Path:
+    """The folder of a training of the tiny model, asked by the template brief."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        train = runner("train", shared_folder)
+        done = train("sft", _write_recipe(folder, tiny), "-o", folder / "run", "--set", "template=brief")
+        assert done.code == 0, done.err
+
+    return made_once(shared_folder / "tuned", make) / "run"
+
+
+def _write_recipe(folder: Path, tiny: Path) -> Path:
     train = json.dumps(str(ROOT / "examples" / "train.csv"))
-    path = tmp_path / "r.toml"
+    path = folder / "r.toml"
     path.write_text(
         f"[sft]\nbase = {json.dumps(str(tiny))}\n"
         f"train = {train}\nvalidation = {train}\n"

@@ -369,10 +369,11 @@ def test_the_number_of_workers_is_no_part_of_what_decides_the_answers() -> None:
 # -- runs ------------------------------------------------------------------------------------------------------
 
 
-def test_the_embedded_model_in_two_workers_predicts_as_in_one(cli: Cli, tmp_path: Path) -> None:
+def test_a_model_in_two_workers_predicts_as_in_one(cli: Cli, shallow_gguf: Path, tmp_path: Path) -> None:
     table = ROOT / "examples" / "test.csv"
-    one = cli("predict", table, "-o", "one.csv", "--limit", 4, "--max-new-tokens", 8, "--json")
-    two = cli("predict", table, "-o", "two.csv", "--limit", 4, "--max-new-tokens", 8, "--json", "--workers", 2)
+    common = ("--model", shallow_gguf)
+    one = cli("predict", table, "-o", "one.csv", *common, "--limit", 4, "--max-new-tokens", 8, "--json")
+    two = cli("predict", table, "-o", "two.csv", *common, "--limit", 4, "--max-new-tokens", 8, "--json", "--workers", 2)
     assert (one.code, two.code) == (0, 0), two.err
     assert two.summary["fallbacks"] == 0
     lines = [(tmp_path / name).read_text().splitlines() for name in ("one.csv", "two.csv")]

@@ -77,8 +77,22 @@ def test_a_cluster_gives_the_answers_of_one_process(nodes: Any, cli: Cli, tmp_pa
     assert (tmp_path / "plain.csv").read_text() == (tmp_path / "ray.csv").read_text()
 
 
-def test_the_embedded_model_answers_on_a_cluster(nodes: Any, cli: Cli) -> None:
-    done = cli("predict", TABLE, "-o", "out.csv", "--ray", nodes.address, "--workers", 2, "--limit", 4, "--json")
+def test_a_model_answers_on_a_cluster(nodes: Any, cli: Cli, shallow_gguf: Path) -> None:
+    done = cli(
+        "predict",
+        TABLE,
+        "-o",
+        "out.csv",
+        "--model",
+        shallow_gguf,
+        "--ray",
+        nodes.address,
+        "--workers",
+        2,
+        "--limit",
+        4,
+        "--json",
+    )
     assert done.code == 0, done.err
     assert done.summary["fallbacks"] == 0
 

@@ -50,7 +50,7 @@ class Case:
 
 CONTEXT = 256  # tokens, so that a prompt is soon too long
 CASES = {
-    "transformers": Case(("batch=8", "dtype=float32"), model="hf_folder", nats=0.001, draws=150),
+    "transformers": Case(("batch=8", "dtype=float32"), model="hf_folder", nats=0.001, draws=200),
     "llama_cpp": Case(model="exact_gguf", nats=0.05),  # keys in 16 bits
     "openvino": Case(("dtype=float32",), nats=0.02),  # weights in 16 bits
     "vllm": Case(("dtype=float32", "streams=8", "memory=1000", "threads=1"), model="hf_folder", nats=0.001, draws=100),

@@ -21,12 +21,11 @@ def run(tmp_path: Path) -> Cli:
     return runner("train", tmp_path)
 
 
-def test_an_adapter_is_asked_as_it_was_trained(run: Cli, recipe: Path, tiny: Path, tmp_path: Path) -> None:
-    assert run("sft", recipe, "-o", "a", "--set", "template=brief", "--set", "max_steps=2").code == 0
-    assert run("merge", "a/adapter", "-o", "merged").code == 0
+def test_an_adapter_is_asked_as_it_was_trained(run: Cli, tuned_run: Path, tiny: Path, tmp_path: Path) -> None:
+    assert run("merge", tuned_run / "adapter", "-o", "merged").code == 0
     predict = runner("submission", tmp_path)
     for name, options in {
-        "adapter": ("--model", tiny, "--adapter", "a/adapter"),
+        "adapter": ("--model", tiny, "--adapter", tuned_run / "adapter"),
         "merged": ("--model", "merged"),
     }.items():
         done = predict("predict", TRAIN, "-o", f"{name}.csv", "--backend", "transformers", *options,
@@ -36,22 +35,22 @@ def test_an_adapter_is_asked_as_it_was_trained(run: Cli, recipe: Path, tiny: Pat
         assert "brief" in json.dumps(told)
 
 
-def test_a_merged_model_is_base_and_adapter(run: Cli, recipe: Path, tiny: Path, tmp_path: Path) -> None:
+def test_a_merged_model_is_base_and_adapter(run: Cli, tuned_run: Path, tiny: Path, tmp_path: Path) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert run("sft", recipe, "-o", "a").code == 0
-    done = run("merge", "a/adapter", "-o", "merged", "--dtype", "float32")
+    adapter = tuned_run / "adapter"
+    done = run("merge", adapter, "-o", "merged", "--dtype", "float32")
     assert done.code == 0, done.err
-    both = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), str(tmp_path / "a" / "adapter")).eval()
+    both = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), str(adapter)).eval()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     ids = AutoTokenizer.from_pretrained(tmp_path / "merged")("A cat sat on a mat.", return_tensors="pt").input_ids
     with torch.inference_mode():
         assert torch.allclose(both(ids).logits, merged(ids).logits, atol=1e-4)
         assert not torch.allclose(AutoModelForCausalLM.from_pretrained(tiny)(ids).logits, merged(ids).logits, atol=1e-2)
-    assert run("merge", "a/adapter", "-o", "merged").code == 0, "what the command made, it may replace"
-    wrong = run("merge", "a/adapter", "-o", "other", "--base", "embedded")
+    assert run("merge", adapter, "-o", "merged").code == 0, "what the command made, it may replace"
+    wrong = run("merge", adapter, "-o", "other", "--base", "embedded")
     assert wrong.code == 2
     assert "does not fit" in wrong.err
     assert not (tmp_path / "other").exists()
@@ -110,8 +109,8 @@ def test_a_converter_that_is_not_reached_is_said(hf_folder: Path, tmp_path: Path
 
 def test_a_recipe_runs_all_stages_and_a_second_time_none(run: Cli, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(
-        "[prompts]\nsize = 30\n[texts]\nwrite = 14\nmax_new_tokens = 60\nmin_words = 8\n"
-        "[rewrites]\nmax_new_tokens = 60\n"
+        "[prompts]\nsize = 24\n[texts]\nwrite = 12\nmax_new_tokens = 30\nmin_words = 8\n"
+        "[rewrites]\nmax_new_tokens = 24\n"
         "keep_cut = true\n[screens]\nunchanged = 0\nunrelated = 0\nrefusals = false\n"
         f"[sft]\nbase = {json.dumps(str(tiny))}\nmax_tokens = 512\nmax_steps = 3\nevaluate_every = 3\nsamples = 1\n"
         'evaluation_rows = 2\noptimizer = "adamw_torch"\ngradient_checkpointing = false\ntemplate = "brief"\n'

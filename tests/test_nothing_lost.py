@@ -121,15 +121,16 @@ def test_a_bundle_keeps_a_file_of_the_user_s_and_takes_no_name_twice(tmp_path: P
         assert not (tmp_path / "c").exists()
 
 
-def test_merge_gguf_and_sweep_refuse_what_is_in_the_way(tiny: Path, tmp_path: Path, recipe: Path) -> None:
-    train = runner("train", tmp_path)
-    assert train("sft", recipe, "-o", "run", "--set", "max_steps=1").code == 0
+def test_merge_gguf_and_sweep_refuse_what_is_in_the_way(
+    tiny: Path, tmp_path: Path, recipe: Path, tuned_run: Path
+) -> None:
+    train, adapter = runner("train", tmp_path), tuned_run / "adapter"
     for _, foreign, arguments in (
-        ("merged", "merged/thesis.txt", ("merge", "run/adapter", "-o", "merged")),
-        ("merged", "merged.run.json", ("merge", "run/adapter", "-o", "merged")),
+        ("merged", "merged/thesis.txt", ("merge", adapter, "-o", "merged")),
+        ("merged", "merged.run.json", ("merge", adapter, "-o", "merged")),
         ("f.gguf", "f.gguf", ("gguf", tiny, "-o", "f.gguf", "--quantization", "F16")),
         ("f-F16.gguf", "f-F16.gguf", ("gguf", tiny, "-o", "f.gguf", "--quantization", "BF16,F16")),
-        ("a.gguf", "a.gguf.run.json", ("gguf", "run/adapter", "-o", "a.gguf", "--adapter")),
+        ("a.gguf", "a.gguf.run.json", ("gguf", adapter, "-o", "a.gguf", "--adapter")),
         ("sweep", "sweep/sweep.csv", ("sweep", recipe, "-o", "sweep", "--grid", "rank=2,4", "--set", "max_steps=1")),
     ):
         (tmp_path / foreign).parent.mkdir(exist_ok=True)
@@ -142,7 +143,7 @@ def test_merge_gguf_and_sweep_refuse_what_is_in_the_way(tiny: Path, tmp_path: Pa
         if foreign.startswith("merged/"):
             (tmp_path / "merged").rmdir()
     for _ in range(2):  # what it made itself is replaced
-        assert train("merge", "run/adapter", "-o", "merged").code == 0
+        assert train("merge", adapter, "-o", "merged").code == 0
 
 
 def test_fresh_training_checks_first_and_removes_last(tmp_path: Path, recipe: Path) -> None:
@@ -289,7 +290,7 @@ def test_a_model_whose_tensors_are_not_those_of_its_configuration_is_refused(
 def test_an_encoder_that_lacks_tensors_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from eval.encoders import Encoder
+    from eval.encoders import EncoderSpec
     from submission.backends.models import embedded_encoder
 
     folder = embedded_encoder()
@@ -299,7 +300,7 @@ def test_an_encoder_that_lacks_tensors_is_refused(tmp_path: Path) -> None:
     del tensors["encoder.layer.3.output.dense.weight"]
     save_file(tensors, tmp_path / "e" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 tensors: encoder\.layer\.3\.output\.dense\.weight"):
-        Encoder("e", tmp_path / "e").embed(["a text"])
+        EncoderSpec(tmp_path / "e").load()
 
 
 def test_an_adapter_of_another_base_is_refused(tiny: Path, tmp_path: Path) -> None:
@@ -535,20 +536,21 @@ def test_nested_parquet_columns_are_refused(column: str, kind: str, cli: Cli, tm
     assert cli("predict", "more.parquet", "-o", "s.csv", *SCRIPTED).code == 0
 
 
-def test_a_rewrite_longer_than_the_context_fails_alone(tmp_path: Path) -> None:
+def test_a_rewrite_longer_than_the_context_fails_alone(tmp_path: Path, shallow_gguf: Path) -> None:
     ensemble = runner("ensemble", tmp_path)
+    models = ("--target", shallow_gguf, "--judge", shallow_gguf)
     rows = [("1", "a", "b"), ("2", "a", "word " * 3000), ("3", "a", "c")]
     draws = json.dumps([["x", 0, -1.0, 2]])
     cells = [(*row, text, draws) for row in rows for text in ("Make it.", "Turn it into a song.")]
     write_table(tmp_path / "c.csv", ("id", "original_text", "rewritten_text", "candidate", "draws"), cells)
     write_table(tmp_path / "t.csv", ("id", "rewrite_prompt"), [(row[0], "Make it.") for row in rows])
     for _ in range(2):
-        done = ensemble("select", "c.csv", "--selector", "likelihood", "-o", "s.csv")
+        done = ensemble("select", "c.csv", "--selector", "likelihood", "-o", "s.csv", *models[:2])
         assert done.code == 0, done.err
         assert "2 of 6 questions failed" in done.err
         assert "1 of which likelihood said nothing" in done.err
     done = ensemble(
-        "experiment", "c.csv", "--truth", "t.csv", "-o", "e", "--selectors", "first,likelihood,judge_yes_no"
+        "experiment", "c.csv", "--truth", "t.csv", "-o", "e", "--selectors", "first,likelihood,judge_yes_no", *models
     )
     assert done.code == 0, done.err
 

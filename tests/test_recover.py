@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,14 @@ def test_wrong_pairs_are_refused_by_name() -> None:
     with pytest.raises(UserError, match="temperature"):
         recover(PAIRS, sampling=Sampling(temperature=-1), **SCRIPTED)
     assert recover([], **SCRIPTED) == []
+
+
+def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / "examples")
+    names: dict[str, Any] = {}
+    for number, cell in enumerate(json.loads(Path("quickstart.ipynb").read_text(encoding="utf-8"))["cells"]):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    assert set(names["frame"]["status"]) == {"ok"}
+    assert names["truth"]["score"].between(-1, 1).all()
+    assert names["chosen"][0].text.startswith("Rewrite this")

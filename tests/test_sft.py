@@ -76,14 +76,15 @@ def test_rows_that_a_template_cannot_teach_are_left_out(hf_folder: Path) -> None
     assert len(cut.ids) <= 512
 
 
-def test_a_run_that_was_killed_has_the_losses_of_one_that_was_not(run: Cli, recipe: Path, tmp_path: Path) -> None:
-    whole = run("sft", recipe, "-o", "whole")
-    assert whole.code == 0, whole.err
-    losses = [entry["loss"] for entry in history(tmp_path / "whole") if "loss" in entry]
+def test_a_run_that_was_killed_has_the_losses_of_one_that_was_not(
+    run: Cli, recipe: Path, tuned_run: Path, tmp_path: Path
+) -> None:
+    same = ("sft", recipe, "-o", "killed", "--set", "template=brief")
+    losses = [entry["loss"] for entry in history(tuned_run) if "loss" in entry]
     assert len(losses) == 12
     assert losses[-1] < losses[0]
     killed = subprocess.Popen(
-        command("sft", recipe, "-o", "killed", room="train"), cwd=tmp_path, env=environment(),
+        command(*same, room="train"), cwd=tmp_path, env=environment(),
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     state = tmp_path / "killed" / "checkpoints" / "checkpoint-4" / "trainer_state.json"
@@ -91,13 +92,14 @@ def test_a_run_that_was_killed_has_the_losses_of_one_that_was_not(run: Cli, reci
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    again = run("sft", recipe, "-o", "killed")
+    again = run(*same)
     assert again.code == 0, again.err
     assert [e["loss"] for e in history(tmp_path / "killed") if "loss" in e] == pytest.approx(losses, abs=1e-5)
-    evaluated = [[e["eval_loss"] for e in history(tmp_path / name) if "eval_loss" in e] for name in ("whole", "killed")]
+    evaluated = [[e["eval_loss"] for e in history(folder) if "eval_loss" in e]
+                 for folder in (tuned_run, tmp_path / "killed")]  # fmt: skip
     assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-5)
-    assert "nothing to do" in run("sft", recipe, "-o", "killed").err
-    other = run("sft", recipe, "-o", "killed", "--set", "rank=8")
+    assert "nothing to do" in run(*same).err
+    other = run(*same, "--set", "rank=8")
     assert other.code == 2
     assert "rank: 16 there, 8 here" in other.err
 

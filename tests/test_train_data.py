@@ -192,12 +192,13 @@ def test_more_triplets_than_prompts_use_other_texts() -> None:
         pair_up(asked, [f"text {number}" for number in range(12)], size=13)
 
 
-def test_rewrites_survive_a_kill_and_are_the_same_as_without(run: Cli, tmp_path: Path) -> None:
+def test_rewrites_survive_a_kill_and_are_the_same_as_without(run: Cli, tmp_path: Path, shallow_gguf: Path) -> None:
     write_csv(tmp_path / "p.csv", [(f"{n}", f"Rewrite this as number {n}", "k", f"s{n}") for n in range(12)],
               ("id", "rewrite_prompt", "kind", "style"))  # fmt: skip
     write_csv(tmp_path / "t.csv", [(f"{n}", f"A text about the number {n} and nothing else.") for n in range(12)],
               ("id", "original_text"))  # fmt: skip
-    arguments = ("rewrites", "p.csv", "t.csv", "--max-new-tokens", 40, "--set", "streams=2", "--keep-cut")
+    arguments = ("rewrites", "p.csv", "t.csv", "--max-new-tokens", 40, "--set", "streams=2", "--keep-cut",
+                 "--model", shallow_gguf)  # fmt: skip
     whole = run(*arguments, "-o", "whole.csv")
     assert whole.code == 0, whole.err
     killed = subprocess.Popen(

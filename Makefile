@@ -24,9 +24,8 @@ test: check
 # Lines and branches that the tests reach, in the processes that they start too (not in those that they kill).
 coverage: .venv/.all
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n 2 --dist loadfile
-	$(BIN)/coverage combine -q
-	$(BIN)/coverage report --skip-covered --sort=cover
+	$(BIN)/coverage run -m pytest -n 2 --dist loadfile; failed=$$?; $(BIN)/coverage combine -q; \
+	  $(BIN)/coverage report --skip-covered --sort=cover; exit $$failed
 
 # Backend vllm on vLLM's CPU build, in an environment of its own (3.5 GB): what every backend has to do, and its speed
 # beside transformers.
@@ -91,7 +90,7 @@ study: .venv/.all
 	$(BIN)/python docs/study/study.py
 
 clean:
-	rm -rf .venv .venv-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis site submission.csv submission.csv.*
+	rm -rf .venv .venv-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* site submission.csv submission.csv.*
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,10 +1,11 @@
 """Best of several answers, as a strategy: sample, select, answer.
 
-    python -m submission predict test.csv -o submission.csv --recover ensemble.best_of:best_of --recover-config b.toml
+    python -m submission predict test.csv -o submission.csv --recover best_of
+    python -m submission predict test.csv -o submission.csv --recover best_of --recover-config b.toml
 
-with b.toml:
+with b.toml, where every line may be left out:
 
-    selector = "consensus"
+    selector = "noisy_channel"
 
     [[source]]
     n = 8
@@ -27,7 +28,7 @@ from typing import Any
 from ensemble import fitting
 from ensemble.candidates import NEAR, Candidate, CandidateRow, Draw, merge
 from ensemble.choose import answer_of, best, score_rows
-from ensemble.models import RoleModel, likelihoods, parse_models, roles_needed, tools, with_gate
+from ensemble.models import RoleModel, embeds, likelihoods, parse_models, roles_needed, tools, with_gate
 from ensemble.pace import Pace, Turns, words
 from ensemble.sample import read, requests
 from ensemble.selectors import SELECTORS, Selector, entry_of, make_selectors
@@ -50,21 +51,22 @@ _SELECTION = 0.05  # of the time, for a selector that asks no model; one that do
 class BestOfOptions:
     """Settings beside [[source]], [target], [judge] and [gate].
 
-    selector: as `python -m ensemble select` takes it.
+    selector: as `python -m ensemble select` takes it; the default asks the target model, and no encoder.
     weights: files of `python -m ensemble fit`, whose names are selectors too.
     concat: how many of the best candidates are joined into the answer.
     constant: a prompt that is put behind the answer.
     encoder: of the metric; see `eval.encoders.find_encoder`.
-    near: candidates that are so near are one; see `ensemble.candidates.NEAR`. At 1 no encoder is asked for it.
+    near: candidates that are so near are one. 0 means `ensemble.candidates.NEAR`, or 1 (alike but for case and
+        punctuation) where no encoder is asked.
     rotations: of the letters that `judge_pick` sees; 0 for as many as candidates.
     """
 
-    selector: str = "consensus"
+    selector: str = "noisy_channel"
     weights: tuple[str, ...] = ()
     concat: int = 1
     constant: str = ""
     encoder: str = ""
-    near: float = NEAR
+    near: float = 0.0
     rotations: int = 0
 
 
@@ -99,14 +101,18 @@ class best_of:
             else source.layout()
             for source in self._sources
         }
-        self._encoder = find_encoder(self._options.encoder)
         self._weights = fitting.read([Path(path).expanduser() for path in self._options.weights], [])
         selectors = list(self._weights.get(self._options.selector, {self._options.selector: 1.0}))
+        self._encoder = (
+            find_encoder(self._options.encoder)
+            if embeds(selectors) or self._options.encoder or 0 < self._options.near < 1
+            else None
+        )
         self._judges = sorted(with_gate(roles_needed(selectors)) & set(self._models))
         self.roles: dict[str, Spec | None] = {  # None: the model of `predict`
             **{f"source {one.name}": None if one.name in plain else one.spec() for one in self._sources},
             **{role: self._models[role].spec() for role in self._judges},
-            "encoder": self._encoder.spec,
+            **({"encoder": self._encoder.spec} if self._encoder is not None else {}),
         }
         self.answers = {f"source {one.name}": (_draws(one), one.max_new_tokens) for one in self._sources}
 
@@ -122,7 +128,7 @@ class best_of:
     def __call__(self, pairs: Iterable[Pair], models: Mapping[str, Model], budget: Budget) -> Iterator[Prediction]:
         """See `submission.types.Recover`."""
         todo = [_Row(pair) for pair in pairs]
-        encoder = self._encoder.asked_through(models["encoder"])
+        encoder = None if self._encoder is None else self._encoder.asked_through(models["encoder"])
         kit = Kit(self._options, encoder, likelihoods(models, self._judges), self._weights)
         weights = [float(_draws(source)) for source in self._sources]
         asks = bool(self._judges)
@@ -219,11 +225,12 @@ class Kit:
     def __init__(
         self,
         options: BestOfOptions,
-        encoder: Encoder,
+        encoder: Encoder | None,
         opened: Mapping[str, Likelihoods],
         weights: dict[str, dict[str, float]],
     ) -> None:
-        self.encoder, self._near = encoder, options.near
+        self.encoder = encoder
+        self._near = options.near or (1.0 if encoder is None else NEAR)
         self.target = opened.get("target")
         kit = tools(encoder, opened, rotations=options.rotations, weights=weights)
         self.selector: Selector = make_selectors([options.selector], kit)[options.selector]

@@ -70,6 +70,12 @@ def roles_needed(selectors: list[str]) -> set[str]:
     return {entry.needs for part in parts if (entry := entry_of(part))} - {""}
 
 
+def embeds(selectors: list[str]) -> bool:
+    """Whether these selectors, or the parts of sums, ask the encoder; one that is not known may."""
+    parts = [part.strip() for name in selectors for part in name.split("+")]
+    return any((entry := entry_of(part)) is None or entry.embeds for part in parts)
+
+
 def with_gate(roles: set[str]) -> set[str]:
     """A gate takes the place of the judge that is asked for Yes or No: it goes with it."""
     return roles | ({"gate"} if "judge" in roles else set())
@@ -95,6 +101,6 @@ def likelihoods(models: Mapping[str, Model], roles: Iterable[str]) -> dict[str, 
     return {role: by_model.setdefault(id(models[role]), Likelihoods(models[role])) for role in roles}
 
 
-def tools(encoder: Encoder, opened: Mapping[str, Likelihoods], **more: Any) -> Tools:
+def tools(encoder: Encoder | None, opened: Mapping[str, Likelihoods], **more: Any) -> Tools:
     """What selectors are made with."""
     return Tools(encoder, opened.get("target"), opened.get("judge"), opened.get("gate"), **more)

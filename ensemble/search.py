@@ -1,6 +1,6 @@
 """A search for the prompt, as a strategy: draw, score, say the likeliest intents in other words, score again, answer.
 
-    python -m submission predict test.csv -o submission.csv --recover ensemble.search:search --recover-config s.toml
+    python -m submission predict test.csv -o submission.csv --recover search --recover-config s.toml
 
 with s.toml, where every line may be left out:
 
@@ -107,6 +107,7 @@ class search(best_of):
         for row, plan in zip(rows, plans, strict=True):
             asked += target.ask(row.pair, plan.candidates)
         model.of(asked)
+        assert kit.encoder is not None
         kit.encoder.embed([text for row, plan in zip(rows, plans, strict=True) for text in _texts(row, plan)])
         found: list[tuple[CandidateRow, Sequence[float]]] = []
         for (row, scores), plan in zip(drawn, plans, strict=True):
@@ -174,6 +175,7 @@ def _expected(row: CandidateRow, plan: _Plan, options: SearchOptions, target: Li
     if not np.isfinite(sums).any():
         return []
     logs = np.where(np.isfinite(sums), options.likelihood * sums + np.array(plan.priors), -np.inf)
+    assert kit.encoder is not None
     vectors = kit.encoder.embed(_texts(row, plan))
     expected = sharpened_cosines(vectors, vectors[len(row.candidates) :]) @ softmax(logs.tolist())
     return [float(score) for score in expected]

@@ -85,7 +85,13 @@ def predict(
         Path | None, typer.Option(help="Triplets (pairs with rewrite_prompt) to show as examples.")
     ] = None,
     n_shots: Annotated[int, typer.Option(min=0, help="Number of examples, from the top of --shots.")] = 3,
-    recover: Annotated[str, typer.Option(help="Strategy: zero_shot, few_shot, constant or module:object.")] = "",
+    recover: Annotated[
+        str,
+        typer.Option(
+            help="Strategy: zero_shot, few_shot, constant, best_of (nine answers a row, chosen by two models), search, "
+            "or module:object."
+        ),
+    ] = "",
     recover_config: Annotated[Path | None, typer.Option(help="TOML file with the options of --recover.")] = None,
     fallback: Annotated[
         str | None, typer.Option(help="Prompt for rows without an answer; default: a sensible constant.")

@@ -70,7 +70,7 @@ def grouped(groups: Mapping[str, Sequence[str]]) -> type[TyperCommand]:
             named = {"Arguments": arguments, **groups}
             others = [name for name in told if name and not any(name in names for names in named.values())]
             for heading, names in {**named, "Other": others}.items():
-                if records := [record for name in names if (record := told[name])]:
+                if records := [record for name in names if (record := told.get(name))]:
                     with formatter.section(heading):
                         formatter.write_dl(records)
 

@@ -43,6 +43,7 @@ MODEL_MISSING = "Attach the model (model_sources in kernel-metadata.json), or bu
 NULLS = ("#n/a", "#n/a n/a", "#na", "-1.#ind", "-1.#qnan", "-nan", "1.#ind", "1.#qnan", "<na>", "n/a", "na", "nan",
          "none", "null")  # fmt: skip
 PACKAGED = ("embedded-tuned", "embedded")  # models that come as packages
+LONG_NAMES = {"best_of": "ensemble.best_of:best_of", "search": "ensemble.search:search"}  # as `predict` knows them
 BLANK_INPUT = "blank rewritten_text"  # why a row failed that no model can answer
 IN_4_BITS, NOT_IN_4_BITS = "load_in_4bit=true", "load_in_4bit=false"
 # Keys of a recover_config whose "find:NAME" must lead somewhere, and those whose text is an answer's.
@@ -534,6 +535,7 @@ def read_settings(path: Path) -> Settings:
         kind = type(getattr(Settings(), key))
         if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
             raise KernelFailure(f"{path}: {key} = {value!r} must be of type {kind.__name__}")
+    content["recover"] = LONG_NAMES.get(content.get("recover", ""), content.get("recover", Settings().recover))
     settings = Settings(**content)
     if not 0 <= settings.max_failures <= 1:
         raise KernelFailure(f"{path}: max_failures = {settings.max_failures} must be from 0 to 1")

@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -217,7 +218,7 @@ def hf_folder(gguf: Path, shared_folder: Path) -> Path:
     """The embedded model as a transformers folder, dequantised to float32: what training starts from."""
     from train.bases import base_folder
 
-    return made_once(shared_folder / "hf", lambda folder: folder.symlink_to(base_folder(str(gguf)))).resolve()
+    return made_once(shared_folder / "hf", lambda folder: shutil.copytree(base_folder(str(gguf)), folder))
 
 
 @pytest.fixture(scope="session")

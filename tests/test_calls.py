@@ -487,7 +487,7 @@ def test_workers_outlive_the_thread_that_asked_first(tmp_path: Path) -> None:
 def test_a_hang_costs_a_part_of_the_time_that_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("submission.calls.supervisor._KNOWN", 5)
     monkeypatch.setattr("submission.calls.supervisor._SLOWER", 0.0)
-    with opened(tmp_path, scripted("hang_ids=40", "batch=4", workers=2), Limits(time.monotonic() + 15)) as models:
+    with opened(tmp_path, scripted("hang_ids=40", "batch=4", workers=2), Limits(time.monotonic() + 30)) as models:
         found = ask(models, PAIRS[:80])
     assert {key for key, answer in found.items() if answer != EXPECTED[key]} == {"40"}
     assert "gave no answer" in found["40"]

@@ -116,7 +116,7 @@ def test_an_encoder_with_damaged_weights_is_an_error_not_a_number(sentence_t5: P
     shutil.copytree(sentence_t5, tmp_path / "other")
     (tmp_path / "other" / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match="cannot be loaded"):
-        computed_here(tmp_path / "other", ["a"])
+        find_encoder(str(tmp_path / "other"), cached=False).embed(["a"])  # the worker's words
 
 
 # -- log ----------------------------------------------------------------------------------------------------

@@ -169,15 +169,15 @@ def test_consensus_is_the_medoid_and_counts_draws(encoder: Encoder) -> None:
 
 def test_sums_take_ranks_or_weights_and_nan_is_never_chosen() -> None:
     some = candidates("a b c", "d", "e f")
-    made = make_selectors(["longest+first", "w"], Tools(None, weights={"w": {"longest": 1.0, "first": 0.0}}))  # type: ignore[arg-type]
+    made = make_selectors(["longest+first", "w"], Tools(None, weights={"w": {"longest": 1.0, "first": 0.0}}))
     assert made["longest+first"](PAIR, some) == [2.0, 0.5, 0.5]
     assert best(made["w"](PAIR, some)) == 0
     assert best([math.nan, 0.1, math.nan]) == 1
     assert best([math.nan, math.nan]) == 0
     with pytest.raises(UserError, match="unknown selector 'frist'"):
-        make_selectors(["frist"], Tools(None))  # type: ignore[arg-type]
+        make_selectors(["frist"], Tools(None))
     with pytest.raises(UserError, match="--target"):
-        make_selectors(["likelihood"], Tools(None))  # type: ignore[arg-type]
+        make_selectors(["likelihood"], Tools(None))
 
 
 def test_answers_are_joined_as_sentences() -> None:
@@ -405,7 +405,7 @@ def test_the_best_of_several_is_predicted_and_time_that_is_short_is_said(tmp_pat
         'settings = ["answers=answers.json", "seconds_per_row=0.12"]\n'
     )
     predict = runner("submission", tmp_path)
-    common = ("--recover", "ensemble.best_of:best_of", "--recover-config", "b.toml")
+    common = ("--recover", "best_of", "--recover-config", "b.toml")
     done = predict("predict", EXAMPLES / "test.csv", "-o", "s.csv", *common)
     assert done.code == 0, done.err
     assert {row[1] for row in read_csv(tmp_path / "s.csv")[1:]} == {"Make it rhyme"}
@@ -413,3 +413,26 @@ def test_the_best_of_several_is_predicted_and_time_that_is_short_is_said(tmp_pat
     assert late.code == 0, late.err
     assert len(read_csv(tmp_path / "late.csv")) == 27
     assert "greedy answers only" in late.err or "of the samples from here on" in late.err
+
+
+def test_best_of_needs_no_configuration_and_no_encoder(
+    shallow_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ensemble import best_of as strategy
+    from submission import Sampling, recover
+
+    def none(name: str) -> Encoder:
+        raise AssertionError("no encoder is needed")
+
+    monkeypatch.setattr(strategy, "find_encoder", none)
+    pairs = [Pair(row[0], row[1][:120], row[2][:120]) for row in read_csv(EXAMPLES / "test.csv")[1:3]]
+    target = {"target": {"model": str(shallow_gguf)}}
+    log = tmp_path / "calls.jsonl"
+    found = recover(pairs, model=str(shallow_gguf), strategy="best_of", config=target, log=log)
+    assert [(one.id, one.status) for one in found] == [(pair.id, "ok") for pair in pairs]
+    assert all("of 9 draws" in one.raw for one in found)
+    before = log.read_bytes()
+    assert recover(pairs, model=str(shallow_gguf), strategy="best-of", config=target, log=log) == found
+    assert log.read_bytes() == before
+    with pytest.raises(UserError, match="best_of, search"):
+        recover(pairs, strategy="best", sampling=Sampling())

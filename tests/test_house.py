@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,3 +122,14 @@ def test_nothing_loads_pickles_or_remote_code() -> None:
             text = path.read_text(encoding="utf-8")
             assert "trust_remote_code=True" not in text.replace(" ", ""), path
             assert "pickle" not in set(imported(path)), path
+
+
+def test_every_option_of_predict_stands_in_one_group_of_its_help() -> None:
+    from typer.main import get_command
+
+    from submission.__main__ import _GROUPS, app
+
+    group: Any = get_command(app)
+    command = group.commands["predict"]
+    options = [parameter.name for parameter in command.params if parameter.param_type_name == "option"]
+    assert sorted(name for names in _GROUPS.values() for name in names) == sorted([*options, "help"])

@@ -61,7 +61,7 @@ def test_greedy_answers_in_a_batch_are_those_of_one_row_at_a_time(llama: LlamaCp
     asked = [Request(key, chat, Sampling(max_new_tokens=16)) for key, chat in chats(example_pairs[:6])]
     result = compare_greedy(llama, asked)
     assert result.rows == 6
-    assert result.equal >= 4
+    assert result.equal >= 5
     assert result.largest_gap < 0.1
 
 

@@ -24,7 +24,7 @@ from submission.backends.models import PACKAGED
 from submission.data.validation import validate
 from submission.errors import UserError
 from submission.predict.outcome import BLANK_INPUT
-from submission.predict.strategies import DEFAULT_PROMPT
+from submission.predict.strategies import DEFAULT_PROMPT, ELSEWHERE
 from submission.prompts.answers import _READ_AS_NULL
 from submission.publish.attachable import handle_of
 from submission.publish.bundle import (
@@ -543,7 +543,13 @@ def test_a_bundle_of_a_constant_holds_one_wheel_and_is_replaced_whole(tmp_path: 
         check_replaceable(tmp_path / "mine")
 
 
-BEST = 'recover = "ensemble.best_of:best_of"\nrecover_config = "best.toml"\n'
+def test_strategies_have_the_same_short_names_in_a_kernel(tmp_path: Path) -> None:
+    assert kernel.LONG_NAMES == ELSEWHERE
+    (tmp_path / "kernel.toml").write_text('recover = "best_of"\n')
+    assert kernel.read_settings(tmp_path / "kernel.toml").recover == "ensemble.best_of:best_of"
+
+
+BEST = 'recover = "best_of"\nrecover_config = "best.toml"\n'
 UNUSED = "nothing uses the adapter one"
 
 

@@ -298,8 +298,9 @@ def converted(cache: Path, model: str = EMBEDDED) -> subprocess.Popen[str]:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 
-def test_the_embedded_model_is_converted_once_by_whoever_comes_first(tmp_path: Path) -> None:
-    done = [process.communicate(timeout=300) for process in [converted(tmp_path), converted(tmp_path)]]
+def test_a_model_is_converted_once_by_whoever_comes_first(shallow_gguf: Path, tmp_path: Path) -> None:
+    model = str(shallow_gguf)
+    done = [one.communicate(timeout=300) for one in [converted(tmp_path, model), converted(tmp_path, model)]]
     assert [out for out, _ in done] == ["2048\n"] * 2, done
     folder = tmp_path / "prompt-recovery" / "models"
     (made,) = (one for one in folder.iterdir() if one.is_dir())
@@ -310,7 +311,7 @@ def test_the_embedded_model_is_converted_once_by_whoever_comes_first(tmp_path: P
     before = (made / "made.json").stat().st_mtime_ns
     (made / "config.json").write_text("{")  # a disk that lies
     (killed := folder / f".{made.name}.prompt-recovery-killed__.tmp").mkdir()
-    assert converted(tmp_path).communicate(timeout=300)[0] == "2048\n"
+    assert converted(tmp_path, model).communicate(timeout=300)[0] == "2048\n"
     assert (made / "made.json").stat().st_mtime_ns > before
     assert json.loads((made / "config.json").read_text())["model_type"] == "llama"
     assert not killed.exists()

@@ -12,7 +12,7 @@ import pytest
 
 from ensemble.candidates import Candidate, CandidateRow, Draw
 from ensemble.fitting import fit_evidence
-from ensemble.selectors import entry_of
+from ensemble.selectors import Tools, entry_of, make_selectors
 from ensemble.selectors.posterior import Evidence, Posterior, weights
 from submission.calls.likelihoods import Likelihoods
 from submission.errors import UserError
@@ -71,6 +71,20 @@ def test_corners_are_the_selectors_that_it_joins() -> None:
     assert weights(THREE, sums, Evidence(0, 1, 0)).argmax() == 0  # logprob_total
     assert weights(THREE, sums, Evidence(0, 0, 1)) == pytest.approx([5 / 7, 1 / 7, 1 / 7])  # consensus
     assert weights(THREE, sums, Evidence(0, 0, 0)) == pytest.approx([1 / 3] * 3)
+
+
+def test_the_noisy_channel_takes_the_likeliest_and_needs_no_encoder() -> None:
+    def chosen(sums: dict[str, float | None]) -> int:
+        tools = Tools(None, target=Likelihoods(_Target(sums)))
+        scores = make_selectors(["noisy_channel"], tools)["noisy_channel"](PAIR, THREE)
+        assert sum(scores) == pytest.approx(1)
+        return int(np.argmax(scores))
+
+    assert chosen({"style 0": -50.0, "style 60": -47.0, "style 65": -52.0}) == 0  # 3 nats there, 2 here: half counts
+    assert chosen({"style 0": -50.0, "style 60": -45.0, "style 65": -52.0}) == 1
+    assert chosen({"style 0": -50.0, "style 60": None, "style 65": -10.0}) == 0  # the recoverer alone
+    with pytest.raises(UserError, match="encoder"):
+        make_selectors(["posterior"], Tools(None, target=Likelihoods(_Target({}))))
 
 
 def test_powers_are_fitted_and_named() -> None:

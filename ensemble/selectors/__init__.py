@@ -26,7 +26,7 @@ class Tools:
     """What selectors may need.
 
     Attributes:
-        encoder: of the metric, for `consensus`.
+        encoder: of the metric, for `consensus` and `posterior`.
         target: the model that made the rewrites, for `likelihood`.
         judge: any model, for the judges.
         gate: a judge that was trained to say Yes or No; `judge` if there is none.
@@ -34,7 +34,7 @@ class Tools:
         weights: of sums of selectors, by name.
     """
 
-    encoder: Encoder
+    encoder: Encoder | None = None
     target: Likelihoods | None = None
     judge: Likelihoods | None = None
     gate: Likelihoods | None = None
@@ -50,11 +50,13 @@ class SelectorEntry:
         about: in a line.
         make: with the tools.
         needs: "", "target" or "judge", the model it asks.
+        embeds: it asks the encoder of the metric.
     """
 
     about: str
     make: Callable[[Tools], Selector]
     needs: str = ""
+    embeds: bool = False
 
 
 def entry_of(name: str) -> SelectorEntry | None:
@@ -67,7 +69,13 @@ def entry_of(name: str) -> SelectorEntry | None:
     if not colon or base != "posterior":
         return SELECTORS.get(name)
     evidence = posterior.Evidence.parse(powers)
-    return replace(SELECTORS[base], make=lambda tools: posterior.Posterior(tools.encoder, _target(tools), evidence))
+    return replace(SELECTORS[base], make=lambda tools: posterior.Posterior(_encoder(tools), _target(tools), evidence))
+
+
+def _encoder(tools: Tools) -> Encoder:
+    if tools.encoder is None:
+        raise UserError("this selector needs the encoder of the metric")
+    return tools.encoder
 
 
 def _target(tools: Tools) -> Likelihoods:
@@ -90,7 +98,9 @@ SELECTORS: dict[str, SelectorEntry] = {
     "logprob": SelectorEntry("the generator's own log-probability of a token", lambda _: simple.logprob),
     "logprob_total": SelectorEntry("the generator's own log-probability of the answer", lambda _: simple.logprob_total),
     "consensus": SelectorEntry(
-        "the medoid of the draws: least expected loss by the metric", lambda tools: consensus.Consensus(tools.encoder)
+        "the medoid of the draws: least expected loss by the metric",
+        lambda tools: consensus.Consensus(_encoder(tools)),
+        embeds=True,
     ),
     "likelihood": SelectorEntry(
         "log P(rewrite | candidate, original) of a token, under the target model",
@@ -102,7 +112,13 @@ SELECTORS: dict[str, SelectorEntry] = {
     ),
     "posterior": SelectorEntry(
         "expected score by the metric, candidates weighted by recoverer and target model",
-        lambda tools: posterior.Posterior(tools.encoder, _target(tools)),
+        lambda tools: posterior.Posterior(_encoder(tools), _target(tools)),
+        "target",
+        embeds=True,
+    ),
+    "noisy_channel": SelectorEntry(
+        "probability by recoverer and target model; needs no encoder",
+        lambda tools: posterior.NoisyChannel(_target(tools)),
         "target",
     ),
     "judge_pick": SelectorEntry(

@@ -58,6 +58,10 @@ class Evidence:
         return f"{self.likelihood:g}/{self.logprob:g}/{self.draws:g}"
 
 
+NOISY_CHANNEL = Evidence(likelihood=0.5)
+"""Powers from 0.3 to 1 are not told apart (docs/STUDY.md, question 6)."""
+
+
 class Posterior(Likelihood):
     """Minimum Bayes risk by the metric, each candidate weighted by the noisy channel.
 
@@ -85,6 +89,19 @@ class Posterior(Likelihood):
         vectors = self._encoder.embed([candidate.text for candidate in candidates])
         scores = sharpened_cosines(vectors, vectors)
         return [(scores @ weights(candidates, sums, evidence)).tolist() for evidence in evidences]
+
+
+class NoisyChannel(Likelihood):
+    """The probability of each candidate under the noisy channel, which needs no encoder.
+
+    Where a likelihood failed, the recoverer alone decides.
+    """
+
+    def __call__(self, pair: Pair, candidates: Sequence[Candidate], /) -> list[float]:
+        """Probability of each candidate among them."""
+        sums = [known.sum for known in self.answers(pair, candidates)]
+        found: list[float] = weights(candidates, sums, NOISY_CHANNEL).tolist()
+        return found
 
 
 def weights(candidates: Sequence[Candidate], sums: Sequence[float], evidence: Evidence) -> NDArray[np.float64]:

@@ -119,6 +119,8 @@ class _ConstantOptions:
 
 
 RECOVERS: dict[str, Callable[[Setup], Recover]] = {"zero_shot": Ask, "few_shot": Ask, "constant": Constant}
+ELSEWHERE = {"best_of": "ensemble.best_of:best_of", "search": "ensemble.search:search"}
+"""Short names of strategies in other rooms, which are imported when they are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +167,12 @@ def find_recover(name: str) -> RecoverSource:
     plain = name.replace("-", "_")
     if plain in RECOVERS:
         return RecoverSource(plain, RECOVERS[plain])
+    name = ELSEWHERE.get(plain, name)
     module_name, colon, object_name = name.partition(":")
     if not (colon and module_name and object_name):
-        raise UserError(f"unknown recover {name!r}; there are: {', '.join(RECOVERS)}, or module:object of your own")
+        raise UserError(
+            f"unknown recover {name!r}; there are: {', '.join([*RECOVERS, *ELSEWHERE])}, or module:object of your own"
+        )
     if os.getcwd() not in sys.path:  # the installed command does not look there by itself
         sys.path.insert(0, os.getcwd())
     with _user_code(name, "the module cannot be imported"):

@@ -42,7 +42,7 @@ MOST_BYTES = 100 << 30  # of a dataset
 _TITLE = "prompt-recovery bundle"
 _PLAIN_SETTINGS = """\
 # What the kernel runs; `submission/kernel.py` (class Settings) lists all keys.
-recover = "zero_shot"  # constant, zero_shot, few_shot or module:object, such as ensemble.best_of:best_of
+recover = "zero_shot"  # constant, zero_shot, few_shot, best_of, search or module:object
 model = "{model}"  # auto (what is attached), embedded-tuned, embedded or "find:NAME" below /kaggle/input
 """
 

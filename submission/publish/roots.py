@@ -51,8 +51,8 @@ def _names_all_models(content: str) -> bool:
     except tomllib.TOMLDecodeError:
         return False
     tables = config.get("source", [{}]) if isinstance(config.get("source", [{}]), list) else [{}]
-    selector = str(config.get("selector", "posterior"))  # a search needs not name it
-    words = (("target", "likelihood"), ("target", "posterior"), ("judge", "judge"))
+    selector = str(config.get("selector", "noisy_channel"))  # the default, which asks what a search asks
+    words = (("target", "likelihood"), ("target", "posterior"), ("target", "noisy_channel"), ("judge", "judge"))
     asked = [role for role, word in words if word in selector]
     tables = [*tables, *(config.get(role, {}) for role in asked)]
     return all(isinstance(table, dict) and table.get("model", TUNED) not in PACKAGED for table in tables)

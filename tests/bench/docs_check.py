@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             more = next((more for part, more in _SMALL.items() if part in line), [])
             if _TUNED in words and not (folder / _TUNED).exists():
-                (folder / _TUNED).parent.mkdir(parents=True)
+                (folder / _TUNED).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / "model.gguf", folder / _TUNED)
             began = time.monotonic()
             done = subprocess.run(

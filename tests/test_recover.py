@@ -110,4 +110,4 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -
             exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
     assert set(names["frame"]["status"]) == {"ok"}
     assert names["truth"]["score"].between(-1, 1).all()
-    assert names["chosen"][0].text.startswith("Rewrite this")
+    assert names["rows"]["best of nine"].str.startswith("Rewrite this").all()

@@ -185,6 +185,8 @@ class best_of:
     def _select(self, todo: list[_Row], kit: Kit, pace: Pace) -> Iterator[Prediction]:
         """Choose for all rows; yields better answers."""
         candidates = kit.rows(todo, [source.name for source in self._sources])
+        if self._judges:
+            LOG.info(f"choosing among {sum(len(row.candidates) for row in candidates)} answers to {len(todo)} rows")
         start = 0
         while start < len(todo):
             some = slice(start, start + pace.wave(len(todo) - start))

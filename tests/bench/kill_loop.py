@@ -4,6 +4,7 @@ python -m tests.bench.kill_loop --victim parent --kills 50
 python -m tests.bench.kill_loop --victim worker --kills 50
 python -m tests.bench.kill_loop --victim group --kills 50 --backend embedded
 python -m tests.bench.kill_loop --backend ensemble --kills 20
+python -m tests.bench.kill_loop --backend search --kills 10 --rows 100
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from submission.backends.models import EMBEDDED, resolve_gguf
 from submission.calls.log import log_path
 from submission.data.validation import validate
 from tests.conftest import command, environment, read_csv, write_examples
+from tests.tiny_models import cut_gguf
 
 # Three sources, a target and a judge.
 _ENSEMBLE = """
@@ -51,6 +54,15 @@ model = "embedded"
 backend = "scripted"
 settings = ["seconds_per_row=0.01", "batch=2"]
 """
+# The default draws; two layers of the embedded model are the target.
+_SEARCH = """
+proposals = 12
+[[source]]
+n = 3
+max_new_tokens = 14
+[target]
+model = "{target}"
+"""
 VICTIMS = ("parent", "worker", "group", "stopped worker", "stopped parent")
 
 
@@ -73,11 +85,16 @@ def kill_loop(folder: Path, *, backend: str, rows: int, kills: int, seed: int, v
     ids = [f"{number:03}" for number in range(rows)]
     write_examples(pairs, ids)
     (folder / "best_of.toml").write_text(_ENSEMBLE)
+    if backend == "search":
+        target = folder / "target.gguf"
+        cut_gguf(resolve_gguf(EMBEDDED), target, 2)
+        (folder / "search.toml").write_text(_SEARCH.format(target=target))
     options = {
         "scripted": ["--backend", "scripted", "--set", "seconds_per_row=0.05"],
         # Two rows at a time: with the usual number the run would be over after a few kills.
         "embedded": ["--max-new-tokens", "16", "--set", "streams=2"],
-        "ensemble": ["--recover", "ensemble.best_of:best_of", "--recover-config", str(folder / "best_of.toml")],
+        "ensemble": ["--recover", "best_of", "--recover-config", str(folder / "best_of.toml")],
+        "search": ["--recover", "search", "--recover-config", str(folder / "search.toml")],
     }[backend]
     arguments = command("predict", pairs, "-o", output, *options, "--json")
     log = log_path(output)
@@ -191,7 +208,7 @@ def _wait_for_rows(process: subprocess.Popen[bytes], log: Path, lines: int, draw
 def main() -> None:
     """Run the loop in a temporary folder and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--backend", default="scripted", choices=("scripted", "embedded", "ensemble"))
+    parser.add_argument("--backend", default="scripted", choices=("scripted", "embedded", "ensemble", "search"))
     parser.add_argument("--victim", default="parent", choices=VICTIMS)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--rows", type=int, default=120)

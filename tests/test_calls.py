@@ -371,7 +371,7 @@ def test_the_number_of_workers_is_no_part_of_what_decides_the_answers() -> None:
 
 def test_a_model_in_two_workers_predicts_as_in_one(cli: Cli, shallow_gguf: Path, tmp_path: Path) -> None:
     table = ROOT / "examples" / "test.csv"
-    common = ("--model", shallow_gguf)
+    common = ("--model", shallow_gguf, "--temperature", 1)
     one = cli("predict", table, "-o", "one.csv", *common, "--limit", 4, "--max-new-tokens", 8, "--json")
     two = cli("predict", table, "-o", "two.csv", *common, "--limit", 4, "--max-new-tokens", 8, "--json", "--workers", 2)
     assert (one.code, two.code) == (0, 0), two.err
@@ -379,6 +379,7 @@ def test_a_model_in_two_workers_predicts_as_in_one(cli: Cli, shallow_gguf: Path,
     lines = [(tmp_path / name).read_text().splitlines() for name in ("one.csv", "two.csv")]
     same = sum(a == b for a, b in zip(*lines, strict=True))
     assert same >= 4  # header included: near-ties may fall either way
+    assert len({line.partition(",")[2] for line in lines[0]}) > 3, "answers differ, so that swapped ones would be seen"
 
 
 def test_a_killed_run_leaves_no_process_behind_and_resumes(cli: Cli, tmp_path: Path) -> None:

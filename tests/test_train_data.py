@@ -217,6 +217,8 @@ def test_rewrites_survive_a_kill_and_are_the_same_as_without(run: Cli, tmp_path:
     assert log.read_bytes().count(b"\n") in (12, 13)  # a torn line is ended, and stays
     assert read_csv(tmp_path / "killed.csv") == read_csv(tmp_path / "whole.csv")
     assert len(read_csv(tmp_path / "whole.csv")) == 13
+    header, *made = read_csv(tmp_path / "whole.csv")
+    assert len({row[header.index("rewritten_text")] for row in made}) > 8, "rewrites that were swapped would be seen"
     assert "nothing to do" in run(*arguments, "-o", "killed.csv").err
     assert run(*arguments, "-o", "killed.csv", "--seed", 5).code == 0  # other calls of the same log
     assert len(read_csv(tmp_path / "killed.csv")) == 13

@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 VLLM := .venv-vllm/bin
+PYTEST := pytest -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
 .PHONY: submission test coverage check format docs docs-check examples data kill-loop deadline-loop kernel-kills ray-kills fuzz throughput study \
@@ -19,12 +20,12 @@ submission: .venv/.submission
 
 # Two processes, each test file in one of them: files share models that are made once.
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m $(PYTEST)
 
 # Lines and branches that the tests reach, in the processes that they start too (not in those that they kill).
 coverage: .venv/.all
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n 2 --dist loadfile; failed=$$?; $(BIN)/coverage combine -q; \
+	$(BIN)/coverage run -m $(PYTEST); failed=$$?; $(BIN)/coverage combine -q; \
 	  $(BIN)/coverage report --skip-covered --sort=cover; exit $$failed
 
 # Backend vllm on vLLM's CPU build, in an environment of its own (3.5 GB): what every backend has to do, and its speed

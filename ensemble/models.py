@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ensemble.selectors import Tools, entry_of
+from ensemble.selectors import SelectorEntry, Tools, entry_of
 from eval.encoders import Encoder
 from submission.backends import AUTO, ModelSpec, model_spec
 from submission.backends.hardware import ALONE, Placement
@@ -66,14 +66,16 @@ def parse_models(content: Mapping[str, Any], given: Mapping[str, str] | None = N
 
 def roles_needed(selectors: list[str]) -> set[str]:
     """The roles that these selectors, or the parts of sums, ask."""
-    parts = [part.strip() for name in selectors for part in name.split("+")]
-    return {entry.needs for part in parts if (entry := entry_of(part))} - {""}
+    return {entry.needs for entry in _entries(selectors) if entry} - {""}
 
 
 def embeds(selectors: list[str]) -> bool:
     """Whether these selectors, or the parts of sums, ask the encoder; one that is not known may."""
-    parts = [part.strip() for name in selectors for part in name.split("+")]
-    return any((entry := entry_of(part)) is None or entry.embeds for part in parts)
+    return any(entry is None or entry.embeds for entry in _entries(selectors))
+
+
+def _entries(selectors: list[str]) -> list[SelectorEntry | None]:
+    return [entry_of(part.strip()) for name in selectors for part in name.split("+")]
 
 
 def with_gate(roles: set[str]) -> set[str]:

@@ -15,7 +15,7 @@ as an intent (kind and style, see `submission.prompts.grammar`); the likeliest a
 grammar, which the target model scores as it scored the draws. The answer has the highest expected score by the metric
 under the noisy channel (see `ensemble.selectors.posterior`).
 
-It is for rewrites whose model is at hand: the likelihoods of another one say little.
+It is for rewrites whose model is at hand; on those of another one it has not been measured.
 """
 
 from __future__ import annotations

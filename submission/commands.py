@@ -65,8 +65,9 @@ def grouped(groups: Mapping[str, Sequence[str]]) -> type[TyperCommand]:
     class Grouped(TyperCommand):
         def format_options(self, ctx: Any, formatter: Any) -> None:
             """Write arguments and options."""
-            told = {parameter.name: parameter.get_help_record(ctx) for parameter in self.get_params(ctx)}
-            arguments = [str(one.name) for one in self.get_params(ctx) if one.param_type_name == "argument"]
+            parameters = self.get_params(ctx)
+            told = {one.name: one.get_help_record(ctx) for one in parameters}
+            arguments = [str(one.name) for one in parameters if one.param_type_name == "argument"]
             named = {"Arguments": arguments, **groups}
             others = [name for name in told if name and not any(name in names for names in named.values())]
             for heading, names in {**named, "Other": others}.items():

@@ -78,21 +78,8 @@ def test_a_cluster_gives_the_answers_of_one_process(nodes: Any, cli: Cli, tmp_pa
 
 
 def test_a_model_answers_on_a_cluster(nodes: Any, cli: Cli, shallow_gguf: Path) -> None:
-    done = cli(
-        "predict",
-        TABLE,
-        "-o",
-        "out.csv",
-        "--model",
-        shallow_gguf,
-        "--ray",
-        nodes.address,
-        "--workers",
-        2,
-        "--limit",
-        4,
-        "--json",
-    )
+    cluster = ("--ray", nodes.address, "--workers", 2)
+    done = cli("predict", TABLE, "-o", "out.csv", "--model", shallow_gguf, *cluster, "--limit", 4, "--json")
     assert done.code == 0, done.err
     assert done.summary["fallbacks"] == 0
 

@@ -419,7 +419,7 @@ def test_best_of_needs_no_configuration_and_no_encoder(
     shallow_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ensemble import best_of as strategy
-    from submission import Sampling, recover
+    from submission import recover
 
     def none(name: str) -> Encoder:
         raise AssertionError("no encoder is needed")
@@ -435,4 +435,4 @@ def test_best_of_needs_no_configuration_and_no_encoder(
     assert recover(pairs, model=str(shallow_gguf), strategy="best-of", config=target, log=log) == found
     assert log.read_bytes() == before
     with pytest.raises(UserError, match="best_of, search"):
-        recover(pairs, strategy="best", sampling=Sampling())
+        recover(pairs, strategy="best")

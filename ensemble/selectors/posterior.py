@@ -59,7 +59,7 @@ class Evidence:
 
 
 NOISY_CHANNEL = Evidence(likelihood=0.5)
-"""Powers from 0.3 to 1 are not told apart (docs/STUDY.md, question 6)."""
+"""Powers from 0.3 to 1 are not told apart (docs/STUDY.md, question 8)."""
 
 
 class Posterior(Likelihood):

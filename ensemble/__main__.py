@@ -144,6 +144,9 @@ def experiment(
     constant: Annotated[str, typer.Option(help="The constant prompt to compare with.")] = DEFAULT_PROMPT,
     concat_by: Annotated[str, typer.Option(help="Selector whose best candidates are joined.")] = "consensus",
     by: Annotated[str, typer.Option(help="Column of the truth with the kind of prompt.")] = "",
+    proposals: Annotated[
+        int, typer.Option(min=0, help="Proposals a row of a search that goes on from the candidates; 0 for none.")
+    ] = 0,
     encoder: EncoderOption = "",
     fresh: FreshOption = False,
 ) -> None:
@@ -162,7 +165,7 @@ def experiment(
     known = read_models(models, {"target": target, "judge": judge, "gate": gate})
     config = ExperimentConfig(
         candidates, truth, output, names, known, constant, concat_by=concat_by, weights=weights or [],
-        rotations=rotations, by=by, fresh=fresh,
+        rotations=rotations, by=by, proposals=proposals, fresh=fresh,
     )  # fmt: skip
     for line in lines_of(experiment_with_page(config, find_encoder(encoder))):
         print_line(line, sys.stdout)

@@ -34,6 +34,8 @@ from ensemble.sample import read, requests
 from ensemble.selectors import SELECTORS, Selector, entry_of, make_selectors
 from ensemble.sources import CandidateSource, parse_sources
 from eval.encoders import Encoder, find_encoder
+from submission.backends import ModelSpec
+from submission.backends.models import TUNED
 from submission.calls.likelihoods import Likelihoods
 from submission.calls.models import Spec
 from submission.calls.supervisor import LostError
@@ -75,6 +77,7 @@ class best_of:
 
     Attributes:
         answers: by role, how many answers of how many tokens a row asks of it at most, for `predict --dry-run`.
+        prompted: a role that is asked as `predict` asks one, for the same; "" for none.
     """
 
     what = "recover ensemble.best_of:best_of"
@@ -93,8 +96,9 @@ class best_of:
             raise UserError(f"unknown selector {unknown[0]!r}; there are: {', '.join(SELECTORS)}, and sums of ranks")
 
     def __init__(self, setup: Setup) -> None:
-        self._options, self._sources, self._models = self.parse(setup.config)
-        plain = _without_a_model(self._sources, setup.config)
+        self._options, sources, self._models = self.parse(setup.config)
+        plain = _without_a_model(sources, setup.config)
+        self._sources = _as_predict_says(sources, setup)
         self._layouts = {
             source.name: (setup.template, [])
             if source.name in plain and not (source.template or source.shots)
@@ -111,10 +115,19 @@ class best_of:
         self._judges = sorted(with_gate(roles_needed(selectors)) & set(self._models))
         self.roles: dict[str, Spec | None] = {  # None: the model of `predict`
             **{f"source {one.name}": None if one.name in plain else one.spec() for one in self._sources},
-            **{role: self._models[role].spec() for role in self._judges},
+            **{role: self._spec(role, setup) for role in self._judges},
             **({"encoder": self._encoder.spec} if self._encoder is not None else {}),
         }
+        asked = [f"source {one.name}" for one in self._sources if self._layouts[one.name] == (setup.template, [])]
+        self.prompted = asked[0] if asked else ""
         self.answers = {f"source {one.name}": (_draws(one), one.max_new_tokens) for one in self._sources}
+
+    def _spec(self, role: str, setup: Setup) -> ModelSpec:
+        """The model of a role. One that nobody described is held as `predict` holds the model that comes along."""
+        spec = self._models[role].spec()
+        if role not in setup.config and (of_predict := setup.model()).model == TUNED:
+            return replace(spec, options=of_predict.options) if of_predict.backend == spec.backend else spec
+        return spec
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> tuple[BestOfOptions, list[CandidateSource], dict[str, RoleModel]]:
@@ -185,8 +198,6 @@ class best_of:
     def _select(self, todo: list[_Row], kit: Kit, pace: Pace) -> Iterator[Prediction]:
         """Choose for all rows; yields better answers."""
         candidates = kit.rows(todo, [source.name for source in self._sources])
-        if self._judges:
-            LOG.info(f"choosing among {sum(len(row.candidates) for row in candidates)} answers to {len(todo)} rows")
         start = 0
         while start < len(todo):
             some = slice(start, start + pace.wave(len(todo) - start))
@@ -199,7 +210,7 @@ class best_of:
 
     def choose(self, rows: Sequence[CandidateRow], kit: Kit) -> list[tuple[CandidateRow, Sequence[float]]]:
         """The rows with the scores of their candidates; the highest is the answer."""
-        scores = score_rows(rows, {"it": kit.selector}, quiet=True)["it"].values
+        scores = score_rows(rows, {"it": kit.selector}, within=True)["it"].values
         return list(zip(rows, scores, strict=True))
 
 
@@ -261,6 +272,15 @@ def _reduced(source: CandidateSource, share: float) -> CandidateSource:
     if share == 0:
         return replace(source, greedy=True, n=0)
     return replace(source, n=max(1, round(source.n * share))) if source.n else source
+
+
+def _as_predict_says(sources: Sequence[CandidateSource], setup: Setup) -> list[CandidateSource]:
+    """The sources, with the length and seed of `predict` where they have none of their own."""
+    given = {key: getattr(setup.sampling, key) for key in ("max_new_tokens", "seed")}
+    return [
+        replace(source, **{key: value for key, value in given.items() if key not in entry})
+        for source, entry in zip(sources, setup.config.get("source", [{}]), strict=True)
+    ]
 
 
 def _without_a_model(sources: Sequence[CandidateSource], config: Mapping[str, Any]) -> set[str]:

@@ -6,13 +6,14 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ensemble.candidates import Candidate, CandidateRow, Draw
 from ensemble.selectors import Selector
 from ensemble.selectors.asking import ask_ahead
 from submission.errors import UserError
 from submission.predict.strategies import DEFAULT_PROMPT
-from submission.progress import Progress, show_progress
+from submission.progress import Progress, show_lines, show_progress
 
 LOG = logging.getLogger(__name__)
 
@@ -38,22 +39,23 @@ class SelectorScores:
 
 
 def score_rows(
-    rows: Sequence[CandidateRow], selectors: Mapping[str, Selector], *, quiet: bool = False
+    rows: Sequence[CandidateRow], selectors: Mapping[str, Selector], *, within: bool = False
 ) -> dict[str, SelectorScores]:
     """Let selectors score the candidates of all rows; questions to models are asked together, first.
 
     Args:
         rows: with their candidates.
         selectors: by name.
-        quiet: show no progress.
+        within: a run that shows its own progress.
 
     Raises:
         UserError: a selector returned another number of scores than there are candidates.
     """
     asked = [(row.pair, row.candidates) for row in rows if row.candidates]
     for model, questions in ask_ahead(selectors.values(), asked).values():
-        if quiet:
-            model.of(questions)
+        if within:
+            lines = show_lines(len(questions), doing="choosing", unit="likelihoods")
+            model.of(questions, partial(lines.advance, fell_back=False))
             continue
         LOG.info(f"{len(questions)} questions to a model")
         with show_progress(len(questions), 0, doing="asking", unit="questions") as progress:

@@ -6,19 +6,22 @@ python -m ensemble experiment candidates.parquet --truth truth.csv -o experiment
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ensemble import diagnosis, fitting
 from ensemble.candidates import CandidateRow, read_candidates
 from ensemble.choose import SelectorScores, answer_of, or_fallback, score_rows
-from ensemble.measure import CONSTANT, FIRST, ORACLE, WORST, SelectorResult, chance, measure
+from ensemble.measure import FIRST, ORACLE, SelectorResult, chance, measure
 from ensemble.models import RoleModel, open_models, roles_needed, tools
+from ensemble.search import Searched, search_rows
 from ensemble.selectors import SELECTORS, entry_of, make_selectors
 from ensemble.selectors.posterior import Posterior
+from ensemble.selectors.predicted import heads_of
 from eval.encoders import Encoder
 from eval.intervals import Interval
+from eval.leaks import check_unseen
 from eval.scoring import Truth, check_same_ids, interval_figures, read_truth, score_texts
 from eval.sections import kinds_of_prompt
 from submission.data.files import write_json
@@ -30,14 +33,14 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-ALL = tuple(SELECTORS)
+ALL = tuple(name for name, entry in SELECTORS.items() if not entry.file)
 FIGURES, REPORT = "experiment.json", "report.html"
-POSTERIOR = "posterior"
+POSTERIOR, SEARCH = "posterior", "search"
 
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """What is compared; see `experiment --help`."""
+    """What is compared; see `experiment --help`. With `proposals` a search goes on from the draws."""
 
     candidates: Path
     truth: Path
@@ -50,6 +53,7 @@ class ExperimentConfig:
     weights: Sequence[Path] = ()
     rotations: int = 0
     by: str = ""
+    proposals: int = 0
     fresh: bool = False
 
 
@@ -61,7 +65,7 @@ class Experiment:
         rows, truths: candidates and their true scores; a pair without candidates has the default prompt.
         truth, encoder: that they were scored with.
         scores: of the selectors.
-        lines: of selectors, oracle, worst and constant.
+        lines: of selectors, oracle, worst, constant and search.
         joined: of answers that join several candidates, which are no choices.
         chance: see `measure.chance`.
         without: pairs that had no candidate.
@@ -91,7 +95,7 @@ class Experiment:
     @property
     def best_selector(self) -> SelectorResult | None:
         """Of those that do not see the truth, the one with the highest mean; None if there is only the first answer."""
-        blind = [line for line in self.lines if line.name not in (ORACLE, WORST, CONSTANT, FIRST)]
+        blind = [line for line in self.lines if line.name in self.scores and line.name != FIRST]
         return blind[0] if blind else None
 
     def figures(self) -> dict[str, Any]:
@@ -130,15 +134,24 @@ def run_experiment(config: ExperimentConfig, encoder: Encoder) -> Experiment:
     weights = fitting.read(config.weights, rows, truth)
     names = list(dict.fromkeys([FIRST, *config.selectors, *weights]))
     parts = [part for name in names for part in weights.get(name, {name: 1.0})]
+    _check_heads(parts, rows, truth)
     config.output.mkdir(parents=True, exist_ok=True)
     truths = true_scores(rows, truth.prompts, encoder)
-    with open_models(config.models, roles_needed(parts), config.output / FIGURES, fresh=config.fresh) as models:
+    roles = roles_needed([*parts, *([POSTERIOR] if config.proposals else [])])
+    searched: Searched | None = None
+    with open_models(config.models, roles, config.output / FIGURES, fresh=config.fresh) as models:
         kit = tools(encoder, models, rotations=config.rotations, weights=weights)
         selectors = make_selectors(names, kit)
         scores = score_rows(rows, selectors)
+        if config.proposals:
+            searched = search_rows(rows, models["target"], encoder, config.proposals)
     constant = score_texts([config.constant] * len(rows), truth.prompts, encoder)
     joined = _joined(config, rows, truth, encoder, scores)
-    lines = measure(truths, scores, constant, truth.clusters, joined)
+    others = {SEARCH: score_texts(searched.answers, truth.prompts, encoder)} if searched else {}
+    lines = measure(truths, scores, constant, truth.clusters, joined | others)
+    if searched:
+        lines = [replace(line, tokens=searched.tokens, seconds=searched.seconds) if line.name == SEARCH else line
+                 for line in lines]  # fmt: skip
     by_source = _by_source(rows, truths)
     draws = [[row[place] for _, place in r.draws] for r, row in zip(rows, truths, strict=True)]
     said = {name: [[values[place] for _, place in r.draws] for r, values in zip(rows, s.values, strict=True)]
@@ -171,6 +184,7 @@ def fit_weights(
         raise UserError("a sum needs two selectors or more: --selectors consensus,likelihood; or posterior alone")
     truth = read_truth(truth_file, encoder)
     rows = [or_fallback(row) for row in _in_order(candidates, truth)]
+    _check_heads(selectors, rows, truth)
     truths = true_scores(rows, truth.prompts, encoder)
     with open_models(models, roles_needed(list(selectors)), output, fresh=fresh) as opened:
         made = make_selectors(list(selectors), tools(encoder, opened, rotations=rotations))
@@ -235,6 +249,9 @@ def sentences(experiment: Experiment) -> Iterator[str]:
                 f"{best.over_first:+.4f}"
             )
         yield f"{verdict}; it captures {best.headroom.mean:.0%} of the headroom."
+    for line in e.lines:
+        if line.name == SEARCH:
+            yield f"A search that goes on from there, in other words: {line.over_first:+.4f} over the first answer."
     for name, known in e.knowledge.items():
         if ((entry := entry_of(name)) and entry.needs) or name == "consensus":
             sees = "knows" if known.rank_correlation.low > 0 else "does not know"
@@ -242,6 +259,12 @@ def sentences(experiment: Experiment) -> Iterator[str]:
     for line in e.lines:
         if line.undecided:
             yield f"{line.name} said nothing of {line.undecided} rows; their first candidate was taken."
+
+
+def _check_heads(selectors: Sequence[str], rows: Sequence[CandidateRow], truth: Truth) -> None:
+    """Refuse a head that was learned from these rows."""
+    for path, head in heads_of(selectors):
+        check_unseen(path, head.seen, fitting.marks_of(rows, truth))
 
 
 def _in_order(candidates: Path, truth: Truth) -> list[CandidateRow]:

@@ -5,17 +5,15 @@ python -m ensemble fit validation.parquet --truth validation.csv --selectors con
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from ensemble.candidates import CandidateRow
 from ensemble.choose import SelectorScores, best
 from ensemble.selectors.combine import standardised
 from ensemble.selectors.posterior import Evidence, Posterior
-from eval.grouping import plain_text
+from eval.leaks import check_unseen, marks
 from eval.scoring import Truth
 from submission.data.files import read_json, write_json
 from submission.data.outputs import made_files
@@ -71,7 +69,7 @@ def fit_evidence(
 
 def write(path: Path, name: str, weights: Mapping[str, float], rows: Sequence[CandidateRow], truth: Truth) -> None:
     """Write weights with the marks of the rows that they were fitted on."""
-    content = {"name": name, "weights": dict(weights), "seen": _marks(rows, truth)}
+    content = {"name": name, "weights": dict(weights), "seen": marks_of(rows, truth)}
     with made_files(path, [path], {"weights": dict(weights)}):
         write_json(path, content)
 
@@ -85,7 +83,7 @@ def read(
         UserError: a file cannot be read, or its weights were fitted on one of the rows, or on its prompt or texts.
     """
     found: dict[str, dict[str, float]] = {}
-    ours = _marks(rows, truth)
+    ours = marks_of(rows, truth)
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist: python -m ensemble fit writes such a file")
@@ -95,31 +93,13 @@ def read(
             weights = {str(key): float(value) for key, value in content["weights"].items()}
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(f"{path} holds no weights of `python -m ensemble fit`: {error!r}") from error
-        for what, marks in ours.items():
-            common = len(set(marks) & set(_listed(seen, what)))
-            if common:
-                raise UserError(
-                    f"{path} was fitted on {common} of the {what} of these rows: its score here would be no measure\n"
-                    "Fit it on a validation set that shares nothing with them."
-                )
+        check_unseen(path, seen, ours)
         if not weights or not sum(weights.values()) > 0:
             raise UserError(f"{path}: its weights add up to nothing")
         found[name] = weights
     return found
 
 
-def _listed(seen: Any, what: str) -> list[str]:
-    listed = seen.get(what) if isinstance(seen, dict) else None
-    return [mark for mark in listed if isinstance(mark, str)] if isinstance(listed, list) else []
-
-
-def _marks(rows: Sequence[CandidateRow], truth: Truth | None) -> dict[str, list[str]]:
-    """Hashes, so that the file holds no text of the data."""
-    marks = {"pairs": [_hash(row.pair.original_text, row.pair.rewritten_text) for row in rows]}
-    if truth is not None:
-        marks["prompts"] = [_hash(plain_text(prompt)) for prompt in truth.prompts]
-    return {what: sorted(set(values)) for what, values in marks.items()}
-
-
-def _hash(*texts: str) -> str:
-    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:24]
+def marks_of(rows: Sequence[CandidateRow], truth: Truth | None) -> dict[str, list[str]]:
+    """The marks of rows; see `eval.leaks.marks`."""
+    return marks([row.pair for row in rows], truth.prompts if truth is not None else [])

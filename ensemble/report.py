@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ensemble import charts
 from ensemble.choose import best
-from ensemble.experiment import REPORT, Experiment, ExperimentConfig, run_experiment, sentences
+from ensemble.experiment import REPORT, SEARCH, Experiment, ExperimentConfig, run_experiment, sentences
 from ensemble.measure import FIRST, ORACLE, WORST, SelectorResult
 from ensemble.selectors import entry_of
 from eval.charts import intervals
@@ -120,15 +120,19 @@ def _opening(e: Experiment) -> Iterator[str]:
     """What was done and what came out, in three sentences."""
     draws = sum(len(row.draws) for row in e.rows) / len(e.rows)
     oracle, first, best_one = e.line(ORACLE), e.line(FIRST), e.best_selector
+    searched = [line for line in e.lines if line.name == SEARCH]
     yield (
         f'{len(e.rows)} pairs were answered {draws:.0f} times each. "first" is the answer that a model gives on its '
-        'own; the others choose among all answers. The "oracle" knows the truth: no choice can be better.'
+        'own; the others choose among all answers. The "oracle" knows the truth: no choice among them can be better.'
+        + (' "search" says the likeliest in other words and chooses among those too.' if searched else "")
     )
     yield f"The first answer scores {first.mean.mean:.3f}, the best possible choice {oracle.mean.mean:.3f}."
     if best_one is not None:
         gain = best_one.over_first
         verdict = "is better than the first answer" if gain.low > 0 else "is not shown to be better"
         yield f"The best way of choosing, {best_one.name}, {verdict}: {gain.shown('+.3f')}."
+    for line in searched:
+        yield f"The search gains {line.over_first.shown('+.3f')}."
 
 
 def _short(line: SelectorResult) -> tuple[str, ...]:

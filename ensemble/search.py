@@ -30,9 +30,11 @@ from pathlib import Path
 
 from ensemble.best_of import BestOfOptions, Kit, best_of
 from ensemble.candidates import Candidate, CandidateRow, Draw
+from ensemble.choose import answer_of, score_rows
 from ensemble.selectors.asking import softmax
 from ensemble.selectors.likelihood import Likelihood
-from ensemble.selectors.posterior import Evidence, logprobs, weights
+from ensemble.selectors.posterior import Evidence, Posterior, logprobs, weights
+from eval.encoders import Encoder
 from eval.metric import sharpened_cosines
 from submission.calls.likelihoods import Likelihoods, Question
 from submission.calls.supervisor import LostError
@@ -92,28 +94,70 @@ class search(best_of):
         assert kit.target is not None
         drawn = super().choose(rows, kit)  # asks about all draws together
         try:
-            return self._render(drawn, kit, kit.target, options)
+            assert kit.encoder is not None
+            return said_otherwise(drawn, kit.target, kit.encoder, options, self._grammar)
         except LostError as error:  # the choice among the draws is there
             LOG.error("nothing is said in other words: %s", error)
             return drawn
 
-    def _render(
-        self, drawn: list[tuple[CandidateRow, Sequence[float]]], kit: Kit, model: Likelihoods, options: SearchOptions
-    ) -> list[tuple[CandidateRow, Sequence[float]]]:
-        rows = [row for row, _ in drawn]
-        target = Likelihood(model)
-        plans = [_plan(row, options, self._grammar, target) for row in rows]
-        asked: list[Question] = []
-        for row, plan in zip(rows, plans, strict=True):
-            asked += target.ask(row.pair, plan.candidates)
-        model.of(asked)
-        assert kit.encoder is not None
-        kit.encoder.embed([text for row, plan in zip(rows, plans, strict=True) for text in _texts(row, plan)])
-        found: list[tuple[CandidateRow, Sequence[float]]] = []
-        for (row, scores), plan in zip(drawn, plans, strict=True):
-            more = _expected(row, plan, options, target, kit)
-            found.append((CandidateRow(row.pair, (*row.candidates, *plan.candidates)), more) if more else (row, scores))
-        return found
+
+def said_otherwise(
+    drawn: Sequence[tuple[CandidateRow, Sequence[float]]],
+    model: Likelihoods,
+    encoder: Encoder,
+    options: SearchOptions,
+    grammar: Grammar,
+) -> list[tuple[CandidateRow, Sequence[float]]]:
+    """The rows with renderings of their likeliest intents, and the expected scores of all candidates.
+
+    Args:
+        drawn: rows with the scores of what was drawn, which stay where nothing can be said in other words.
+        model: the target.
+        encoder: of the metric.
+        options: of the search.
+        grammar: that draws are read by, and renderings made from.
+    """
+    rows = [row for row, _ in drawn]
+    target = Likelihood(model)
+    plans = [_plan(row, options, grammar, target) for row in rows]
+    asked: list[Question] = []
+    for row, plan in zip(rows, plans, strict=True):
+        asked += target.ask(row.pair, plan.candidates)
+    model.of(asked)
+    encoder.embed([text for row, plan in zip(rows, plans, strict=True) for text in _texts(row, plan)])
+    found: list[tuple[CandidateRow, Sequence[float]]] = []
+    for (row, scores), plan in zip(drawn, plans, strict=True):
+        more = _expected(row, plan, options, target, encoder)
+        found.append((CandidateRow(row.pair, (*row.candidates, *plan.candidates)), more) if more else (row, scores))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """What a search answered.
+
+    Attributes:
+        answers: of the rows.
+        tokens, seconds: of the target model, a row, draws included; shared beginnings count each time.
+    """
+
+    answers: list[str]
+    tokens: float
+    seconds: float
+
+
+def search_rows(rows: Sequence[CandidateRow], model: Likelihoods, encoder: Encoder, proposals: int) -> Searched:
+    """Search on from candidates that were drawn, with no more than this many proposals a row."""
+    channel = Posterior(encoder, model)
+    drawn = list(zip(rows, score_rows(rows, {"it": channel})["it"].values, strict=True))
+    found = said_otherwise(drawn, model, encoder, SearchOptions(proposals=proposals), read_grammar(GRAMMAR))
+    known = [one for row, _ in found for one in channel.answers(row.pair, row.candidates)]
+    count = max(1, len(rows))
+    return Searched(
+        [answer_of(row, scores) for row, scores in found],
+        sum(one.prompt_tokens + one.tokens for one in known) / count,
+        sum(one.seconds for one in known) / count,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +211,9 @@ def _texts(row: CandidateRow, plan: _Plan) -> list[str]:
     return [candidate.text for candidate in (*row.candidates, *plan.candidates)]
 
 
-def _expected(row: CandidateRow, plan: _Plan, options: SearchOptions, target: Likelihood, kit: Kit) -> list[float]:
+def _expected(
+    row: CandidateRow, plan: _Plan, options: SearchOptions, target: Likelihood, encoder: Encoder
+) -> list[float]:
     """Expected scores of draws and renderings under the renderings' posterior; none if that is not known."""
     import numpy as np
 
@@ -175,7 +221,6 @@ def _expected(row: CandidateRow, plan: _Plan, options: SearchOptions, target: Li
     if not np.isfinite(sums).any():
         return []
     logs = np.where(np.isfinite(sums), options.likelihood * sums + np.array(plan.priors), -np.inf)
-    assert kit.encoder is not None
-    vectors = kit.encoder.embed(_texts(row, plan))
+    vectors = encoder.embed(_texts(row, plan))
     expected = sharpened_cosines(vectors, vectors[len(row.candidates) :]) @ softmax(logs.tolist())
     return [float(score) for score in expected]

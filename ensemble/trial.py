@@ -1,4 +1,4 @@
-"""The whole thing in three minutes: nine answers of the default to pairs that it has not seen, selectors, the report.
+"""The whole thing in three minutes: nine answers of the default to pairs that it has not seen, selectors, a search.
 
 python -m ensemble trial -o trial
 
@@ -22,9 +22,10 @@ from submission.data.tables import read_triplets, write_predictions
 from submission.errors import UserError
 
 ROWS = 24
-_SELECTORS = ("first", "consensus", "logprob", "likelihood", "posterior", "judge_pick")
+_SELECTORS = ("first", "consensus", "logprob", "likelihood", "noisy_channel", "posterior", "judge_pick")
 _SOURCE = CandidateSource(name="default", n=8, temperature=0.8, max_new_tokens=32)
 _ROTATIONS = 2
+_PROPOSALS = 20
 
 
 def examples() -> Path:
@@ -50,6 +51,7 @@ def trial(output: Path, encoder: Encoder, near: float, *, rows: int = ROWS, fres
         write_predictions(truth, ((triplet.pair.id, triplet.rewrite_prompt) for triplet in triplets))
     sample([triplet.pair for triplet in triplets], [_SOURCE], candidates, encoder, near, fresh=fresh)
     config = ExperimentConfig(
-        candidates, truth, output, _SELECTORS, read_models(None, {}), rotations=_ROTATIONS, fresh=fresh
-    )
+        candidates, truth, output, _SELECTORS, read_models(None, {}), rotations=_ROTATIONS, proposals=_PROPOSALS,
+        fresh=fresh,
+    )  # fmt: skip
     return experiment_with_page(config, encoder)

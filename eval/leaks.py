@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from eval.encoders import Encoder
 from eval.grouping import NEAR, NEAR_TEXTS, near_pairs, plain_text
 from submission.data.tables import TRIPLET_COLUMNS, has_columns, has_text, read_table
+from submission.errors import UserError
+from submission.types import Pair
 
 _COLUMNS = {"rewrite_prompt": "prompts", "original_text": "original texts", "rewritten_text": "rewritten texts"}
 
@@ -63,6 +67,39 @@ def lines(found: Mapping[str, Shared]) -> Iterator[str]:
 def figures(found: Mapping[str, Shared]) -> dict[str, dict[str, int]]:
     """The figures, for JSON."""
     return {column: {"rows": c.rows, "exact": c.exact, "near": c.near} for column, c in found.items()}
+
+
+def marks(pairs: Iterable[Pair], prompts: Iterable[str]) -> dict[str, list[str]]:
+    """Hashes of pairs and prompts, for a file that must tell what it was fitted on and hold no text of the data."""
+    return {
+        "pairs": sorted({_hash(pair.original_text, pair.rewritten_text) for pair in pairs}),
+        "prompts": sorted({_hash(plain_text(prompt)) for prompt in prompts}),
+    }
+
+
+def check_unseen(file: Path | str, seen: Any, ours: Mapping[str, Sequence[str]]) -> None:
+    """Refuse what was fitted on one of these rows.
+
+    Args:
+        file: that was fitted.
+        seen: the marks in it, which may be damaged.
+        ours: the marks of the rows.
+
+    Raises:
+        UserError: they share a pair or a prompt.
+    """
+    for what, wanted in ours.items():
+        listed = seen.get(what) if isinstance(seen, dict) else None
+        known = {mark for mark in listed if isinstance(mark, str)} if isinstance(listed, list) else set()
+        if common := len(known & set(wanted)):
+            raise UserError(
+                f"{file} was fitted on {common} of the {what} of these rows: its score here would be no measure\n"
+                "Fit it on a validation set that shares nothing with them."
+            )
+
+
+def _hash(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
 def _count(train: Sequence[str], test: Sequence[str], encoder: Encoder, near: float) -> Shared:

@@ -7,8 +7,9 @@ with r.toml:
 
     train = "train.csv"
 
-`Nearest` answers with the prompt of the most similar training pair and needs no model. `NearestShots` shows the model
-similar pairs, no two of them with like prompts, as solved examples.
+`Nearest` answers with the prompt of the most similar training pair and needs no model; with the line
+`head = "head.safetensors"` it is the prompt that is nearest to where the head expects it (see `eval.head`).
+`NearestShots` shows the model similar pairs, no two of them with like prompts, as solved examples.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.encoders import Encoder, find_encoder
 from eval.grouping import unit_vectors
+from eval.head import Head, read_head
 from submission.calls.models import Spec
 from submission.config import from_mapping
 from submission.data.tables import read_triplets
@@ -46,12 +48,14 @@ class RetrievalOptions:
 
     train: CSV or Parquet of triplets.
     encoder: see `eval.encoders.find_encoder`.
+    head: file of `python -m train head`, for `Nearest`; "" compares pairs.
     shots: examples for `NearestShots`.
     diversity: 0 takes the most similar pairs as shots, 1 those whose prompts are least like each other.
     """
 
     train: str = ""
     encoder: str = ""
+    head: str = ""
     shots: int = 3
     diversity: float = 0.3
 
@@ -73,6 +77,10 @@ class PairIndex:
     def similarities(self, pairs: Sequence[Pair]) -> NDArray[np.float32]:
         """Of each pair to each triplet, in [-1, 1], shape (pairs, triplets)."""
         return self._embed(pairs) @ self._vectors.T
+
+    def expected(self, pairs: Sequence[Pair], head: Head) -> NDArray[np.float32]:
+        """Cosine of each triplet's prompt to where the head expects that of each pair, shape (pairs, triplets)."""
+        return head.predict(pairs, self._encoder) @ self._prompts.T
 
     def diverse(self, similarities: NDArray[np.float32], count: int, diversity: float) -> list[Triplet]:
         """Choose triplets by maximal marginal relevance (Carbonell and Goldstein, 1998), the most similar last.
@@ -112,17 +120,19 @@ class _FromExamples:
         self.options = _options(setup.config, self.what)
         self._triplets = read_triplets(Path(self.options.train).expanduser())
         self._encoder = find_encoder(self.options.encoder)
+        self._head = read_head(Path(self.options.head).expanduser()) if self.options.head else None
         self._index: PairIndex | None = None
         self.roles: dict[str, Spec | None] = {ENCODER: self._encoder.spec}
 
     def with_similarities(
         self, pairs: Iterable[Pair], models: Mapping[str, Model]
     ) -> Iterator[tuple[Pair, NDArray[np.float32], PairIndex]]:
-        """Each pair with its similarity to every triplet."""
+        """Each pair with its similarity to every triplet, or with what the head expects of its prompt."""
         self._index = self._index or PairIndex(self._triplets, self._encoder.asked_through(models[ENCODER]))
         source = iter(pairs)
         while some := list(islice(source, _TOGETHER)):
-            for pair, row in zip(some, self._index.similarities(some), strict=True):
+            found = self._index.expected(some, self._head) if self._head else self._index.similarities(some)
+            for pair, row in zip(some, found, strict=True):
                 yield pair, row, self._index
 
 
@@ -145,6 +155,8 @@ class NearestShots(_FromExamples):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
+        if self.options.head:
+            raise UserError(f"option head for {self.what}: it is for eval.retrieval:Nearest")
         self._ask = Ask(Setup(setup.model, get_template("few_shot"), sampling=setup.sampling))
         self.roles[GENERATOR] = None  # the model of `predict`
 

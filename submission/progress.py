@@ -59,6 +59,11 @@ def show_progress(total: int, done: int, *, doing: str = "predicting", unit: str
         yield _Lines(pace)
 
 
+def show_lines(total: int, *, doing: str, unit: str) -> Progress:
+    """Progress of a part of a run whose bar or lines are there already: plain lines, none if it is over in a moment."""
+    return _Lines(_Pace(total, 0, unit), f"{doing}: ", last=False)
+
+
 class _Pace:
     """Rows per second and time left, from the rows computed now."""
 
@@ -84,16 +89,18 @@ class _Pace:
 
 
 class _Lines:
-    def __init__(self, pace: _Pace) -> None:
-        self._pace = pace
+    def __init__(self, pace: _Pace, doing: str = "", *, last: bool = True) -> None:
+        self._pace, self._doing, self._last = pace, doing, last
         self._printed_at = time.monotonic()
 
     def advance(self, *, fell_back: bool = False, computed: bool = True) -> None:
         self._pace.advance(fell_back=fell_back, computed=computed)
         now = time.monotonic()
-        if now - self._printed_at >= _LINE_SECONDS or self._pace.done == self._pace.total:
+        if now - self._printed_at >= _LINE_SECONDS or (self._last and self._pace.done == self._pace.total):
             self._printed_at = now
-            print_line(f"{self._pace.done}/{self._pace.total} {self._pace.unit}, {self._pace.text()}", sys.stderr)
+            print_line(
+                f"{self._doing}{self._pace.done}/{self._pace.total} {self._pace.unit}, {self._pace.text()}", sys.stderr
+            )
 
 
 class _Bar:

@@ -15,8 +15,9 @@ import pytest
 from ensemble import diagnosis
 from ensemble.candidates import Candidate, CandidateRow, Draw, merge, read_candidates, write_candidates
 from ensemble.choose import SelectorScores, answer_of, best, score_rows
+from ensemble.experiment import ALL
 from ensemble.measure import measure
-from ensemble.selectors import SELECTORS, Tools, make_selectors
+from ensemble.selectors import Tools, make_selectors
 from ensemble.selectors.consensus import Consensus
 from ensemble.selectors.judges import MOST, Pick, Rate, YesNo
 from ensemble.sources import parse_sources
@@ -112,7 +113,7 @@ def test_candidates_that_cannot_be_meant_are_refused(rows: list[Sequence[str]], 
 
 def test_every_selector_scores_one_two_and_equal_candidates(encoder: Encoder) -> None:
     scripted = Likelihoods(Scripted())
-    made = make_selectors(list(SELECTORS), Tools(encoder, scripted, scripted))
+    made = make_selectors(list(ALL), Tools(encoder, scripted, scripted))
     for name, selector in made.items():
         for some in (candidates("Make it rhyme"), candidates("Make it rhyme", "Make it formal")):
             scores = selector(PAIR, some)
@@ -317,11 +318,11 @@ def test_candidates_of_a_model_become_a_submission_and_a_report(run: Cli, shallo
     write_csv(tmp_path / "truth.csv", truth[1:], truth[0])
     names = "first,consensus,likelihood,judge_yes_no,judge_pick"
     made = run("experiment", "c.parquet", "--truth", "truth.csv", "-o", "e", "--selectors", names, "--rotations", 2,
-               "--models", "m.toml")  # fmt: skip
+               "--models", "m.toml", "--proposals", 12)  # fmt: skip
     assert made.code == 0, made.err
     assert "Headroom" in made.out
     figures = json.loads((tmp_path / "e" / "experiment.json").read_text())
-    assert set(names.split(",")) <= set(figures["selectors"])
+    assert {*names.split(","), "search"} <= set(figures["selectors"])
     assert figures["selectors"]["oracle"]["headroom"]["mean"] == pytest.approx(1)
     page = (tmp_path / "e" / "report.html").read_text()
     assert "Are errors correlated?" in page

@@ -12,7 +12,7 @@ import pytest
 
 from ensemble.candidates import Candidate, CandidateRow, Draw
 from ensemble.fitting import fit_evidence
-from ensemble.selectors import Tools, entry_of, make_selectors
+from ensemble.selectors import Asking, Tools, entry_of, make_selectors
 from ensemble.selectors.posterior import Evidence, Posterior, weights
 from submission.calls.likelihoods import Likelihoods
 from submission.errors import UserError
@@ -114,3 +114,23 @@ def test_what_is_not_known_decides_nothing() -> None:
     assert weights(THREE, [-1e6, -2e6, -3e6], Evidence()) == pytest.approx([1, 0, 0])
     one = _candidates(("style 7", -3.0, 1))
     assert _choice(one, {"style 7": -5.0}) == "style 7"
+
+
+def test_the_noisy_channel_asks_only_about_what_may_win() -> None:
+    def asked(candidates: list[Candidate]) -> int:
+        channel = make_selectors(["noisy_channel"], Tools(None, target=Likelihoods(_Target({"style": -1.0}))))
+        questions = channel["noisy_channel"]
+        assert isinstance(questions, Asking)
+        scores = questions(PAIR, candidates)
+        assert sum(scores) == pytest.approx(1)
+        return len(list(questions.questions(PAIR, candidates)))
+
+    near, far, unknown = (_candidates((f"style {n}", value, 1)) for n, value in ((1, -2.5), (2, -9.0), (3, math.nan)))
+    best = _candidates(("style 0", -2.0, 1))
+    assert asked(best) == asked(best + far) == 0  # there is nothing to choose
+    assert asked(best + near + far) == 2
+    assert asked(best + far + unknown) == 2  # of what is not known nothing is said against it
+    other = [Candidate("style 4", (Draw("another model", 1, -30.0, 5),))]
+    assert asked(best + far + other) == 2  # log-probabilities of two models are not compared
+    assert asked(far + unknown) == 2
+    assert asked(unknown) == 0

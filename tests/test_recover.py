@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 
 from submission import Pair, Sampling, UserError, recover
+from submission.backends import ModelSpec
+from submission.backends.models import EMBEDDED, TUNED
 from submission.data.tables import read_pairs
+from submission.predict.plan import RunConfig, checked_model, choose_strategy
+from submission.predict.strategies import Setup, find_recover, roles_of
+from submission.prompts.templates import get_template
 from tests.conftest import ROOT, runner
 
 SCRIPTED: Any = {"backend": "scripted"}
@@ -111,3 +116,37 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -
     assert set(names["frame"]["status"]) == {"ok"}
     assert names["truth"]["score"].between(-1, 1).all()
     assert names["rows"]["best of nine"].str.startswith("Rewrite this").all()
+
+
+@pytest.mark.parametrize(
+    ("named", "shots", "strategy"),
+    [
+        ({}, False, "best_of"),
+        ({}, True, "few_shot"),
+        ({"settings": ["threads=1"], "sampling": Sampling(max_new_tokens=20, seed=3)}, False, "best_of"),
+        ({"sampling": Sampling(temperature=0.5)}, False, "zero_shot"),
+        ({"backend": "transformers"}, False, "zero_shot"),
+        ({"adapter": Path("a.gguf")}, False, "zero_shot"),
+        ({"model": "embedded"}, False, "zero_shot"),
+        ({"model": "gemma-7b-it"}, False, "zero_shot"),
+    ],
+)
+def test_what_comes_along_gives_the_best_of_nine_and_other_models_one_answer(
+    named: dict[str, Any], shots: bool, strategy: str
+) -> None:
+    assert choose_strategy(RunConfig(Path(), Path(), **named), shots=shots) == strategy
+
+
+def test_the_best_of_nine_is_held_and_drawn_as_predict_says() -> None:
+    sampling = Sampling(max_new_tokens=17, seed=5)
+    config = RunConfig(Path(), Path(), settings=["threads=1", "context=512"], sampling=sampling)
+    setup = Setup(lambda: checked_model(config), get_template("brief"), sampling=sampling)
+    made: Any = find_recover("best_of").make(setup)
+    specs = [spec for spec in roles_of(made, setup).values() if isinstance(spec, ModelSpec)]
+    assert [(spec.model, spec.options.threads) for spec in specs] == [(TUNED, 1), (EMBEDDED, 1)]
+    assert made.answers == {"source embedded-tuned": (9, 17)}
+    assert made.prompted == "source embedded-tuned"
+    other = Setup(setup.model, setup.template, sampling=sampling, config={"target": {}, "source": [{"seed": 7}]})
+    roles = roles_of(find_recover("best_of").make(other), other)
+    specs = [spec for spec in roles.values() if isinstance(spec, ModelSpec)]
+    assert [spec.options.threads for spec in specs] == [1, 0]  # the target was described

@@ -251,6 +251,30 @@ def sft(
 
 
 @app.command()
+def head(
+    triplets: Annotated[Path, typer.Argument(metavar="TRIPLETS", help="CSV or Parquet of triplets to learn from.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Output file, safetensors.")],
+    encoder: EncoderOption = "",
+) -> None:
+    """Learn to predict the embedding of the prompt, in seconds; it chooses among candidates and among known prompts.
+
+    Use it as the selector predicted:FILE of `python -m ensemble`, or with `--recover eval.retrieval:Nearest`.
+    """
+    from eval.encoders import find_encoder
+    from eval.head import learn_head, write_head
+    from submission.data.outputs import check_output
+    from submission.data.tables import read_triplets
+
+    check_output(output, [("table of triplets", triplets)])
+    learned, fit = learn_head(read_triplets(triplets), find_encoder(encoder))
+    write_head(output, learned, fit)
+    LOG.info(f"{fit.rows} triplets; cosine of predicted and true prompt, in five folds: {fit.cosine}")
+    knows = "it knows something of the pair" if fit.gain.low > 0 else "it is not shown to know anything of the pair"
+    LOG.info(f"over the mean embedding of all prompts: {fit.gain:+.4f}: {knows}")
+    LOG.info(f"written to {output}")
+
+
+@app.command()
 def sweep(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML with [sft]; see train/recipes/.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the runs, the table and the plot.")],

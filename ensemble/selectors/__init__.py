@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from ensemble.candidates import Candidate
-from ensemble.selectors import consensus, judges, likelihood, posterior, simple
+from ensemble.selectors import consensus, judges, likelihood, posterior, predicted, simple
 from ensemble.selectors.asking import Asking, Selector
 from ensemble.selectors.combine import combined
 from eval.encoders import Encoder
+from eval.head import read_head
 from submission.calls.likelihoods import Likelihoods
 from submission.errors import UserError
 
@@ -51,25 +52,40 @@ class SelectorEntry:
         make: with the tools.
         needs: "", "target" or "judge", the model it asks.
         embeds: it asks the encoder of the metric.
+        file: it needs one that is named behind a colon.
     """
 
     about: str
     make: Callable[[Tools], Selector]
     needs: str = ""
     embeds: bool = False
+    file: bool = False
 
 
 def entry_of(name: str) -> SelectorEntry | None:
-    """The entry of a selector; None if there is none. `posterior:1/0.5/0` is `posterior` with these powers.
+    """The entry of a selector; None if there is none. `posterior:1/0.5/0` is `posterior` with these powers,
+    `predicted:FILE` is `predicted` with this head.
 
     Raises:
         UserError: powers that are none.
     """
-    base, colon, powers = name.partition(":")
-    if not colon or base != "posterior":
+    base, colon, rest = name.partition(":")
+    make: Callable[[Tools], Selector]
+    if colon and base == "posterior":
+        evidence = posterior.Evidence.parse(rest)
+
+        def make(tools: Tools) -> Selector:
+            return posterior.Posterior(_encoder(tools), _target(tools), evidence)
+
+    elif base == predicted.NAME:
+        file = predicted.head_file(name)
+
+        def make(tools: Tools) -> Selector:
+            return predicted.Predicted(_encoder(tools), read_head(file))
+
+    else:
         return SELECTORS.get(name)
-    evidence = posterior.Evidence.parse(powers)
-    return replace(SELECTORS[base], make=lambda tools: posterior.Posterior(_encoder(tools), _target(tools), evidence))
+    return replace(SELECTORS[base], make=make)
 
 
 def _encoder(tools: Tools) -> Encoder:
@@ -120,6 +136,12 @@ SELECTORS: dict[str, SelectorEntry] = {
         "probability by recoverer and target model; needs no encoder",
         lambda tools: posterior.NoisyChannel(_target(tools)),
         "target",
+    ),
+    predicted.NAME: SelectorEntry(
+        "the generator's log-probability, and nearness to the prompt's predicted embedding: predicted:head.safetensors",
+        lambda tools: predicted.Predicted(_encoder(tools), read_head(predicted.head_file(predicted.NAME))),
+        embeds=True,
+        file=True,
     ),
     "judge_pick": SelectorEntry(
         "a judge's probability of the candidate's letter, mean over rotations",

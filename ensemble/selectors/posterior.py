@@ -11,7 +11,7 @@ from ensemble.candidates import Candidate
 from ensemble.selectors.likelihood import Likelihood
 from eval.encoders import Encoder
 from eval.metric import sharpened_cosines
-from submission.calls.likelihoods import Likelihoods
+from submission.calls.likelihoods import Likelihoods, Question
 from submission.errors import UserError
 from submission.types import Pair
 
@@ -60,6 +60,7 @@ class Evidence:
 
 NOISY_CHANNEL = Evidence(likelihood=0.5)
 """Powers from 0.3 to 1 are not told apart (docs/STUDY.md, question 8)."""
+_WITHIN = 2.0  # nats; all candidates score 0.004 more, and take three times the likelihoods (docs/STUDY.md, question 8)
 
 
 class Posterior(Likelihood):
@@ -94,14 +95,35 @@ class Posterior(Likelihood):
 class NoisyChannel(Likelihood):
     """The probability of each candidate under the noisy channel, which needs no encoder.
 
-    Where a likelihood failed, the recoverer alone decides.
+    Only candidates that their recoverer finds nearly as likely as its best are asked about: the others cannot win, or
+    nearly so, and a likelihood is what takes the time. Where one failed, the recoverer alone decides.
     """
 
+    def ask(self, pair: Pair, candidates: Sequence[Candidate]) -> list[Question]:
+        """The rewrite behind each candidate that may win; nothing where there is one."""
+        rivals = _rivals(candidates)
+        return super().ask(pair, [candidates[place] for place in rivals]) if len(rivals) > 1 else []
+
     def __call__(self, pair: Pair, candidates: Sequence[Candidate], /) -> list[float]:
-        """Probability of each candidate among them."""
-        sums = [known.sum for known in self.answers(pair, candidates)]
-        found: list[float] = weights(candidates, sums, NOISY_CHANNEL).tolist()
+        """Probability of each candidate among them; 0 for those that cannot win."""
+        rivals = _rivals(candidates)
+        sums = [known.sum for known in self.answers(pair, candidates)] or [0.0] * len(rivals)
+        found = [0.0] * len(candidates)
+        for place, weight in zip(rivals, weights([candidates[at] for at in rivals], sums, NOISY_CHANNEL), strict=True):
+            found[place] = float(weight)
         return found
+
+
+def _rivals(candidates: Sequence[Candidate]) -> list[int]:
+    """Places of candidates that have a draw nearly as likely as the best of its source, or of unknown likelihood."""
+    best: dict[str, float] = {}
+    for draw in (draw for candidate in candidates for draw in candidate.draws):
+        best[draw.source] = max(best.get(draw.source, -math.inf), draw.logprob if draw.logprob < 0 else -math.inf)
+    return [
+        place
+        for place, candidate in enumerate(candidates)
+        if not all(draw.logprob < best[draw.source] - _WITHIN for draw in candidate.draws)
+    ]
 
 
 def weights(candidates: Sequence[Candidate], sums: Sequence[float], evidence: Evidence) -> NDArray[np.float64]:

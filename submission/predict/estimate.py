@@ -27,7 +27,7 @@ from submission.errors import UserError
 from submission.predict.asking import answer_all
 from submission.predict.capacity import MACHINES, Fit, ModelShape, Precision, Work, fit, shown, together
 from submission.predict.plan import Plan, RunConfig, plan
-from submission.predict.strategies import GENERATOR, Ask
+from submission.predict.strategies import Ask
 from submission.types import Budget, Failure, Pair
 
 LOG = logging.getLogger(__name__)
@@ -42,9 +42,9 @@ def estimate(config: RunConfig) -> dict[str, float]:
 
     Returns:
         rows, rows_left; of strategies that ask models also memory_mb (peak of a worker so far) and seconds (to be
-        expected for the rows left, loading included); of zero-shot and few-shot also tokens (prompt tokens in all),
-        longest (of one prompt) and truncated (rows); of transformers folders also minutes_t4x2 and so on, as computed
-        for each machine on which the models fit. A model that is too large for this machine is not timed.
+        expected for the rows left, loading included); of those that ask by the template also tokens (prompt tokens in
+        all), longest (of one prompt) and truncated (rows); of transformers folders also minutes_t4x2 and so on, as
+        computed for each machine on which the models fit. A model that is too large for this machine is not timed.
 
     Raises:
         UserError: as `predict`.
@@ -68,12 +68,14 @@ def estimate(config: RunConfig) -> dict[str, float]:
     if not rows_left:
         LOG.info("every answer is in the log: the run computes nothing")
         return figures
-    spec = made.roles.get(GENERATOR)
-    if isinstance(made.strategy, Ask) and isinstance(spec, ModelSpec):
+    role = getattr(made.strategy, "prompted", "")
+    spec = made.roles.get(role)
+    if isinstance(spec, ModelSpec):
         lengths, truncated, context = _count(made, spec, left())
         figures |= {"tokens": sum(lengths), "longest": max(lengths, default=0), "truncated": truncated}
+        answers, new_tokens = getattr(made.strategy, "answers", {}).get(role, _usual(made))
         LOG.info(f"tokens     {sum(lengths)} in the prompts, {max(lengths, default=0)} in the longest, up to "
-            f"{config.sampling.max_new_tokens * rows_left} new ones")  # fmt: skip
+            f"{answers * new_tokens * rows_left} new ones")  # fmt: skip
         LOG.info(f"truncated  {truncated} rows have texts cut to fit a context of {context} tokens")
     else:
         lengths = array("I", (len(pair.original_text) + len(pair.rewritten_text) for pair in left()))
@@ -97,12 +99,11 @@ def estimate(config: RunConfig) -> dict[str, float]:
 def _capacity(made: Plan, rows: int, prompt_tokens: int) -> dict[str, float]:
     """Minutes by machine where all models fit, one after the other; all figures are told."""
     totals: list[list[Fit]] = []
-    usual = (max(1, made.config.sampling.n), made.config.sampling.max_new_tokens)
     asked: Mapping[str, tuple[int, int]] = getattr(made.strategy, "answers", {})
     for role, spec in made.roles.items():
         if not isinstance(spec, ModelSpec) or spec.backend not in _OF_FOLDERS or not Path(spec.model).is_dir():
             continue
-        answers, new_tokens = asked.get(role, usual)
+        answers, new_tokens = asked.get(role, _usual(made))
         try:
             shape = ModelShape.from_config(read_json(Path(spec.model) / "config.json"))
         except UserError as error:  # of a kind that the plan does not know
@@ -117,6 +118,11 @@ def _capacity(made: Plan, rows: int, prompt_tokens: int) -> dict[str, float]:
             LOG.info(f"           {line}")
     machines = [together(fits) for fits in zip(*totals, strict=True)]
     return {f"minutes_{one.machine.name}": round(one.minutes, 1) for one in machines if one.fits}
+
+
+def _usual(made: Plan) -> tuple[int, int]:
+    """Answers of a row, and their most tokens, of a strategy that says nothing of them."""
+    return max(1, made.config.sampling.n), made.config.sampling.max_new_tokens
 
 
 def _too_large(made: Plan) -> str:

@@ -92,7 +92,7 @@ def plan(config: RunConfig, read: Callable[[Pairs], object] = lambda _: None, *,
     check_fallback(config.fallback)
     if config.shots is not None and config.n_shots < 1:
         raise UserError("--n-shots must be at least 1 when --shots is given")
-    recover = find_recover(config.recover or ("few_shot" if config.shots else "zero_shot"))
+    recover = find_recover(config.recover or choose_strategy(config, shots=config.shots is not None))
     if recover.name == "few_shot" and config.shots is None:
         raise UserError(
             "recover few_shot needs examples: --shots FILE with id, original_text, rewritten_text, rewrite_prompt"
@@ -173,3 +173,11 @@ def choose_template(asked: str, model: str, adapter: Path | None, *, shots: bool
     """
     suits = "few_shot" if shots else template_of(adapter_of(model, adapter), Path(model).expanduser())
     return get_template(asked or suits or (INSTRUCT if is_large(model) else "short"))
+
+
+def choose_strategy(config: RunConfig, *, shots: bool) -> str:
+    """The strategy where none is asked for: one answer a row; with the model that comes along the best of nine."""
+    if shots:
+        return "few_shot"
+    as_it_comes = config.model == TUNED and config.backend == AUTO and config.adapter is None
+    return "best_of" if as_it_comes and config.sampling.temperature == 0 else "zero_shot"

@@ -27,7 +27,7 @@ from submission.data.tables import PAIR_COLUMNS, has_text
 from submission.errors import UserError
 from submission.predict.asking import answer_all
 from submission.predict.outcome import BLANK_INPUT, DEADLINE, NO_ANSWER
-from submission.predict.plan import RunConfig, check_fallback, checked_model, choose_template
+from submission.predict.plan import RunConfig, check_fallback, checked_model, choose_strategy, choose_template
 from submission.predict.strategies import DEFAULT_PROMPT, Setup, find_recover, roles_of
 from submission.types import Budget, Pair, Prediction, Sampling, Triplet
 
@@ -63,7 +63,8 @@ def recover(
         template: layout of the prompt; "" takes what the model was trained on.
         shots: solved examples that are shown before each pair.
         sampling: how answers are drawn.
-        strategy: zero_shot, few_shot, constant, or `module:object`; "" for few_shot with shots, zero_shot without.
+        strategy: zero_shot (one answer), few_shot, constant, best_of, search, or `module:object`; "" for few_shot with
+            shots, best_of for the model that comes along, else zero_shot.
         config: options of the strategy.
         fallback: the text of rows that failed.
         workers: copies of the model; 0 for one on each GPU.
@@ -87,7 +88,7 @@ def recover(
         placement=Placement(workers), sampling=sampling,
     )  # fmt: skip
     setup = Setup(cache(lambda: checked_model(run)), layout, list(shots), sampling, config or {}, run.placement)
-    made = find_recover(strategy or ("few_shot" if shots else "zero_shot")).make(setup)
+    made = find_recover(strategy or choose_strategy(run, shots=bool(shots))).make(setup)
     found: dict[str, Prediction] = {}
     with tempfile.TemporaryDirectory(prefix="prompt-recovery-") as folder:
         file = Path(log).expanduser() if log else Path(folder) / "calls.jsonl"

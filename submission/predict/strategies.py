@@ -62,6 +62,8 @@ class Ask:
     """Asks the model once per pair, behind the examples if there are any: zero-shot and few-shot."""
 
     roles = (GENERATOR,)
+    prompted = GENERATOR
+    """The role that is asked by template and shots of the setup alone, for `predict --dry-run`."""
 
     def __init__(self, setup: Setup) -> None:
         from_mapping(_NoOptions, setup.config, "recover zero_shot and few_shot")

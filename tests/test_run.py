@@ -8,10 +8,15 @@ import re
 import signal
 import subprocess
 import time
+from dataclasses import asdict
 from pathlib import Path
 
+import psutil
 import pytest
 
+from submission.backends.hardware import ALONE
+from submission.predict.inspect import _config as recorded_config
+from submission.predict.plan import RunConfig
 from submission.predict.run import BestAnswers
 from submission.predict.strategies import DEFAULT_PROMPT
 from submission.types import Prediction
@@ -354,11 +359,13 @@ def test_blank_rows_do_not_hide_that_all_others_failed(cli: Cli, tmp_path: Path)
     assert cli("predict", path, "-o", "s.csv", *SCRIPTED, "--set", "fail_ids=0").code == 3
 
 
-@pytest.mark.parametrize("delay", [0.6, 0.8, 1.0])
+@pytest.mark.parametrize("delay", [0.0, 0.2, 0.4])
 def test_a_signal_while_the_model_loads_stops_cleanly(delay: float, pairs_csv: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         command("predict", pairs_csv, "-o", "s.csv"), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
     )
+    while process.poll() is None and not psutil.Process(process.pid).children():  # until a worker begins
+        time.sleep(0.01)
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
@@ -429,3 +436,10 @@ class OnceOnly(Ask):
     assert done.summary["computed"] == 10
     assert "there is no second time" in "".join(done.summary["reasons"])
     assert cli("validate", "s.csv", pairs_csv).code == 0
+
+
+def test_a_run_of_an_earlier_version_is_looked_at_with_the_strategy_that_it_took(tmp_path: Path) -> None:
+    config = {**asdict(RunConfig(tmp_path / "p.csv", tmp_path / "s.csv")), "placement": asdict(ALONE)}
+    told = json.loads(json.dumps({"recover": "zero_shot", "config": config}, default=str))
+    assert told["config"]["recover"] == ""
+    assert recorded_config(told, tmp_path / "s.csv").recover == "zero_shot"

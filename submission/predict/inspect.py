@@ -75,6 +75,7 @@ def _config(manifest: Mapping[str, Any], output: Path) -> RunConfig:
         values: dict[str, Any] = dict(manifest["config"])
         values |= {name: Path(values[name]) if values[name] else None
                    for name in ("input", "output", "adapter", "shots", "recover_config")}  # fmt: skip
+        values["recover"] = values["recover"] or str(manifest["recover"])  # what an earlier version took by itself
         values["sampling"] = Sampling(**{**values["sampling"], "stop": tuple(values["sampling"]["stop"])})
         values["placement"] = Placement(**values["placement"])
         config = RunConfig(**values)

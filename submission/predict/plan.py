@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,8 @@ def plan(config: RunConfig, read: Callable[[Pairs], object] = lambda _: None, *,
     check_fallback(config.fallback)
     if config.shots is not None and config.n_shots < 1:
         raise UserError("--n-shots must be at least 1 when --shots is given")
-    recover = find_recover(config.recover or choose_strategy(config, shots=config.shots is not None))
+    config = replace(config, recover=config.recover or choose_strategy(config, shots=config.shots is not None))
+    recover = find_recover(config.recover)
     if recover.name == "few_shot" and config.shots is None:
         raise UserError(
             "recover few_shot needs examples: --shots FILE with id, original_text, rewritten_text, rewrite_prompt"

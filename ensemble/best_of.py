@@ -162,26 +162,49 @@ class best_of:
         yield from self._select(todo, kit, turns.next("selection"))
 
     def _sample(self, full: CandidateSource, todo: list[_Row], model: Model, pace: Pace) -> Iterator[Prediction]:
-        """Ask one source about all rows, those without an answer first; yields the first answer of each row."""
+        """Ask one source about all rows, those without an answer first; yields the first answer of each row.
+
+        When time is short all that lack an answer get the greedy one before any has samples.
+        """
         rows = sorted(todo, key=lambda row: bool(row.drawn))
         while rows:
             share = pace.share(len(rows))
+            if share < 1 and full.greedy and full.n and not rows[0].drawn:
+                bare, rows = [row for row in rows if not row.drawn], [row for row in rows if row.drawn]
+                yield from self._ask(replace(full, n=0), bare, 1.0, model, pace)
+                yield from self._draw(replace(full, greedy=False), bare, model, pace)
+                continue
             count = pace.wave(len(rows))
             wave, rows = rows[:count], rows[count:]
             if pace.left == 0:  # the time of this source is over: what has an answer does without its own
                 wave = [row for row in wave if not row.drawn]
                 if not wave:
                     return
-            began = time.monotonic()
-            yield from self._ask(full, wave, share, model, pace)
-            pace.took(time.monotonic() - began, len(wave), share)
+            yield from self._timed(full, wave, share, model, pace)
+
+    def _draw(self, samples: CandidateSource, rows: list[_Row], model: Model, pace: Pace) -> Iterator[Prediction]:
+        """Ask for as many samples as time allows, at least one for each row; the rows have answers."""
+        while rows and pace.left > 0:
+            share = max(pace.share(len(rows)), 1 / samples.n)
+            count = pace.wave(len(rows))
+            wave, rows = rows[:count], rows[count:]
+            yield from self._timed(samples, wave, share, model, pace)
+        for row in rows:
+            row.share = 0.0
+
+    def _timed(
+        self, source: CandidateSource, wave: list[_Row], share: float, model: Model, pace: Pace
+    ) -> Iterator[Prediction]:
+        began = time.monotonic()
+        yield from self._ask(source, wave, share, model, pace)
+        pace.took(time.monotonic() - began, len(wave), share)
 
     def _ask(
         self, full: CandidateSource, wave: list[_Row], share: float, model: Model, pace: Pace
     ) -> Iterator[Prediction]:
         source, (template, shots) = _reduced(full, share), self._layouts[full.name]
         by_id = {row.pair.id: row for row in wave}
-        optional = all(row.drawn for row in wave)
+        optional, waiting = all(row.drawn for row in wave), dict(by_id)
         for row in wave:
             row.share = min(row.share, share)
         for key, completions in model.generate(requests([row.pair for row in wave], source, template, shots)):
@@ -192,7 +215,10 @@ class best_of:
                 if answers and len(row.drawn) == len(answers):
                     (text, draw), *_ = answers
                     yield row.predict(self._options, (Candidate(text, (draw,)),), [0.0])
+                waiting.pop(row_id, None)
             if optional and pace.left == 0:
+                for row in waiting.values():
+                    row.share = 0.0
                 return  # the call is given up; what it had computed is in the log
 
     def _select(self, todo: list[_Row], kit: Kit, pace: Pace) -> Iterator[Prediction]:

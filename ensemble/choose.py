@@ -11,6 +11,7 @@ from functools import partial
 from ensemble.candidates import Candidate, CandidateRow, Draw
 from ensemble.selectors import Selector
 from ensemble.selectors.asking import ask_ahead
+from submission.calls.likelihoods import Known
 from submission.errors import UserError
 from submission.predict.strategies import DEFAULT_PROMPT
 from submission.progress import Progress, show_lines, show_progress
@@ -55,7 +56,7 @@ def score_rows(
     for model, questions in ask_ahead(selectors.values(), asked).values():
         if within:
             lines = show_lines(len(questions), doing="choosing", unit="likelihoods")
-            model.of(questions, partial(lines.advance, fell_back=False))
+            warn_of_failures(model.of(questions, partial(lines.advance, fell_back=False)))
             continue
         LOG.info(f"{len(questions)} questions to a model")
         with show_progress(len(questions), 0, doing="asking", unit="questions") as progress:
@@ -63,10 +64,18 @@ def score_rows(
             def done(progress: Progress = progress) -> None:
                 progress.advance(fell_back=False)
 
-            failures = [known.failure for known in model.of(questions, done) if known.failure]
-        if failures:
-            LOG.info(f"{len(failures)} of {len(questions)} questions failed: {failures[0]}")
+            found = model.of(questions, done)
+        warn_of_failures(found)
     return {name: _score(name, selector, rows) for name, selector in selectors.items()}
+
+
+def warn_of_failures(found: Sequence[Known]) -> None:
+    """Say how many questions have no answer, and why the first has none."""
+    if failures := [known.failure for known in found if known.failure]:
+        LOG.warning(
+            "%d of %d questions to a model failed (%s): without their answers others decide there",
+            len(failures), len(found), failures[0],
+        )  # fmt: skip
 
 
 def _score(name: str, selector: Selector, rows: Sequence[CandidateRow]) -> SelectorScores:

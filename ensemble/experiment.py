@@ -18,8 +18,9 @@ from ensemble.models import RoleModel, open_models, roles_needed, tools
 from ensemble.search import Searched, search_rows
 from ensemble.selectors import SELECTORS, entry_of, make_selectors
 from ensemble.selectors.posterior import Posterior
-from ensemble.selectors.predicted import heads_of
+from ensemble.selectors.predicted import head_files
 from eval.encoders import Encoder
+from eval.head import read_head
 from eval.intervals import Interval
 from eval.leaks import check_unseen
 from eval.scoring import Truth, check_same_ids, interval_figures, read_truth, score_texts
@@ -126,7 +127,8 @@ def run_experiment(config: ExperimentConfig, encoder: Encoder) -> Experiment:
         UserError: files are missing or wrong or don't go together, or a weighted sum was fitted on these rows.
     """
     for file in (config.output / FIGURES, config.output / REPORT):
-        check_apart(file, [file], (("table of candidates", config.candidates), ("truth", config.truth)))
+        heads = [("head", path) for path in head_files(config.selectors)]
+        check_apart(file, [file], (("table of candidates", config.candidates), ("truth", config.truth), *heads))
         check_free(file, [file])
     truth = read_truth(config.truth, encoder, config.by)
     given = _in_order(config.candidates, truth)
@@ -147,7 +149,7 @@ def run_experiment(config: ExperimentConfig, encoder: Encoder) -> Experiment:
             searched = search_rows(rows, models["target"], encoder, config.proposals)
     constant = score_texts([config.constant] * len(rows), truth.prompts, encoder)
     joined = _joined(config, rows, truth, encoder, scores)
-    others = {SEARCH: score_texts(searched.answers, truth.prompts, encoder)} if searched else {}
+    others = {SEARCH: score_texts(searched.answers, truth.prompts, encoder)} if searched and searched.answers else {}
     lines = measure(truths, scores, constant, truth.clusters, joined | others)
     if searched:
         lines = [replace(line, tokens=searched.tokens, seconds=searched.seconds) if line.name == SEARCH else line
@@ -179,7 +181,8 @@ def fit_weights(
     Raises:
         UserError: files are missing or wrong or don't go together.
     """
-    check_output(output, (("table of candidates", candidates), ("truth", truth_file)))
+    heads = [("head", path) for path in head_files(selectors)]
+    check_output(output, (("table of candidates", candidates), ("truth", truth_file), *heads))
     if len(selectors) < 2 and list(selectors) != [POSTERIOR]:
         raise UserError("a sum needs two selectors or more: --selectors consensus,likelihood; or posterior alone")
     truth = read_truth(truth_file, encoder)
@@ -263,8 +266,8 @@ def sentences(experiment: Experiment) -> Iterator[str]:
 
 def _check_heads(selectors: Sequence[str], rows: Sequence[CandidateRow], truth: Truth) -> None:
     """Refuse a head that was learned from these rows."""
-    for path, head in heads_of(selectors):
-        check_unseen(path, head.seen, fitting.marks_of(rows, truth))
+    for path in head_files(selectors):
+        check_unseen(path, read_head(path).seen, fitting.marks_of(rows, truth))
 
 
 def _in_order(candidates: Path, truth: Truth) -> list[CandidateRow]:

@@ -20,6 +20,7 @@ WAVE = 64
 _FIRST, _FIRST_SHARE = (4, 32), 8  # rows that tell how long a row takes: an eighth of all, within these bounds
 _WAVE_SHARE = 0.125  # of the time left that a wave takes
 _RESERVE = 0.9  # of the time left is planned with
+_FIXED = 0.4  # of what a row takes is for its prompt, however few samples it has
 
 
 class Turns:
@@ -82,17 +83,18 @@ class Pace:
         if not self._limited or self._each is None:
             return 1.0
         afford = self.left * _RESERVE / (rows * max(self._each, 1e-9))
-        share = 1.0 if afford >= 1 else afford if afford * self._most >= 1 else 0.0
+        share = 1.0 if afford >= 1 else (afford - _FIXED) / (1 - _FIXED)
+        share = share if share * self._most >= 1 else 0.0
         if (share < 1) != (self._last < 1) or (share == 0) != (self._last == 0):
             LOG.info(f"time: {self.left:.0f} s for {rows} rows of {self._name}: {words(share)} from here on")
         self._last = share
         return share
 
     def took(self, seconds: float, rows: int, share: float) -> None:
-        """Learn from rows that were answered; what a row takes grows with its samples."""
+        """Learn from rows that were answered; what a row takes grows with its samples, but for its prompt."""
         self._waves += 1
         if self._waves > 1 and share > 0:
-            self._each = seconds / rows / max(share, 1 / self._most)
+            self._each = seconds / rows / (_FIXED + (1 - _FIXED) * max(share, 1 / self._most))
 
 
 def words(share: float) -> str:

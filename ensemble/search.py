@@ -25,12 +25,13 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from ensemble.best_of import BestOfOptions, Kit, best_of
 from ensemble.candidates import Candidate, CandidateRow, Draw
-from ensemble.choose import answer_of, score_rows
+from ensemble.choose import answer_of, score_rows, warn_of_failures
 from ensemble.selectors.asking import softmax
 from ensemble.selectors.likelihood import Likelihood
 from ensemble.selectors.posterior import Evidence, Posterior, logprobs, weights
@@ -41,6 +42,7 @@ from submission.calls.supervisor import LostError
 from submission.data.scratch import key_of
 from submission.errors import UserError
 from submission.predict.strategies import Setup
+from submission.progress import show_lines
 from submission.prompts.grammar import GRAMMAR, Grammar, PromptKind, read_grammar, renderings
 
 LOG = logging.getLogger(__name__)
@@ -123,7 +125,8 @@ def said_otherwise(
     asked: list[Question] = []
     for row, plan in zip(rows, plans, strict=True):
         asked += target.ask(row.pair, plan.candidates)
-    model.of(asked)
+    lines = show_lines(len(asked), doing="in other words", unit="likelihoods")
+    warn_of_failures(model.of(asked, partial(lines.advance, fell_back=False)))
     encoder.embed([text for row, plan in zip(rows, plans, strict=True) for text in _texts(row, plan)])
     found: list[tuple[CandidateRow, Sequence[float]]] = []
     for (row, scores), plan in zip(drawn, plans, strict=True):
@@ -137,7 +140,7 @@ class Searched:
     """What a search answered.
 
     Attributes:
-        answers: of the rows.
+        answers: of the rows; none if nothing could be said in other words.
         tokens, seconds: of the target model, a row, draws included; shared beginnings count each time.
     """
 
@@ -153,6 +156,9 @@ def search_rows(rows: Sequence[CandidateRow], model: Likelihoods, encoder: Encod
     found = said_otherwise(drawn, model, encoder, SearchOptions(proposals=proposals), read_grammar(GRAMMAR))
     known = [one for row, _ in found for one in channel.answers(row.pair, row.candidates)]
     count = max(1, len(rows))
+    if sum(len(row.candidates) for row, _ in found) == sum(len(row.candidates) for row in rows):
+        LOG.warning("the search is left out: nothing could be said in other words")
+        return Searched([], 0.0, 0.0)
     return Searched(
         [answer_of(row, scores) for row, scores in found],
         sum(one.prompt_tokens + one.tokens for one in known) / count,

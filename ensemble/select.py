@@ -13,6 +13,7 @@ from ensemble.candidates import read_candidates
 from ensemble.choose import answer_of, score_rows
 from ensemble.models import RoleModel, open_models, roles_needed, tools
 from ensemble.selectors import make_selectors
+from ensemble.selectors.predicted import head_files
 from eval.encoders import Encoder
 from submission.backends.hardware import ALONE, Placement
 from submission.data.hashing import content_hash
@@ -43,7 +44,8 @@ def select(
     Raises:
         UserError: something is missing or wrong.
     """
-    check_output(output, [("table of candidates", candidates), *(("file of weights", path) for path in weights)])
+    named = [*(("file of weights", path) for path in weights), *(("head", path) for path in head_files([selector]))]
+    check_output(output, [("table of candidates", candidates), *named])
     rows = read_candidates(candidates)
     known = fitting.read(weights, rows)
     parts = list(known.get(selector, {selector: 1.0}))

@@ -31,6 +31,7 @@ _RIDGES = (1.0, 3.0, 10.0, 30.0, 100.0)
 _FOLDS = 5
 _LEAST = 20  # triplets, and prompts of unlike meaning
 _KIND = "prompt-recovery head"
+_LARGEST = 1e6  # number in a head; those of real ones are below 10
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,14 @@ class Head:
         """Predicted embeddings of the prompts, of length 1, shape (pairs, dim).
 
         Raises:
-            UserError: the encoder is another one.
+            UserError: the encoder is another one, or its embeddings have another size.
         """
         if encoder.fingerprint != self.encoder:
             raise UserError(f"this head was learned with the encoder {self.encoder_name}, and this is {encoder.name}")
-        return unit_vectors(_features(pairs, encoder) @ self.weights + self.bias)
+        features = _features(pairs, encoder)
+        if features.shape[1] != len(self.weights):
+            raise UserError(f"this head is for embeddings of {self.bias.size} numbers, not {features.shape[1] // 2}")
+        return unit_vectors(features @ self.weights + self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,7 @@ class HeadFit:
 
     Attributes:
         rows: triplets that it learned.
-        ridge: strength of the regularisation, chosen by cross-validation.
+        ridge: strength of the regularisation, chosen on the same folds.
         cosine: of predicted and true embeddings, cross-validated, near-duplicate prompts in one fold.
         gain: the same less the cosine of the mean embedding of all prompts, which knows nothing of the pair.
     """
@@ -135,19 +139,31 @@ def read_head(path: Path) -> Head:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise UserError(f"{path} does not exist: python -m train head TRIPLETS -o {path} writes such a file")
+        raise UserError(
+            f"{path} does not exist: python -m train head TRIPLETS -o {path} writes such a file\n"
+            "(where it is named behind a selector, its name holds neither + nor a comma)"
+        )
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
+            known = file.metadata() or {}
             weights, bias = file.get_tensor("weights"), file.get_tensor("bias")
-        head = Head(weights, bias, metadata["encoder"], metadata["encoder_name"], json.loads(metadata["seen"]))
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        if known["kind"] != _KIND:
+            raise ValueError(f"it is of kind {known['kind']!r:.40}")
+        _check_numbers(weights, bias)
+        return Head(weights, bias, known["encoder"], known["encoder_name"], json.loads(known["seen"]))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is no head of `python -m train head`: {first_line(error)}") from error
+
+
+def _check_numbers(weights: NDArray[Any], bias: NDArray[Any]) -> None:
+    """Raise ValueError where shapes or numbers are not those of a head."""
     import numpy as np
 
-    if weights.shape != (2 * bias.size, bias.size) or not (np.isfinite(weights).all() and np.isfinite(bias).all()):
-        raise UserError(f"{path} is no head of `python -m train head`: its numbers are damaged")
-    return head
+    size = bias.size
+    if bias.shape != (size,) or not size or weights.shape != (2 * size, size):
+        raise ValueError(f"its shapes are {weights.shape} and {bias.shape}")
+    if not all(one.dtype == np.float32 and bool((np.abs(one) < _LARGEST).all()) for one in (weights, bias)):
+        raise ValueError("its numbers are damaged")
 
 
 def _features(pairs: Sequence[Pair], encoder: Encoder) -> NDArray[np.float32]:

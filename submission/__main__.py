@@ -90,7 +90,7 @@ def predict(
         typer.Option(
             help="Strategy: zero_shot (one answer a row), few_shot, constant, best_of (nine answers a row, two models "
             "choose), search, or module:object. Default: few_shot with --shots; best_of for the model that comes along "
-            "unless --backend, --adapter or --temperature is given; else zero_shot."
+            "unless --backend, --adapter or a sampling is given; else zero_shot."
         ),
     ] = "",
     recover_config: Annotated[Path | None, typer.Option(help="TOML file with the options of --recover.")] = None,

@@ -412,8 +412,30 @@ def test_the_best_of_several_is_predicted_and_time_that_is_short_is_said(tmp_pat
     assert {row[1] for row in read_csv(tmp_path / "s.csv")[1:]} == {"Make it rhyme"}
     late = predict("predict", EXAMPLES / "test.csv", "-o", "late.csv", "--deadline", "9s", *common)
     assert late.code == 0, late.err
-    assert len(read_csv(tmp_path / "late.csv")) == 27
+    assert {row[1] for row in read_csv(tmp_path / "late.csv")[1:]} == {"Make it rhyme"}  # an answer before samples
     assert "greedy answers only" in late.err or "of the samples from here on" in late.err
+
+
+def test_likelihoods_that_fail_are_said(run: Cli, tmp_path: Path) -> None:
+    failing = '[target]\nbackend = "scripted"\nsettings = ["fail_every=1"]\n'
+    scripted = '[[source]]\nbackend = "scripted"\nn = 2\n'
+    (tmp_path / "b.toml").write_text(f'{scripted}name = "a"\n{scripted}name = "b"\n{failing}')
+    (tmp_path / "m.toml").write_text(failing)
+    predict = runner("submission", tmp_path)
+    way = ("--recover", "best_of", "--recover-config", "b.toml", "--limit", 2)
+    done = predict("predict", EXAMPLES / "test.csv", "-o", "s.csv", *way)
+    assert done.code == 0, done.err
+    assert "questions to a model failed" in done.err
+    header = ("id", "original_text", "rewritten_text", "candidate", "draws")
+    rows = [("1", "a", "b", text, f'[["s", {n}, -1.0, 3]]') for n, text in enumerate(("As a poem", "Make it formal"))]
+    write_csv(tmp_path / "c.csv", rows, header)
+    write_csv(tmp_path / "t.csv", [("1", "As a poem")], ("id", "rewrite_prompt"))
+    asked = ("--selectors", "noisy_channel", "--models", "m.toml", "--proposals", 8)
+    told = run("experiment", "c.csv", "--truth", "t.csv", "-o", "e", *asked)
+    assert told.code == 0, told.err
+    assert "questions to a model failed" in told.err
+    assert "the search is left out" in told.err
+    assert "search" not in json.loads((tmp_path / "e" / "experiment.json").read_text())["selectors"]
 
 
 def test_best_of_needs_no_configuration_and_no_encoder(

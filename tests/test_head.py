@@ -97,13 +97,24 @@ def test_files_that_are_no_head_are_refused(encoder: Any, triplets: list[Triplet
         path.write_bytes(content)
         with pytest.raises(UserError, match="is no head"):
             read_head(path)
-    kept = {"encoder": "f", "encoder_name": "words", "seen": "{}"}
+    kept = {"kind": "prompt-recovery head", "encoder": "f", "encoder_name": "words", "seen": "{}"}
     for weights, bias in (
         (np.zeros((3, 2)), np.zeros(2)),
         (np.full((4, 2), np.nan), np.zeros(2)),
         (np.zeros(4), np.zeros(())),
+        (np.full((4, 2), 3e38), np.zeros(2)),
+        (np.zeros((0, 0)), np.zeros(0)),
+        (np.zeros((4, 2)), np.zeros((1, 2))),
     ):
         save_file({"weights": weights.astype(np.float32), "bias": bias.astype(np.float32)}, path, kept)
+        with pytest.raises(UserError, match="is no head"):
+            read_head(path)
+    sound = {"weights": np.zeros((4, 2), np.float32), "bias": np.zeros(2, np.float32)}
+    save_file(sound, path, kept)
+    with pytest.raises(UserError, match="embeddings of 2 numbers, not 24"):
+        read_head(path).predict([triplets[0].pair], encoder)
+    for other, metadata in ((sound, {**kept, "kind": "other"}), ({"weights": sound["weights"].astype(int)}, kept)):
+        save_file({**sound, **other}, path, metadata)
         with pytest.raises(UserError, match="is no head"):
             read_head(path)
     save_file({"other": head.bias}, path)
@@ -137,6 +148,16 @@ def test_it_is_learned_and_used_by_commands(tmp_path: Path) -> None:
     bank = submission("predict", "new.csv", "-o", "n.csv", *nearest)
     assert bank.code == 0, bank.err
     assert {row[1] for row in read_csv(tmp_path / "n.csv")[1:]} <= {row[3] for row in short[:60]}
+    whole = (tmp_path / "h.safetensors").read_bytes()
+    (tmp_path / "b.toml").write_text('selector = "first+predicted:h.safetensors"\n')
+    best = ("--recover", "best_of", "--recover-config", "b.toml")
+    for over in (
+        submission("predict", "new.csv", "-o", "h.safetensors", *best),
+        ensemble("select", "new.parquet", "--selector", "predicted:h.safetensors", "-o", "h.safetensors"),
+    ):
+        assert over.code == 2, over.err
+        assert "choose another name" in over.err
+    assert (tmp_path / "h.safetensors").read_bytes() == whole
     head = ("-o", "e", "--selectors", "predicted:h.safetensors")
     refused = ensemble("experiment", "old.parquet", "--truth", "old.csv", *head)
     assert refused.code == 2

@@ -125,6 +125,7 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -
         ({}, True, "few_shot"),
         ({"settings": ["threads=1"], "sampling": Sampling(max_new_tokens=20, seed=3)}, False, "best_of"),
         ({"sampling": Sampling(temperature=0.5)}, False, "zero_shot"),
+        ({"sampling": Sampling(top_p=0.9)}, False, "zero_shot"),
         ({"backend": "transformers"}, False, "zero_shot"),
         ({"adapter": Path("a.gguf")}, False, "zero_shot"),
         ({"model": "embedded"}, False, "zero_shot"),

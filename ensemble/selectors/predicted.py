@@ -9,8 +9,8 @@ from ensemble.candidates import Candidate
 from ensemble.selectors.posterior import logprobs
 from eval.encoders import Encoder
 from eval.grouping import unit_vectors
-from eval.head import Head, read_head
-from submission.errors import UserError
+from eval.head import Head
+from submission.errors import UserError, first_line
 from submission.types import Pair
 
 NAME = "predicted"
@@ -45,11 +45,13 @@ def head_file(name: str) -> Path:
     path = name.partition(":")[2]
     if not path:
         raise UserError(f"{NAME} needs a head: {NAME}:head.safetensors, which `python -m train head` writes")
-    return Path(path).expanduser()
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{name}: {first_line(error)}") from error
 
 
-def heads_of(selectors: Iterable[str]) -> list[tuple[Path, Head]]:
-    """The heads that these selectors, or the parts of sums, ask, with their files."""
+def head_files(selectors: Iterable[str]) -> list[Path]:
+    """The files of heads that these selectors, or the parts of sums, name."""
     parts = [part.strip() for name in selectors for part in name.split("+")]
-    files = {head_file(part): None for part in parts if part.partition(":")[0] == NAME}
-    return [(path, read_head(path)) for path in files]
+    return list(dict.fromkeys(head_file(part) for part in parts if part.partition(":")[0] == NAME))

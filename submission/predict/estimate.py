@@ -169,8 +169,8 @@ def _time(made: Plan, sample: list[Pair]) -> tuple[float, float, float]:
         began = time.monotonic()
         rest = _answer(made, sample[1:], models)
         seconds = time.monotonic() - began
-        each = seconds / len(rest) if rest else 0.0
-        return max(0.0, with_loading - each), each or with_loading, models.peak_memory()
+        each = seconds / len(rest) if rest else 0.0  # of one row alone nothing tells loading from answering
+        return max(0.0, with_loading - each), each, models.peak_memory()
 
 
 def _answer(made: Plan, pairs: Iterable[Pair], models: Models) -> dict[str, str]:

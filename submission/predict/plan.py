@@ -160,10 +160,12 @@ def _files_in(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:
         for one in value:
             yield from _files_in(one, key)
     elif isinstance(value, str) and value:
-        with suppress(OSError, ValueError, RuntimeError):  # too long, with a NUL, of no such user: the name of no file
-            path = Path(value).expanduser()
-            if path.is_file() or any(path.glob("*config.json")) or any(path.glob("*.parquet")):
-                yield f"file of {key}", path
+        # A selector names a file behind a colon.
+        for name in dict.fromkeys([value, *(part.partition(":")[2].strip() for part in value.split("+"))]):
+            with suppress(OSError, ValueError, RuntimeError):  # too long, with a NUL, of no such user: no file's name
+                path = Path(name).expanduser()
+                if name and (path.is_file() or any(path.glob("*config.json")) or any(path.glob("*.parquet"))):
+                    yield f"file of {key}", path
 
 
 def choose_template(asked: str, model: str, adapter: Path | None, *, shots: bool) -> Template:
@@ -180,5 +182,7 @@ def choose_strategy(config: RunConfig, *, shots: bool) -> str:
     """The strategy where none is asked for: one answer a row; with the model that comes along the best of nine."""
     if shots:
         return "few_shot"
-    as_it_comes = config.model == TUNED and config.backend == AUTO and config.adapter is None
-    return "best_of" if as_it_comes and config.sampling.temperature == 0 else "zero_shot"
+    sampling = config.sampling
+    greedy = Sampling(max_new_tokens=sampling.max_new_tokens, seed=sampling.seed)
+    as_it_comes = config.model == TUNED and config.backend == AUTO and config.adapter is None and sampling == greedy
+    return "best_of" if as_it_comes else "zero_shot"

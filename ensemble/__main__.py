@@ -217,7 +217,7 @@ def selectors() -> None:
 @app.command()
 def trial(
     output: FolderOption = Path("trial"),
-    rows: Annotated[int, typer.Option(min=2, help="Number of pairs, up to 170.")] = 24,
+    rows: Annotated[int, typer.Option(min=2, help="Number of pairs, up to 170.")] = 18,
     encoder: EncoderOption = "",
     fresh: FreshOption = False,
 ) -> None:

@@ -21,11 +21,11 @@ from submission.data.outputs import check_no_file, made_files
 from submission.data.tables import read_triplets, write_predictions
 from submission.errors import UserError
 
-ROWS = 24
+ROWS = 18
 _SELECTORS = ("first", "consensus", "logprob", "likelihood", "noisy_channel", "posterior", "judge_pick")
 _SOURCE = CandidateSource(name="default", n=8, temperature=0.8, max_new_tokens=32)
 _ROTATIONS = 2
-_PROPOSALS = 20
+_PROPOSALS = 16
 
 
 def examples() -> Path:

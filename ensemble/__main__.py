@@ -145,7 +145,8 @@ def experiment(
     concat_by: Annotated[str, typer.Option(help="Selector whose best candidates are joined.")] = "consensus",
     by: Annotated[str, typer.Option(help="Column of the truth with the kind of prompt.")] = "",
     proposals: Annotated[
-        int, typer.Option(min=0, help="Proposals a row of a search that goes on from the candidates; 0 for none.")
+        int,
+        typer.Option(min=0, help="Candidates a row that a search scores, draws included; 0 for no search."),
     ] = 0,
     encoder: EncoderOption = "",
     fresh: FreshOption = False,

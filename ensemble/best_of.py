@@ -29,11 +29,13 @@ from ensemble import fitting
 from ensemble.candidates import NEAR, Candidate, CandidateRow, Draw, merge
 from ensemble.choose import answer_of, best, score_rows
 from ensemble.models import RoleModel, embeds, likelihoods, parse_models, roles_needed, tools, with_gate
-from ensemble.pace import Pace, Turns, words
+from ensemble.pace import Pace, Turns
 from ensemble.sample import read, requests
 from ensemble.selectors import SELECTORS, Selector, entry_of, make_selectors
+from ensemble.selectors.predicted import head_files
 from ensemble.sources import CandidateSource, parse_sources
 from eval.encoders import Encoder, find_encoder
+from eval.head import read_head
 from submission.backends import ModelSpec
 from submission.backends.models import TUNED
 from submission.calls.likelihoods import Likelihoods
@@ -77,7 +79,8 @@ class best_of:
 
     Attributes:
         answers: by role, how many answers of how many tokens a row asks of it at most, for `predict --dry-run`.
-        prompted: a role that is asked as `predict` asks one, for the same; "" for none.
+        prompted: the role whose prompts `predict --dry-run` can count, since it is asked by the run's own template; ""
+            for none.
     """
 
     what = "recover ensemble.best_of:best_of"
@@ -98,7 +101,7 @@ class best_of:
     def __init__(self, setup: Setup) -> None:
         self._options, sources, self._models = self.parse(setup.config)
         plain = _without_a_model(sources, setup.config)
-        self._sources = _as_predict_says(sources, setup)
+        self._sources = _with_run_sampling(sources, setup)
         self._layouts = {
             source.name: (setup.template, [])
             if source.name in plain and not (source.template or source.shots)
@@ -118,16 +121,23 @@ class best_of:
             **{role: self._spec(role, setup) for role in self._judges},
             **({"encoder": self._encoder.spec} if self._encoder is not None else {}),
         }
-        asked = [f"source {one.name}" for one in self._sources if self._layouts[one.name] == (setup.template, [])]
-        self.prompted = asked[0] if asked else ""
+        one_source = len(self._sources) == 1 and self._layouts[self._sources[0].name] == (setup.template, [])
+        counted = one_source and not setup.shots and self._sources[0].max_new_tokens == setup.sampling.max_new_tokens
+        self.prompted = f"source {self._sources[0].name}" if counted else ""
         self.answers = {f"source {one.name}": (_draws(one), one.max_new_tokens) for one in self._sources}
+        for path in head_files(selectors):  # before any model is loaded
+            read_head(path).check(self._encoder)
 
     def _spec(self, role: str, setup: Setup) -> ModelSpec:
-        """The model of a role. One that nobody described is held as `predict` holds the model that comes along."""
+        """The model of a role; one that the configuration does not describe has the options of `--set` where `predict`
+        runs the model that comes along.
+        """
         spec = self._models[role].spec()
-        if role not in setup.config and (of_predict := setup.model()).model == TUNED:
-            return replace(spec, options=of_predict.options) if of_predict.backend == spec.backend else spec
-        return spec
+        if role in setup.config:
+            return spec
+        of_predict = setup.model()
+        same = of_predict.model == TUNED and of_predict.backend == spec.backend
+        return replace(spec, options=of_predict.options) if same else spec
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> tuple[BestOfOptions, list[CandidateSource], dict[str, RoleModel]]:
@@ -174,27 +184,33 @@ class best_of:
                 yield from self._ask(replace(full, n=0), bare, 1.0, model, pace)
                 yield from self._draw(replace(full, greedy=False), bare, model, pace)
                 continue
+            if pace.left == 0:  # the time of this source is over: what has an answer does without its own
+                _were_short(row for row in rows if row.drawn)
+                rows = [row for row in rows if not row.drawn]
             count = pace.wave(len(rows))
             wave, rows = rows[:count], rows[count:]
-            if pace.left == 0:  # the time of this source is over: what has an answer does without its own
-                wave = [row for row in wave if not row.drawn]
-                if not wave:
-                    return
             yield from self._timed(full, wave, share, model, pace)
 
     def _draw(self, samples: CandidateSource, rows: list[_Row], model: Model, pace: Pace) -> Iterator[Prediction]:
-        """Ask for as many samples as time allows, at least one for each row; the rows have answers."""
+        """Samples for rows that have their greedy answer, one at least, until the time is over; what it does not reach
+        keeps that answer. Rows without one, whose request failed, come last and in a wave of their own.
+        """
+        failed, rows = [row for row in rows if not row.drawn], [row for row in rows if row.drawn]
         while rows and pace.left > 0:
-            share = max(pace.share(len(rows)), 1 / samples.n)
+            share = pace.share(len(rows), least=1 / samples.n)
             count = pace.wave(len(rows))
             wave, rows = rows[:count], rows[count:]
             yield from self._timed(samples, wave, share, model, pace)
-        for row in rows:
-            row.share = 0.0
+        _were_short(rows)
+        if failed:
+            yield from self._ask(samples, failed, 1 / samples.n, model, pace)
 
     def _timed(
         self, source: CandidateSource, wave: list[_Row], share: float, model: Model, pace: Pace
     ) -> Iterator[Prediction]:
+        """`_ask`, which the pace learns from."""
+        if not wave:
+            return
         began = time.monotonic()
         yield from self._ask(source, wave, share, model, pace)
         pace.took(time.monotonic() - began, len(wave), share)
@@ -203,22 +219,20 @@ class best_of:
         self, full: CandidateSource, wave: list[_Row], share: float, model: Model, pace: Pace
     ) -> Iterator[Prediction]:
         source, (template, shots) = _reduced(full, share), self._layouts[full.name]
-        by_id = {row.pair.id: row for row in wave}
-        optional, waiting = all(row.drawn for row in wave), dict(by_id)
-        for row in wave:
-            row.share = min(row.share, share)
+        optional = all(row.drawn for row in wave)
+        if share < 1:
+            _were_short(wave)
+        waiting = {f"{row.pair.id}/{first}": row for row in wave for first in source.samplings()}  # keys of `requests`
         for key, completions in model.generate(requests([row.pair for row in wave], source, template, shots)):
+            row = waiting.pop(key)
             if not isinstance(completions, Failure):
-                row_id, answers = read(key, completions, source, template)
-                row = by_id[row_id]
+                _, answers = read(key, completions, source, template)
                 row.drawn += answers
                 if answers and len(row.drawn) == len(answers):
                     (text, draw), *_ = answers
                     yield row.predict(self._options, (Candidate(text, (draw,)),), [0.0])
-                waiting.pop(row_id, None)
             if optional and pace.left == 0:
-                for row in waiting.values():
-                    row.share = 0.0
+                _were_short(waiting.values())
                 return  # the call is given up; what it had computed is in the log
 
     def _select(self, todo: list[_Row], kit: Kit, pace: Pace) -> Iterator[Prediction]:
@@ -236,17 +250,17 @@ class best_of:
 
     def choose(self, rows: Sequence[CandidateRow], kit: Kit) -> list[tuple[CandidateRow, Sequence[float]]]:
         """The rows with the scores of their candidates; the highest is the answer."""
-        scores = score_rows(rows, {"it": kit.selector}, within=True)["it"].values
+        scores = score_rows(rows, {"it": kit.selector}, nested=True)["it"].values
         return list(zip(rows, scores, strict=True))
 
 
 @dataclass(slots=True, eq=False)
 class _Row:
-    """A pair, its answers so far in the order in which they came, and the least share of the samples that it had."""
+    """A pair, its answers so far in the order in which they came, and whether it had fewer than asked for."""
 
     pair: Pair
     drawn: list[tuple[str, Draw]] = field(default_factory=list)
-    share: float = 1.0
+    short: bool = False
 
     def predict(self, options: BestOfOptions, candidates: tuple[Candidate, ...], scores: Sequence[float]) -> Prediction:
         """The best answer so far, from candidates and their scores."""
@@ -254,7 +268,7 @@ class _Row:
             return Prediction(self.pair.id, "", "failed", "no candidate")
         text = answer_of(CandidateRow(self.pair, candidates), scores, options.concat, options.constant)
         raw = f"{len(candidates)} candidates of {len(self.drawn)} draws; chosen: {best(scores) + 1}"
-        reason = "" if self.share == 1 else f"time was short: {words(self.share)}"
+        reason = f"time was short: {len(self.drawn)} answers" if self.short else ""
         return Prediction(self.pair.id, text, reason=reason, raw=raw)
 
 
@@ -289,6 +303,12 @@ class Kit:
         return [CandidateRow(row.pair, tuple(merge(in_order(row), encoder, self._near))) for row in todo]
 
 
+def _were_short(rows: Iterable[_Row]) -> None:
+    """Note that time was short for these rows."""
+    for row in rows:
+        row.short = True
+
+
 def _draws(source: CandidateSource) -> int:
     return source.n + source.greedy
 
@@ -300,7 +320,7 @@ def _reduced(source: CandidateSource, share: float) -> CandidateSource:
     return replace(source, n=max(1, round(source.n * share))) if source.n else source
 
 
-def _as_predict_says(sources: Sequence[CandidateSource], setup: Setup) -> list[CandidateSource]:
+def _with_run_sampling(sources: Sequence[CandidateSource], setup: Setup) -> list[CandidateSource]:
     """The sources, with the length and seed of `predict` where they have none of their own."""
     given = {key: getattr(setup.sampling, key) for key in ("max_new_tokens", "seed")}
     return [

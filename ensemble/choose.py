@@ -40,21 +40,21 @@ class SelectorScores:
 
 
 def score_rows(
-    rows: Sequence[CandidateRow], selectors: Mapping[str, Selector], *, within: bool = False
+    rows: Sequence[CandidateRow], selectors: Mapping[str, Selector], *, nested: bool = False
 ) -> dict[str, SelectorScores]:
     """Let selectors score the candidates of all rows; questions to models are asked together, first.
 
     Args:
         rows: with their candidates.
         selectors: by name.
-        within: a run that shows its own progress.
+        nested: True in a run that shows progress already: plain lines only.
 
     Raises:
         UserError: a selector returned another number of scores than there are candidates.
     """
     asked = [(row.pair, row.candidates) for row in rows if row.candidates]
     for model, questions in ask_ahead(selectors.values(), asked).values():
-        if within:
+        if nested:
             lines = show_lines(len(questions), doing="choosing", unit="likelihoods")
             warn_of_failures(model.of(questions, partial(lines.advance, fell_back=False)))
             continue
@@ -73,7 +73,7 @@ def warn_of_failures(found: Sequence[Known]) -> None:
     """Say how many questions have no answer, and why the first has none."""
     if failures := [known.failure for known in found if known.failure]:
         LOG.warning(
-            "%d of %d questions to a model failed (%s): without their answers others decide there",
+            "%d of %d questions to a model failed, the first with: %s; other evidence decides in those rows",
             len(failures), len(found), failures[0],
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ensemble import diagnosis, fitting
 from ensemble.candidates import CandidateRow, read_candidates
 from ensemble.choose import SelectorScores, answer_of, or_fallback, score_rows
-from ensemble.measure import FIRST, ORACLE, SelectorResult, chance, measure
+from ensemble.measure import CONSTANT, FIRST, ORACLE, WORST, SelectorResult, chance, measure
 from ensemble.models import RoleModel, open_models, roles_needed, tools
 from ensemble.search import Searched, search_rows
 from ensemble.selectors import SELECTORS, entry_of, make_selectors
@@ -127,8 +127,7 @@ def run_experiment(config: ExperimentConfig, encoder: Encoder) -> Experiment:
         UserError: files are missing or wrong or don't go together, or a weighted sum was fitted on these rows.
     """
     for file in (config.output / FIGURES, config.output / REPORT):
-        heads = [("head", path) for path in head_files(config.selectors)]
-        check_apart(file, [file], (("table of candidates", config.candidates), ("truth", config.truth), *heads))
+        check_apart(file, [file], (("table of candidates", config.candidates), ("truth", config.truth)))
         check_free(file, [file])
     truth = read_truth(config.truth, encoder, config.by)
     given = _in_order(config.candidates, truth)
@@ -149,7 +148,7 @@ def run_experiment(config: ExperimentConfig, encoder: Encoder) -> Experiment:
             searched = search_rows(rows, models["target"], encoder, config.proposals)
     constant = score_texts([config.constant] * len(rows), truth.prompts, encoder)
     joined = _joined(config, rows, truth, encoder, scores)
-    others = {SEARCH: score_texts(searched.answers, truth.prompts, encoder)} if searched and searched.answers else {}
+    others = {SEARCH: score_texts(searched.answers, truth.prompts, encoder)} if searched else {}
     lines = measure(truths, scores, constant, truth.clusters, joined | others)
     if searched:
         lines = [replace(line, tokens=searched.tokens, seconds=searched.seconds) if line.name == SEARCH else line
@@ -167,7 +166,7 @@ def run_experiment(config: ExperimentConfig, encoder: Encoder) -> Experiment:
         truth.kinds or kinds_of_prompt(truth.prompts, encoder),
     )  # fmt: skip
     figures = config.output / FIGURES
-    with made_files(figures, [figures], {"selectors": names}):
+    with made_files(figures, [figures], {"selectors": names, "proposals": config.proposals}):
         write_json(figures, experiment.figures())
     return experiment
 
@@ -183,6 +182,8 @@ def fit_weights(
     """
     heads = [("head", path) for path in head_files(selectors)]
     check_output(output, (("table of candidates", candidates), ("truth", truth_file), *heads))
+    if name in (*SELECTORS, ORACLE, WORST, CONSTANT, SEARCH):
+        raise UserError(f"--name {name} is the name of something else in an experiment: choose another one")
     if len(selectors) < 2 and list(selectors) != [POSTERIOR]:
         raise UserError("a sum needs two selectors or more: --selectors consensus,likelihood; or posterior alone")
     truth = read_truth(truth_file, encoder)

@@ -20,7 +20,7 @@ WAVE = 64
 _FIRST, _FIRST_SHARE = (4, 32), 8  # rows that tell how long a row takes: an eighth of all, within these bounds
 _WAVE_SHARE = 0.125  # of the time left that a wave takes
 _RESERVE = 0.9  # of the time left is planned with
-_FIXED = 0.4  # of what a row takes is for its prompt, however few samples it has
+_FIXED = 0.4  # of what a row takes is for its prompt: eight samples take 2.4 times as long as one (docs/SPEED.md)
 
 
 class Turns:
@@ -78,13 +78,13 @@ class Pace:
             return min(rows, max(_FIRST[0], min(_FIRST[1], rows // _FIRST_SHARE)))
         return min(rows, max(WAVE, int(_WAVE_SHARE * self.left / max(self._each, 1e-9))))
 
-    def share(self, rows: int) -> float:
-        """The share of the samples that the next rows may have, 0 for greedy answers alone."""
+    def share(self, rows: int, least: float = 0.0) -> float:
+        """The share of the samples that the next rows may have, from `least`; 0 for greedy answers alone."""
         if not self._limited or self._each is None:
             return 1.0
         afford = self.left * _RESERVE / (rows * max(self._each, 1e-9))
         share = 1.0 if afford >= 1 else (afford - _FIXED) / (1 - _FIXED)
-        share = share if share * self._most >= 1 else 0.0
+        share = max(least, share if share * self._most >= 1 else 0.0)
         if (share < 1) != (self._last < 1) or (share == 0) != (self._last == 0):
             LOG.info(f"time: {self.left:.0f} s for {rows} rows of {self._name}: {words(share)} from here on")
         self._last = share

@@ -140,7 +140,7 @@ class Searched:
     """What a search answered.
 
     Attributes:
-        answers: of the rows; none if nothing could be said in other words.
+        answers: of the rows.
         tokens, seconds: of the target model, a row, draws included; shared beginnings count each time.
     """
 
@@ -149,20 +149,29 @@ class Searched:
     seconds: float
 
 
-def search_rows(rows: Sequence[CandidateRow], model: Likelihoods, encoder: Encoder, proposals: int) -> Searched:
-    """Search on from candidates that were drawn, with no more than this many proposals a row."""
+def search_rows(rows: Sequence[CandidateRow], model: Likelihoods, encoder: Encoder, proposals: int) -> Searched | None:
+    """Search on from candidates that were drawn; None if no row has a rendering.
+
+    Args:
+        rows: with what was drawn.
+        model: the target.
+        encoder: of the metric.
+        proposals: that the target scores for a row at most, what was drawn included.
+    """
     channel = Posterior(encoder, model)
     drawn = list(zip(rows, score_rows(rows, {"it": channel})["it"].values, strict=True))
     found = said_otherwise(drawn, model, encoder, SearchOptions(proposals=proposals), read_grammar(GRAMMAR))
+    if all(len(row.candidates) == len(before.candidates) for (row, _), before in zip(found, rows, strict=True)):
+        LOG.warning(
+            "the search is left out: draws take all %d proposals, no draw is read by the grammar, or all likelihoods "
+            "of renderings failed", proposals,
+        )  # fmt: skip
+        return None
     known = [one for row, _ in found for one in channel.answers(row.pair, row.candidates)]
-    count = max(1, len(rows))
-    if sum(len(row.candidates) for row, _ in found) == sum(len(row.candidates) for row in rows):
-        LOG.warning("the search is left out: nothing could be said in other words")
-        return Searched([], 0.0, 0.0)
     return Searched(
         [answer_of(row, scores) for row, scores in found],
-        sum(one.prompt_tokens + one.tokens for one in known) / count,
-        sum(one.seconds for one in known) / count,
+        sum(one.prompt_tokens + one.tokens for one in known) / len(rows),
+        sum(one.seconds for one in known) / len(rows),
     )
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _RIDGES = (1.0, 3.0, 10.0, 30.0, 100.0)
 _FOLDS = 5
-_LEAST = 20  # triplets, and prompts of unlike meaning
+_LEAST = 20  # prompts that differ in meaning
 _KIND = "prompt-recovery head"
 _LARGEST = 1e6  # number in a head; those of real ones are below 10
 
@@ -52,14 +52,25 @@ class Head:
     encoder_name: str
     seen: Any
 
+    def check(self, encoder: Encoder | None) -> None:
+        """Refuse another encoder than that it was learned with.
+
+        Raises:
+            UserError: it is another one.
+        """
+        if encoder is not None and encoder.fingerprint != self.encoder:
+            raise UserError(
+                f"the head was learned with the encoder {self.encoder_name}, not {encoder.name}: name that with "
+                "--encoder, or learn the head again"
+            )
+
     def predict(self, pairs: Sequence[Pair], encoder: Encoder) -> NDArray[np.float32]:
         """Predicted embeddings of the prompts, of length 1, shape (pairs, dim).
 
         Raises:
             UserError: the encoder is another one, or its embeddings have another size.
         """
-        if encoder.fingerprint != self.encoder:
-            raise UserError(f"this head was learned with the encoder {self.encoder_name}, and this is {encoder.name}")
+        self.check(encoder)
         features = _features(pairs, encoder)
         if features.shape[1] != len(self.weights):
             raise UserError(f"this head is for embeddings of {self.bias.size} numbers, not {features.shape[1] // 2}")
@@ -93,8 +104,11 @@ def learn_head(triplets: Sequence[Triplet], encoder: Encoder) -> tuple[Head, Hea
 
     prompts = [triplet.rewrite_prompt for triplet in triplets]
     groups = near_duplicate_groups(prompts, encoder) if prompts else np.zeros(0, np.int64)
-    if len(set(groups.tolist())) < _LEAST:
-        raise UserError(f"{len(prompts)} triplets with {len(set(groups.tolist()))} unlike prompts: {_LEAST} are needed")
+    if (unlike := len(set(groups.tolist()))) < _LEAST:
+        raise UserError(
+            f"{len(prompts)} triplets with {unlike} prompts that differ in meaning are too few for a head: "
+            f"{_LEAST} are needed"
+        )
     pairs = [triplet.pair for triplet in triplets]
     x, y = _features(pairs, encoder), unit_vectors(encoder.embed(prompts))
     fold = np.random.default_rng(0).permutation(int(groups.max()) + 1)[groups] % _FOLDS

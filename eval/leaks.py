@@ -94,7 +94,7 @@ def check_unseen(file: Path | str, seen: Any, ours: Mapping[str, Sequence[str]])
         if common := len(known & set(wanted)):
             raise UserError(
                 f"{file} was fitted on {common} of the {what} of these rows: its score here would be no measure\n"
-                "Fit it on a validation set that shares nothing with them."
+                "Fit it on rows that share nothing with them."
             )
 
 

@@ -121,6 +121,8 @@ class _FromExamples:
         self._triplets = read_triplets(Path(self.options.train).expanduser())
         self._encoder = find_encoder(self.options.encoder)
         self._head = read_head(Path(self.options.head).expanduser()) if self.options.head else None
+        if self._head:
+            self._head.check(self._encoder)
         self._index: PairIndex | None = None
         self.roles: dict[str, Spec | None] = {ENCODER: self._encoder.spec}
 

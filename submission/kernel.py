@@ -47,7 +47,7 @@ LONG_NAMES = {"best_of": "ensemble.best_of:best_of", "search": "ensemble.search:
 BLANK_INPUT = "blank rewritten_text"  # why a row failed that no model can answer
 IN_4_BITS, NOT_IN_4_BITS = "load_in_4bit=true", "load_in_4bit=false"
 # Keys of a recover_config whose "find:NAME" must lead somewhere, and those whose text is an answer's.
-PLACES = ("model", "adapter", "template", "shots", "weights", "config", "encoder", "grammar")
+PLACES = ("model", "adapter", "template", "shots", "weights", "config", "encoder", "grammar", "head")
 _TEXTS = ("constant",)
 # Keys with which a [[source]] has a model of its own, as `ensemble.best_of` has it.
 _OWN_MODEL = {"backend", "model", "adapter", "settings", "workers"}

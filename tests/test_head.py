@@ -90,7 +90,7 @@ def test_files_that_are_no_head_are_refused(encoder: Any, triplets: list[Triplet
     again = read_head(path)
     assert (again.weights == head.weights).all()
     assert again.seen == head.seen
-    with pytest.raises(UserError, match="learned with the encoder words"):
+    with pytest.raises(UserError, match="learned with the encoder words, not other"):
         again.predict([triplets[0].pair], type("Other", (_Words,), {"fingerprint": "g", "name": "other"})())
     whole = path.read_bytes()
     for content in (b"", b"{}", whole[:100], whole[:-8], whole[:8] + b"x" + whole[9:]):

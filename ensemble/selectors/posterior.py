@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ensemble.candidates import Candidate
+from ensemble.selectors.asking import softmax
 from ensemble.selectors.likelihood import Likelihood
 from eval.encoders import Encoder
 from eval.metric import sharpened_cosines
@@ -60,7 +61,7 @@ class Evidence:
 
 NOISY_CHANNEL = Evidence(likelihood=0.5)
 """Powers from 0.3 to 1 are not told apart (docs/STUDY.md, question 8)."""
-_WITHIN = 2.0  # nats; all candidates score 0.004 more, and take three times the likelihoods (docs/STUDY.md, question 8)
+_WITHIN = 2.0  # nats; asking about all scores -0.002 at home and +0.002 abroad, for three times the likelihoods
 
 
 class Posterior(Likelihood):
@@ -105,12 +106,17 @@ class NoisyChannel(Likelihood):
         return super().ask(pair, [candidates[place] for place in rivals]) if len(rivals) > 1 else []
 
     def __call__(self, pair: Pair, candidates: Sequence[Candidate], /) -> list[float]:
-        """Probability of each candidate among them; 0 for those that cannot win."""
-        rivals = _rivals(candidates)
-        sums = [known.sum for known in self.answers(pair, candidates)] or [0.0] * len(rivals)
-        found = [0.0] * len(candidates)
-        for place, weight in zip(rivals, weights([candidates[at] for at in rivals], sums, NOISY_CHANNEL), strict=True):
-            found[place] = float(weight)
+        """Probability of each candidate that may win; of the others a number below 0, in the recoverer's order."""
+        import numpy as np
+
+        prior, rivals = logprobs(candidates), _rivals(candidates)
+        sums = [known.sum for known in self.answers(pair, candidates)]
+        logs = prior[rivals]
+        if sums and all(math.isfinite(value) for value in sums):
+            logs = logs + NOISY_CHANNEL.likelihood * np.array(sums)
+        found: list[float] = (prior - prior.max() - 1).tolist()
+        for place, probability in zip(rivals, softmax(logs.tolist()), strict=True):
+            found[place] = probability
         return found
 
 

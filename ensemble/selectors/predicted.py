@@ -26,6 +26,7 @@ class Predicted:
     """
 
     def __init__(self, encoder: Encoder, head: Head) -> None:
+        head.check(encoder)
         self._encoder, self._head = encoder, head
 
     def __call__(self, pair: Pair, candidates: Sequence[Candidate], /) -> list[float]:

@@ -92,7 +92,8 @@ def estimate(config: RunConfig) -> dict[str, float]:
     figures |= {"memory_mb": round(memory / 1e6), "seconds": round(loading + each * rows_left, 1)}
     LOG.info(f"rows       {rows_left} to compute of {len(made.pairs)}")
     LOG.info(f"memory     {figures['memory_mb']:.0f} MB at the peak of {len(sample)} sample rows")
-    LOG.info(f"time       about {figures['seconds']:.0f} s ({loading:.1f} s loading, {each:.2f} s a row)")
+    parts = f"{loading:.1f} s loading, {each:.2f} s a row" if each else "loading included"
+    LOG.info(f"time       about {figures['seconds']:.0f} s ({parts})")
     return figures
 
 

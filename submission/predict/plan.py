@@ -160,11 +160,12 @@ def _files_in(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:
         for one in value:
             yield from _files_in(one, key)
     elif isinstance(value, str) and value:
-        # A selector names a file behind a colon.
-        for name in dict.fromkeys([value, *(part.partition(":")[2].strip() for part in value.split("+"))]):
+        # predicted:FILE of ensemble, whose parser this room may not import.
+        named = [part.partition(":")[2].strip() for part in value.split("+")] if key == "selector" else []
+        for name in filter(None, [value, *named]):
             with suppress(OSError, ValueError, RuntimeError):  # too long, with a NUL, of no such user: no file's name
                 path = Path(name).expanduser()
-                if name and (path.is_file() or any(path.glob("*config.json")) or any(path.glob("*.parquet"))):
+                if path.is_file() or any(path.glob("*config.json")) or any(path.glob("*.parquet")):
                     yield f"file of {key}", path
 
 

@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 VLLM := .venv-vllm/bin
-PYTEST := pytest -n 3 --dist loadfile
+PYTEST := pytest -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
 .PHONY: submission test coverage check format docs docs-check examples data kill-loop deadline-loop kernel-kills ray-kills fuzz throughput study \
@@ -18,7 +18,7 @@ submission: .venv/.submission
 	@echo
 	@echo "written to $(CURDIR)/submission.csv"
 
-# Three processes, since one often waits, each test file in one of them: files share models that are made once.
+# Two processes, each test file in one of them: files share models that are made once.
 test: check
 	$(BIN)/python -m $(PYTEST)
 

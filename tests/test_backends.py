@@ -124,7 +124,7 @@ def test_predict_runs_offline_on_the_examples(cli: Cli, tmp_path: Path) -> None:
     assert "<|im_start|>user\nOriginal text:\n" in page
     assert "Which instruction turned the original text into the rewritten text?<|im_end|>" in page
     assert page.index("tokens)") < page.index("== raw answer")
-    assert "candidates of 9 draws" in page  # the best of nine, with nothing named
+    assert "== raw answer 8 source embedded-tuned" in page  # the best of nine, with nothing named
     assert cli("doctor").code == 0
 
 

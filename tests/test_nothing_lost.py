@@ -547,7 +547,7 @@ def test_a_rewrite_longer_than_the_context_fails_alone(tmp_path: Path, shallow_g
     for _ in range(2):
         done = ensemble("select", "c.csv", "--selector", "likelihood", "-o", "s.csv", *models[:2])
         assert done.code == 0, done.err
-        assert "2 of 6 questions failed" in done.err
+        assert "2 of 6 questions to a model failed" in done.err
         assert "1 of which likelihood said nothing" in done.err
     done = ensemble(
         "experiment", "c.csv", "--truth", "t.csv", "-o", "e", "--selectors", "first,likelihood,judge_yes_no", *models

@@ -12,8 +12,8 @@ with b.toml, where every line may be left out:
 
 The sources answer in turn, each all rows before the next one begins, so that a GPU holds one model at a time and loads
 each once. A row has an answer as soon as the first source gave one, and a better one after every source. Under
-`--deadline` each source has its share of the time, draws fewer samples when that gets short, then the greedy answer
-alone, and says so.
+`--deadline` each source has its share of the time; when that gets short all rows have a greedy answer before any has
+samples, then as many samples as there is time for, and it says so.
 """
 
 from __future__ import annotations

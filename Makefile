@@ -1,5 +1,5 @@
 # People and CI run the same targets. The first two do all the set-up:
-#   make submission   predict eight pairs of examples/test.csv with the embedded model
+#   make submission   predict eight pairs of examples/test.csv with the embedded model, one answer each
 #   make test         lint, types and all tests
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraint
 .DELETE_ON_ERROR:
 
 submission: .venv/.submission
-	@$(BIN)/python -m submission predict examples/test.csv -o submission.csv --limit 8 --fresh
+	@$(BIN)/python -m submission predict examples/test.csv -o submission.csv --limit 8 --recover zero_shot --fresh
 	@echo
 	@head -n 6 submission.csv
 	@echo

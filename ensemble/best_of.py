@@ -32,6 +32,7 @@ from ensemble.models import RoleModel, embeds, likelihoods, parse_models, roles_
 from ensemble.pace import Pace, Turns
 from ensemble.sample import read, requests
 from ensemble.selectors import SELECTORS, Selector, entry_of, make_selectors
+from ensemble.selectors.combine import parts_of
 from ensemble.selectors.predicted import head_files
 from ensemble.sources import CandidateSource, parse_sources
 from eval.encoders import Encoder, find_encoder
@@ -94,7 +95,7 @@ class best_of:
             UserError: an unknown key or selector, a bad value, or no source.
         """
         options, _, _ = cls.parse(config)
-        unknown = [part for part in map(str.strip, options.selector.split("+")) if entry_of(part) is None]
+        unknown = [part for part in parts_of(options.selector) if entry_of(part) is None]
         if unknown and not options.weights:  # the names in their files are selectors too
             raise UserError(f"unknown selector {unknown[0]!r}; there are: {', '.join(SELECTORS)}, and sums of ranks")
 

@@ -6,15 +6,14 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from ensemble.candidates import Candidate, CandidateRow, Draw
 from ensemble.selectors import Selector
 from ensemble.selectors.asking import ask_ahead
-from submission.calls.likelihoods import Known
+from submission.calls.likelihoods import Likelihoods, Question
 from submission.errors import UserError
 from submission.predict.strategies import DEFAULT_PROMPT
-from submission.progress import Progress, show_lines, show_progress
+from submission.progress import show_progress
 
 LOG = logging.getLogger(__name__)
 
@@ -55,22 +54,25 @@ def score_rows(
     asked = [(row.pair, row.candidates) for row in rows if row.candidates]
     for model, questions in ask_ahead(selectors.values(), asked).values():
         if nested:
-            lines = show_lines(len(questions), doing="choosing", unit="likelihoods")
-            warn_of_failures(model.of(questions, partial(lines.advance, fell_back=False)))
-            continue
-        LOG.info(f"{len(questions)} questions to a model")
-        with show_progress(len(questions), 0, doing="asking", unit="questions") as progress:
-
-            def done(progress: Progress = progress) -> None:
-                progress.advance(fell_back=False)
-
-            found = model.of(questions, done)
-        warn_of_failures(found)
+            ask_together(model, questions, "choosing", "likelihoods", nested=True)
+        else:
+            LOG.info(f"{len(questions)} questions to a model")
+            ask_together(model, questions, "asking", "questions")
     return {name: _score(name, selector, rows) for name, selector in selectors.items()}
 
 
-def warn_of_failures(found: Sequence[Known]) -> None:
-    """Say how many questions have no answer, and why the first has none."""
+def ask_together(
+    model: Likelihoods, questions: Sequence[Question], doing: str, unit: str, *, nested: bool = False
+) -> None:
+    """Have a model answer questions, with progress; warns how many failed, and why the first did.
+
+    Args:
+        model: that is asked.
+        questions: whose answers it knows from then on.
+        doing, unit, nested: see `submission.progress.show_progress`.
+    """
+    with show_progress(len(questions), 0, doing=doing, unit=unit, nested=nested) as progress:
+        found = model.of(questions, progress.advance)
     if failures := [known.failure for known in found if known.failure]:
         LOG.warning(
             "%d of %d questions to a model failed, the first with: %s; other evidence decides in those rows",

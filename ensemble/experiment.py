@@ -267,8 +267,10 @@ def sentences(experiment: Experiment) -> Iterator[str]:
 
 def _check_heads(selectors: Sequence[str], rows: Sequence[CandidateRow], truth: Truth) -> None:
     """Refuse a head that was learned from these rows."""
-    for path in head_files(selectors):
-        check_unseen(path, read_head(path).seen, fitting.marks_of(rows, truth))
+    if files := head_files(selectors):
+        ours = fitting.marks_of(rows, truth)
+        for path in files:
+            check_unseen(path, read_head(path).seen, ours)
 
 
 def _in_order(candidates: Path, truth: Truth) -> list[CandidateRow]:

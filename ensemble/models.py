@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ensemble.selectors import SelectorEntry, Tools, entry_of
+from ensemble.selectors.combine import parts_of
 from eval.encoders import Encoder
 from submission.backends import AUTO, ModelSpec, model_spec
 from submission.backends.hardware import ALONE, Placement
@@ -75,7 +76,7 @@ def embeds(selectors: list[str]) -> bool:
 
 
 def _entries(selectors: list[str]) -> list[SelectorEntry | None]:
-    return [entry_of(part.strip()) for name in selectors for part in name.split("+")]
+    return [entry_of(part) for name in selectors for part in parts_of(name)]
 
 
 def with_gate(roles: set[str]) -> set[str]:

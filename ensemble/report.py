@@ -119,7 +119,6 @@ def _opening(e: Experiment) -> Iterator[str]:
     """What was done and what came out, in three sentences."""
     draws = sum(len(row.draws) for row in e.rows) / len(e.rows)
     oracle, first, best_one = e.line(ORACLE), e.line(FIRST), e.best_selector
-    searched = [line for line in e.lines if line.name == SEARCH]
     yield (
         f'{len(e.rows)} pairs were answered {draws:.0f} times each. "first" is the answer that a model gives on its '
         'own; the others choose among all answers. The "oracle" knows the truth: no choice among them can be better.'
@@ -129,12 +128,13 @@ def _opening(e: Experiment) -> Iterator[str]:
         gain = best_one.over_first
         verdict = "is better than the first answer" if gain.low > 0 else "is not shown to be better"
         yield f"The best way of choosing, {best_one.name}, {verdict}: {gain.shown('+.3f')}."
-    for line in searched:
-        yield (
-            f'"search" says the likeliest answers in other words of a grammar, and chooses among those too: '
-            f"{line.over_first.shown('+.3f')}. So it can pass the oracle. Where the prompts were made from that "
-            "grammar, as in the trial, this favours it."
-        )
+    for line in e.lines:
+        if line.name == SEARCH:
+            yield (
+                f'"search" says the likeliest answers in other words of a grammar, and chooses among those too: '
+                f"{line.over_first.shown('+.3f')}. So it can pass the oracle. Where the prompts were made from that "
+                "grammar, as in the trial, this favours it."
+            )
 
 
 def _short(line: SelectorResult) -> tuple[str, ...]:

@@ -25,13 +25,12 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from ensemble.best_of import BestOfOptions, Kit, best_of
 from ensemble.candidates import Candidate, CandidateRow, Draw
-from ensemble.choose import answer_of, score_rows, warn_of_failures
+from ensemble.choose import answer_of, ask_together, score_rows
 from ensemble.selectors.asking import softmax
 from ensemble.selectors.likelihood import Likelihood
 from ensemble.selectors.posterior import Evidence, Posterior, logprobs, weights
@@ -42,7 +41,6 @@ from submission.calls.supervisor import LostError
 from submission.data.scratch import key_of
 from submission.errors import UserError
 from submission.predict.strategies import Setup
-from submission.progress import show_lines
 from submission.prompts.grammar import GRAMMAR, Grammar, PromptKind, read_grammar, renderings
 
 LOG = logging.getLogger(__name__)
@@ -94,9 +92,9 @@ class search(best_of):
         options = self._options
         assert isinstance(options, SearchOptions)
         assert kit.target is not None
+        assert kit.encoder is not None
         drawn = super().choose(rows, kit)  # asks about all draws together
         try:
-            assert kit.encoder is not None
             return said_otherwise(drawn, kit.target, kit.encoder, options, self._grammar)
         except LostError as error:  # the choice among the draws is there
             LOG.error("nothing is said in other words: %s", error)
@@ -125,8 +123,7 @@ def said_otherwise(
     asked: list[Question] = []
     for row, plan in zip(rows, plans, strict=True):
         asked += target.ask(row.pair, plan.candidates)
-    lines = show_lines(len(asked), doing="in other words", unit="likelihoods")
-    warn_of_failures(model.of(asked, partial(lines.advance, fell_back=False)))
+    ask_together(model, asked, "in other words", "likelihoods", nested=True)
     encoder.embed([text for row, plan in zip(rows, plans, strict=True) for text in _texts(row, plan)])
     found: list[tuple[CandidateRow, Sequence[float]]] = []
     for (row, scores), plan in zip(drawn, plans, strict=True):

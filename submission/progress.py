@@ -42,7 +42,9 @@ class Progress(Protocol):
 
 
 @contextmanager
-def show_progress(total: int, done: int, *, doing: str = "predicting", unit: str = "rows") -> Iterator[Progress]:
+def show_progress(
+    total: int, done: int, *, doing: str = "predicting", unit: str = "rows", nested: bool = False
+) -> Iterator[Progress]:
     """Show progress while the block runs.
 
     Args:
@@ -50,18 +52,16 @@ def show_progress(total: int, done: int, *, doing: str = "predicting", unit: str
         done: rows that are finished already.
         doing: what the bar is called.
         unit: what is counted.
+        nested: within a run whose bar or lines are there already: plain lines, none if it is over in a moment.
     """
     pace = _Pace(total, done, unit)
-    if sys.stderr is not None and sys.stderr.isatty():
+    if nested:
+        yield _Lines(pace, f"{doing}: ", last=False)
+    elif sys.stderr is not None and sys.stderr.isatty():
         with _Bar(pace, doing) as bar:
             yield bar
     else:
         yield _Lines(pace)
-
-
-def show_lines(total: int, *, doing: str, unit: str) -> Progress:
-    """Progress of a part of a run whose bar or lines are there already: plain lines, none if it is over in a moment."""
-    return _Lines(_Pace(total, 0, unit), f"{doing}: ", last=False)
 
 
 class _Pace:

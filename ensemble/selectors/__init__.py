@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from ensemble.candidates import Candidate
 from ensemble.selectors import consensus, judges, likelihood, posterior, predicted, simple
 from ensemble.selectors.asking import Asking, Selector
-from ensemble.selectors.combine import combined
+from ensemble.selectors.combine import combined, parts_of
 from eval.encoders import Encoder
 from eval.head import read_head
 from submission.calls.likelihoods import Likelihoods
@@ -67,25 +67,21 @@ def entry_of(name: str) -> SelectorEntry | None:
     `predicted:FILE` is `predicted` with this head.
 
     Raises:
-        UserError: powers that are none.
+        UserError: powers that are none, or `predicted` without a file.
     """
-    base, colon, rest = name.partition(":")
-    make: Callable[[Tools], Selector]
-    if colon and base == "posterior":
-        evidence = posterior.Evidence.parse(rest)
-
-        def make(tools: Tools) -> Selector:
-            return posterior.Posterior(_encoder(tools), _target(tools), evidence)
-
-    elif base == predicted.NAME:
-        file = predicted.head_file(name)
-
-        def make(tools: Tools) -> Selector:
-            return predicted.Predicted(_encoder(tools), read_head(file))
-
-    else:
+    base, colon, powers = name.partition(":")
+    if base == predicted.NAME:
+        predicted.head_file(name)
+        return replace(SELECTORS[base], make=_by_head(name))
+    if not colon or base != "posterior":
         return SELECTORS.get(name)
-    return replace(SELECTORS[base], make=make)
+    evidence = posterior.Evidence.parse(powers)
+    return replace(SELECTORS[base], make=lambda tools: posterior.Posterior(_encoder(tools), _target(tools), evidence))
+
+
+def _by_head(name: str) -> Callable[[Tools], Selector]:
+    """Makes `predicted:FILE`."""
+    return lambda tools: predicted.Predicted(_encoder(tools), read_head(predicted.head_file(name)))
 
 
 def _encoder(tools: Tools) -> Encoder:
@@ -139,7 +135,7 @@ SELECTORS: dict[str, SelectorEntry] = {
     ),
     predicted.NAME: SelectorEntry(
         "the generator's log-probability, and nearness to the prompt's predicted embedding: predicted:head.safetensors",
-        lambda tools: predicted.Predicted(_encoder(tools), read_head(predicted.head_file(predicted.NAME))),
+        _by_head(predicted.NAME),
         embeds=True,
         file=True,
     ),
@@ -179,7 +175,7 @@ def make_selectors(names: list[str], tools: Tools) -> dict[str, Selector]:
             weights = tools.weights[name]
             made[name] = combined([one(part) for part in weights], list(weights.values()), ranks=False)
         elif "+" in name:
-            parts = [part.strip() for part in name.split("+")]
+            parts = parts_of(name)
             made[name] = combined([one(part) for part in parts], [1.0] * len(parts), ranks=True)
         else:
             made[name] = one(name)

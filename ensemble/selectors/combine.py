@@ -11,6 +11,11 @@ from submission.calls.likelihoods import Likelihoods, Question
 from submission.types import Pair
 
 
+def parts_of(name: str) -> list[str]:
+    """The selectors of a sum of ranks, `a+b`; the name itself where it is none."""
+    return [part.strip() for part in name.split("+")]
+
+
 class combined:
     """The weighted sum of what several selectors say, each brought to a scale of its own within a row.
 

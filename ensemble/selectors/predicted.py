@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ensemble.candidates import Candidate
+from ensemble.selectors.combine import parts_of
 from ensemble.selectors.posterior import logprobs
 from eval.encoders import Encoder
 from eval.grouping import unit_vectors
@@ -54,5 +55,5 @@ def head_file(name: str) -> Path:
 
 def head_files(selectors: Iterable[str]) -> list[Path]:
     """The files of heads that these selectors, or the parts of sums, name."""
-    parts = [part.strip() for name in selectors for part in name.split("+")]
+    parts = [part for name in selectors for part in parts_of(name)]
     return list(dict.fromkeys(head_file(part) for part in parts if part.partition(":")[0] == NAME))

@@ -73,7 +73,7 @@ def estimate(config: RunConfig) -> dict[str, float]:
     if isinstance(spec, ModelSpec):
         lengths, truncated, context = _count(made, spec, left())
         figures |= {"tokens": sum(lengths), "longest": max(lengths, default=0), "truncated": truncated}
-        answers, new_tokens = getattr(made.strategy, "answers", {}).get(role, _usual(made))
+        answers, new_tokens = _asked_of(made, role)
         LOG.info(f"tokens     {sum(lengths)} in the prompts, {max(lengths, default=0)} in the longest, up to "
             f"{answers * new_tokens * rows_left} new ones")  # fmt: skip
         LOG.info(f"truncated  {truncated} rows have texts cut to fit a context of {context} tokens")
@@ -100,11 +100,10 @@ def estimate(config: RunConfig) -> dict[str, float]:
 def _capacity(made: Plan, rows: int, prompt_tokens: int) -> dict[str, float]:
     """Minutes by machine where all models fit, one after the other; all figures are told."""
     totals: list[list[Fit]] = []
-    asked: Mapping[str, tuple[int, int]] = getattr(made.strategy, "answers", {})
     for role, spec in made.roles.items():
         if not isinstance(spec, ModelSpec) or spec.backend not in _OF_FOLDERS or not Path(spec.model).is_dir():
             continue
-        answers, new_tokens = asked.get(role, _usual(made))
+        answers, new_tokens = _asked_of(made, role)
         try:
             shape = ModelShape.from_config(read_json(Path(spec.model) / "config.json"))
         except UserError as error:  # of a kind that the plan does not know
@@ -121,9 +120,10 @@ def _capacity(made: Plan, rows: int, prompt_tokens: int) -> dict[str, float]:
     return {f"minutes_{one.machine.name}": round(one.minutes, 1) for one in machines if one.fits}
 
 
-def _usual(made: Plan) -> tuple[int, int]:
-    """Answers of a row, and their most tokens, of a strategy that says nothing of them."""
-    return max(1, made.config.sampling.n), made.config.sampling.max_new_tokens
+def _asked_of(made: Plan, role: str) -> tuple[int, int]:
+    """Answers that a row asks of a role at most, and their most tokens; the run's where the strategy does not say."""
+    asked: Mapping[str, tuple[int, int]] = getattr(made.strategy, "answers", {})
+    return asked.get(role, (max(1, made.config.sampling.n), made.config.sampling.max_new_tokens))
 
 
 def _too_large(made: Plan) -> str:

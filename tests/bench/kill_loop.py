@@ -92,7 +92,7 @@ def kill_loop(folder: Path, *, backend: str, rows: int, kills: int, seed: int, v
     options = {
         "scripted": ["--backend", "scripted", "--set", "seconds_per_row=0.05"],
         # Two rows at a time: with the usual number the run would be over after a few kills.
-        "embedded": ["--max-new-tokens", "16", "--set", "streams=2"],
+        "embedded": ["--recover", "zero_shot", "--max-new-tokens", "16", "--set", "streams=2"],
         "ensemble": ["--recover", "best_of", "--recover-config", str(folder / "best_of.toml")],
         "search": ["--recover", "search", "--recover-config", str(folder / "search.toml")],
     }[backend]

@@ -1,13 +1,14 @@
 # People and CI run the same targets. The first two do all the set-up:
 #   make submission   predict eight pairs of examples/test.csv with the embedded model, one answer each
-#   make test         lint, types and all tests
+#   make test         lint, types and tests, about ten minutes
+#   make test-all     slow tests too
 PYTHON ?= python3
 BIN := .venv/bin
 VLLM := .venv-vllm/bin
 PYTEST := pytest -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: submission test coverage check format docs docs-check examples data kill-loop deadline-loop kernel-kills ray-kills fuzz throughput study \
+.PHONY: submission test test-all coverage check format docs docs-check examples data kill-loop deadline-loop kernel-kills ray-kills fuzz throughput study \
 	test-vllm clean
 .DELETE_ON_ERROR:
 
@@ -20,6 +21,9 @@ submission: .venv/.submission
 
 # Two processes, each test file in one of them: files share models that are made once.
 test: check
+	$(BIN)/python -m $(PYTEST) -m "not slow"
+
+test-all: check
 	$(BIN)/python -m $(PYTEST)
 
 # Lines and branches that the tests reach, in the processes that they start too (not in those that they kill).

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import hypothesis
 import pytest
@@ -23,8 +23,12 @@ import pytest
 from submission.backends.models import embedded_gguf
 from submission.data.tables import write_table
 from submission.types import Backend, Chat, Completion, Failure, LogLikelihood, Pair, Request
+from tests.threads import Threads
 from tests.tiny_models import cut_gguf
 from tests.warm import Warm
+
+if TYPE_CHECKING:
+    from eval.encoders import Encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIR_HEADER = ("id", "original_text", "rewritten_text")
@@ -55,6 +59,12 @@ class Finished:
 Cli = Callable[..., Finished]
 
 
+def pytest_sessionstart() -> None:
+    """One of several processes of a test run will run commands."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        _WARM.start(environment())
+
+
 def command(*arguments: object, room: str = "submission") -> list[str]:
     """The command line of `python -m ROOM` with arguments."""
     return [sys.executable, "-m", room, *map(str, arguments)]
@@ -76,6 +86,16 @@ def runner(room: str, folder: Path) -> Cli:
         return Finished(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def _same_environment() -> Iterator[None]:
+    """What a test, or a package that it imports, puts into the environment ends with it."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture
@@ -171,6 +191,24 @@ def pairs_csv(tmp_path: Path) -> Path:
 def example_pairs() -> list[Pair]:
     """The pairs of examples/test.csv."""
     return [Pair(*row) for row in read_csv(ROOT / "examples" / "test.csv")[1:]]
+
+
+@pytest.fixture
+def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoders whose workers are threads here: a process takes ten seconds to import what they need."""
+    monkeypatch.setattr("submission.calls.ways.Processes", Threads)
+
+
+@pytest.fixture(scope="session")
+def encoder() -> Encoder:
+    """The embedded encoder, in a thread."""
+    from eval.encoders import find_encoder
+
+    found = find_encoder("embedded", cached=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("submission.calls.ways.Processes", Threads)
+        found.embed(["loaded"], keep=False)
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -270,6 +308,6 @@ def _write_recipe(folder: Path, tiny: Path) -> Path:
         f"train = {train}\nvalidation = {train}\n"
         "max_tokens = 224\nbatch = 2\naccumulation = 2\nmax_steps = 12\nevaluate_every = 4\nevaluation_rows = 4\n"
         'save_every = 4\nwarmup_steps = 2\nlearning_rate = 1e-2\noptimizer = "adamw_torch"\n'
-        "gradient_checkpointing = false\n"
+        "gradient_checkpointing = false\nsamples = 0\n"
     )
     return path

@@ -107,6 +107,7 @@ def test_four_bits_are_real_and_answer(hf_folder: Path) -> None:
     assert completion.text.strip()
 
 
+@pytest.mark.slow
 def test_the_embedded_model_runs_in_transformers_too() -> None:
     backend = model_spec("transformers").load()
     chat = Chat(CAPITAL.messages, prefix="The capital of France is")
@@ -115,9 +116,9 @@ def test_the_embedded_model_runs_in_transformers_too() -> None:
 
 
 def test_predict_runs_offline_on_the_examples(cli: Cli, tmp_path: Path) -> None:
-    done = cli("predict", ROOT / "examples" / "test.csv", "-o", "s.csv", "--limit", 3, "--json")
+    done = cli("predict", ROOT / "examples" / "test.csv", "-o", "s.csv", "--limit", 2, "--json")
     assert done.code == 0, done.err
-    assert {"rows": 3, "fallbacks": 0, "computed": 3}.items() <= done.summary.items()
+    assert {"rows": 2, "fallbacks": 0, "computed": 2}.items() <= done.summary.items()
     assert done.summary["rows_per_second"] > 0
     assert all(row[1].startswith("Rewrite this text") for row in read_csv(tmp_path / "s.csv")[1:])
     page = cli("inspect", "story-train", "--run", "s.csv").out
@@ -130,7 +131,7 @@ def test_predict_runs_offline_on_the_examples(cli: Cli, tmp_path: Path) -> None:
 
 def test_predict_with_transformers_gives_a_valid_file(cli: Cli, hf_folder: Path) -> None:
     options = ("--backend", "transformers", "--model", hf_folder, "--max-new-tokens", 8, "--set", "batch=4")
-    done = cli("predict", ROOT / "examples" / "test.csv", "-o", "s.csv", "--limit", 6, *options, "--json")
+    done = cli("predict", ROOT / "examples" / "test.csv", "-o", "s.csv", "--limit", 3, *options, "--json")
     assert done.code == 0, done.err
     assert done.summary["fallbacks"] == 0
 

@@ -485,6 +485,7 @@ def test_workers_outlive_the_thread_that_asked_first(tmp_path: Path) -> None:
         assert processes(models) == before
 
 
+@pytest.mark.slow
 def test_a_hang_costs_a_part_of_the_time_that_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("submission.calls.supervisor._KNOWN", 5)
     monkeypatch.setattr("submission.calls.supervisor._SLOWER", 0.0)

@@ -114,6 +114,7 @@ def test_what_dies_on_the_cluster_loses_no_row_and_doubles_none(
             nodes.remove_node(more, allow_graceful=False)
 
 
+@pytest.mark.slow
 def test_the_deadline_holds_on_a_cluster(nodes: Any, cli: Cli) -> None:
     options = ("--backend", "scripted", "--set", "hang_ids=diary-snow", "--ray", nodes.address, "--workers", 2)
     done = cli("predict", TABLE, "-o", "out.csv", *options, "--deadline", "20s", "--json")
@@ -134,6 +135,7 @@ def test_workers_that_find_room_begin(
     assert "has no room for worker" in caplog.text
 
 
+@pytest.mark.slow
 def test_kills_of_anything_lose_no_row(nodes: Any, tmp_path: Path) -> None:
     killed = one_run(nodes, tmp_path, "scripted", rows=200, kills=2, draw=random.Random(1))
     assert killed.total() == 2

@@ -50,7 +50,7 @@ class Case:
 
 CONTEXT = 256  # tokens, so that a prompt is soon too long
 CASES = {
-    "transformers": Case(("batch=8", "dtype=float32"), model="hf_folder", nats=0.001, draws=200),
+    "transformers": Case(("batch=8", "dtype=float32"), model="hf_folder", nats=0.001, draws=100),
     "llama_cpp": Case(model="exact_gguf", nats=0.05),  # keys in 16 bits
     "openvino": Case(("dtype=float32",), nats=0.02),  # weights in 16 bits
     "vllm": Case(("dtype=float32", "streams=8", "memory=1000", "threads=1"), model="hf_folder", nats=0.001, draws=100),
@@ -311,7 +311,7 @@ def test_samples_follow_the_probabilities(
     probabilities = truncated(logits, sampling)
     named = {int(token): reference.encoder.text([int(token)]) for token in np.argsort(-probabilities)[:200]}
     counts = Counter({token: found[text] for token, text in named.items() if list(named.values()).count(text) == 1})
-    assert sum(counts.values()) > 0.9 * case.draws
+    assert sum(counts.values()) > 0.8 * case.draws
     # Engines round logits differently, which so many samples must not show.
     assert chi_square_excess(counts, probabilities, case.draws) < 6
 

@@ -123,8 +123,8 @@ def test_an_encoder_with_damaged_weights_is_an_error_not_a_number(sentence_t5: P
 
 
 @pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache of its own, and no handle of another test."""
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_threads: None) -> Iterator[Path]:
+    """A cache of its own, and no handle of another test; workers are threads."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     _shared.cache_clear()
     _shared_log.cache_clear()

@@ -21,7 +21,7 @@ from ensemble.selectors import Tools, make_selectors
 from ensemble.selectors.consensus import Consensus
 from ensemble.selectors.judges import MOST, Pick, Rate, YesNo
 from ensemble.sources import parse_sources
-from eval.encoders import Encoder, find_encoder
+from eval.encoders import Encoder
 from submission.backends.scripted import Scripted
 from submission.calls.likelihoods import Likelihoods
 from submission.errors import UserError
@@ -37,11 +37,6 @@ PAIR = Pair("1", "The cat sat.", "Upon the mat, a cat!")
 def run(tmp_path: Path) -> Cli:
     """Run `python -m ensemble ...` in the test's folder."""
     return runner("ensemble", tmp_path)
-
-
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    return find_encoder("embedded", cached=False)
 
 
 def candidates(*texts: str) -> tuple[Candidate, ...]:

@@ -14,7 +14,7 @@ import pytest
 
 from eval.compare import compare, figures, read_system
 from eval.constant import Search, fit_constant
-from eval.encoders import Encoder, find_encoder
+from eval.encoders import Encoder
 from eval.report import Figure, Section, Table, write_report
 from eval.retrieval import PairIndex
 from eval.scoring import read_truth
@@ -33,11 +33,6 @@ TRIPLETS = ("id", "original_text", "rewritten_text", "rewrite_prompt")
 def run(tmp_path: Path) -> Cli:
     """Run `python -m eval ...` in the test's folder."""
     return runner("eval", tmp_path)
-
-
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    return find_encoder("embedded", cached=False)
 
 
 def predictions(path: Path, prompts: dict[str, str]) -> Path:

@@ -109,12 +109,12 @@ def test_a_converter_that_is_not_reached_is_said(hf_folder: Path, tmp_path: Path
 
 def test_a_recipe_runs_all_stages_and_a_second_time_none(run: Cli, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(
-        "[prompts]\nsize = 24\n[texts]\nwrite = 12\nmax_new_tokens = 30\nmin_words = 8\n"
+        "[prompts]\nsize = 14\n[texts]\nwrite = 7\nmax_new_tokens = 30\nmin_words = 8\n"
         "[rewrites]\nmax_new_tokens = 24\n"
         "keep_cut = true\n[screens]\nunchanged = 0\nunrelated = 0\nrefusals = false\n"
         f"[sft]\nbase = {json.dumps(str(tiny))}\nmax_tokens = 512\nmax_steps = 3\nevaluate_every = 3\nsamples = 1\n"
         'evaluation_rows = 2\noptimizer = "adamw_torch"\ngradient_checkpointing = false\ntemplate = "brief"\n'
-        '[score]\nbackend = "transformers"\nbaselines = ["constant", "constant_fitted", "zero_shot"]\n'
+        '[score]\nbackend = "transformers"\nbaselines = ["constant", "zero_shot"]\n'
         "max_new_tokens = 8\nlimit = 3\n"
     )
     arguments = ("run", "r.toml", "--set", "output=made")
@@ -125,7 +125,7 @@ def test_a_recipe_runs_all_stages_and_a_second_time_none(run: Cli, tiny: Path, t
         "train.parquet", "validation.parquet", "test.parquet",
     }  # fmt: skip
     score = json.loads((made / "score.json").read_text())
-    assert set(score["systems"]) == {"constant", "constant_fitted", "zero_shot", "tuned"}
+    assert set(score["systems"]) == {"constant", "zero_shot", "tuned"}
     assert score["reference"] == "tuned"
     again = run(*arguments, "--set", "gguf.quantizations=F16,Q8_0")
     if NOT_REACHED in again.err:

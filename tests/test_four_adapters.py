@@ -57,6 +57,7 @@ def expected(models: list[Attached], folder: Path, rows: int) -> list[str]:
     return [" ".join(text if text.endswith(ended) else f"{text}." for text in [*texts, CONSTANT]) for texts in found]
 
 
+@pytest.mark.slow
 def test_four_adapters_on_two_bases_answer_and_kills_change_nothing(
     four: tuple[Path, list[Attached]], tmp_path: Path
 ) -> None:
@@ -208,7 +209,7 @@ def test_what_one_source_answered_counts_when_the_next_one_hangs(answers: list[s
     )
     predict: Cli = runner("submission", tmp_path)
     done = predict("predict", "test.csv", "-o", "s.csv", "--recover", "ensemble.best_of:best_of", "--recover-config",
-                   "b.toml", "--deadline", "15s", "--json")  # fmt: skip
+                   "b.toml", "--deadline", "10s", "--json")  # fmt: skip
     assert done.code == 0, done.err
     assert done.summary["fallbacks"] == 0
     assert all(row[1].startswith(f"Make it a {row[0]}") for row in read_csv(tmp_path / "s.csv")[1:])

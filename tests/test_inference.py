@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from submission.prompts.encoding import EncodedPrompt
 from submission.prompts.templates import TEMPLATES, render_rewrite
 from submission.types import Backend, Chat, Message, Pair, Part, Request, Sampling, Triplet
 from tests.bench.parity import compare_greedy
-from tests.conftest import ROOT, Cli, environment, generated, read_csv
+from tests.conftest import ROOT, Cli, generated, read_csv, runner
 
 CAPITAL = Chat((Message("user", (Part("What is the capital of France?"),)),))
 
@@ -58,10 +57,10 @@ def candidates(pairs: Sequence[Pair]) -> list[tuple[str, Chat, str]]:
 
 def test_greedy_answers_in_a_batch_are_those_of_one_row_at_a_time(llama: LlamaCpp, example_pairs: list[Pair]) -> None:
     """Kernels round by the shape of a batch: where answers part, the two tokens were level."""
-    asked = [Request(key, chat, Sampling(max_new_tokens=16)) for key, chat in chats(example_pairs[:6])]
+    asked = [Request(key, chat, Sampling(max_new_tokens=12)) for key, chat in chats(example_pairs[:4])]
     result = compare_greedy(llama, asked)
-    assert result.rows == 6
-    assert result.equal >= 5
+    assert result.rows == 4
+    assert result.equal >= 3
     assert result.largest_gap < 0.1
 
 
@@ -127,7 +126,7 @@ def test_the_cache_of_a_model_on_gpus_is_bounded_by_their_memory(
 
 
 def test_little_memory_changes_the_speed_and_no_answer(llama: LlamaCpp, example_pairs: list[Pair]) -> None:
-    asked = [Request(key, chat, Sampling(max_new_tokens=4)) for key, chat in chats(example_pairs[:3])]
+    asked = [Request(key, chat, Sampling(max_new_tokens=4)) for key, chat in chats(example_pairs[:2])]
     tight = model_spec("llama_cpp", settings=["memory=1", "batch=40"]).load()
     answers = {key: c[0].text for key, c in generated(tight, asked).items()}
     assert set(answers) == {request.key for request in asked}
@@ -168,16 +167,13 @@ def test_another_adapter_takes_the_place_of_the_default_one() -> None:
 
 
 def test_throughput_compares_with_what_would_be_used_instead(shallow_gguf: Path, tmp_path: Path) -> None:
-    import subprocess
-
-    command = [sys.executable, "-m", "eval", "throughput", ROOT / "examples" / "test.csv", "--shots",
-               ROOT / "examples" / "train.csv", "--rows", 3, "--max-new-tokens", 3, "--repeats", 1, "--no-transformers",
-               "--model", shallow_gguf, "--plot", "speed.png", "--json"]  # fmt: skip
-    done = subprocess.run(
-        list(map(str, command)), cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
+    examples = ROOT / "examples"
+    done = runner("eval", tmp_path)(
+        "throughput", examples / "test.csv", "--shots", examples / "train.csv", "--rows", 3, "--max-new-tokens", 3,
+        "--repeats", 1, "--no-transformers", "--model", shallow_gguf, "--plot", "speed.png", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    figures = done.summary
     assert list(figures) == ["zero_shot", "few_shot", "samples", "likelihood"]
     ways = figures["zero_shot"]["ways"]
     assert ways["this program"]["ratio"] == 1

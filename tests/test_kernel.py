@@ -136,6 +136,7 @@ def test_a_kernel_predicts_in_both_layouts(tmp_path: Path, wheel: Path, layout: 
     assert outcome.log.splitlines()[-1].startswith("PREDICTED")
 
 
+@pytest.mark.slow
 def test_the_packaged_model_answers_in_a_kernel(tmp_path: Path, wheel: Path) -> None:
     model = kernel.PACKAGED[0]
     outcome = run(tmp_path, make_bundle(tmp_path / "bundle", wheel, f'model = "{model}"\n'), IDS[:2])

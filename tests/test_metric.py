@@ -8,18 +8,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from eval.encoders import Encoder, find_encoder
+from eval.encoders import Encoder
 from eval.grouping import near_duplicate_groups
 from eval.intervals import Interval, bootstrap, rows_needed
 from eval.metric import EPSILON, sharpened_cosine, sharpened_cosines
 from eval.scoring import score_texts
 
 Floats = NDArray[np.float64]
-
-
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    return find_encoder("embedded", cached=False)
 
 
 def by_the_formula(s: Floats, k: Floats) -> float:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import struct
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -793,13 +792,6 @@ def test_a_run_that_ignores_the_end_of_its_terminal_goes_on(pairs_csv: Path, tmp
 def test_damaged_files_cause_no_traceback_and_cost_no_file(kind: str) -> None:
     """A few of the cases of `make fuzz`; the number of the day is their seed."""
     cases = {"gguf": 24, "adapter": 16}.get(kind, 30)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz", "--kind", kind, "--cases", str(cases), "--seed", "20", "--minutes", "5"],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    assert f"{cases} cases, 0 in trouble" in done.stdout
+    done = runner("tests.fuzz", ROOT)("--kind", kind, "--cases", cases, "--seed", 20, "--minutes", 5)
+    assert done.code == 0, done.out + done.err
+    assert f"{cases} cases, 0 in trouble" in done.out

@@ -92,12 +92,12 @@ def sentencepiece_gguf(sentencepiece_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def encoders(sentencepiece_folder: Path, sentencepiece_gguf: Path) -> dict[str, ChatEncoder]:
+def encoders(hf_folder: Path, sentencepiece_folder: Path, sentencepiece_gguf: Path) -> dict[str, ChatEncoder]:
     """An encoder of every kind."""
     vocabulary = open_model(sentencepiece_gguf, vocab_only=True, gpu_layers=0)
     return {
         "embedded GGUF": model_spec("llama_cpp").load_encoder(),
-        "embedded HF": model_spec("transformers").load_encoder(),
+        "embedded HF": model_spec("transformers", str(hf_folder)).load_encoder(),
         "sentencepiece HF": model_spec("transformers", str(sentencepiece_folder)).load_encoder(),
         "sentencepiece GGUF": ChatEncoder(GgufTokenizer(vocabulary), 2048),
         "words": ChatEncoder(WordTokenizer(), 4000),

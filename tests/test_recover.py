@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,14 @@ def test_wrong_pairs_are_refused_by_name() -> None:
     assert recover([], **SCRIPTED) == []
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT / "examples")
     names: dict[str, Any] = {}
     for number, cell in enumerate(json.loads(Path("quickstart.ipynb").read_text(encoding="utf-8"))["cells"]):
         if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+            source = re.sub(r"\.head\(\d+\)", ".head(2)", "".join(cell["source"]))  # fewer rows of each table
+            exec(compile(source, f"cell {number}", "exec"), names)
     assert set(names["frame"]["status"]) == {"ok"}
     assert names["truth"]["score"].between(-1, 1).all()
     assert names["rows"]["best of nine"].str.startswith("Rewrite this").all()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from submission.backends.transformers.loading import load_tokenizer
 from submission.backends.transformers.tokenizer import HfTokenizer
 from submission.data.tables import read_triplets
 from submission.errors import UserError
+from submission.prompts.encoding import ChatEncoder
 from submission.prompts.templates import TEMPLATES, get_template
 from submission.types import Pair, Triplet
 from tests.conftest import ROOT, Cli, command, environment, read_csv, runner
@@ -44,6 +46,12 @@ def history(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+@cache
+def loaded(folder: Path) -> tuple[HfTokenizer, ChatEncoder]:
+    """The tokenizer for training, and what makes prompts."""
+    return HfTokenizer(load_tokenizer(folder)), model_spec("transformers", str(folder)).load_encoder()
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("triplet", [AS_ASKED, HOSTILE], ids=["plain", "hostile"])
 @pytest.mark.parametrize("shots", [(), (AS_ASKED,)], ids=["zero-shot", "one shot"])
@@ -53,10 +61,9 @@ def test_training_ids_up_to_the_answer_are_those_of_inference(
 ) -> None:
     folder = {"embedded": hf_folder, "sentencepiece": sentencepiece_folder}[kind]
     template = get_template(name)
-    tokenizer = HfTokenizer(load_tokenizer(folder))
+    tokenizer, inference = loaded(folder)
     example = AnswerEncoder(tokenizer, template, 2048).encode(triplet, shots)
     assert example is not None
-    inference = model_spec("transformers", str(folder)).load_encoder()
     prompt = inference.encode_for(template.render(triplet.pair, shots), 40).ids
     assert example.ids[: example.answer_from] == prompt
     answer = example.ids[example.answer_from :]
@@ -104,6 +111,7 @@ def test_a_run_that_was_killed_has_the_losses_of_one_that_was_not(
     assert "rank: 16 there, 8 here" in other.err
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one_with_the_doubled_batch(run: Cli, recipe: Path, tmp_path: Path) -> None:
     same = ("--set", "dropout=0", "--set", "save_every=12", "--set", "max_steps=6")
     for name, batch in {"one": 4, "accumulated": 2}.items():

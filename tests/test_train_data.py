@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.encoders import Encoder, find_encoder
+from eval.encoders import Encoder
 from submission.calls.likelihoods import Likelihoods
 from submission.calls.log import Log
 from submission.calls.models import open_models
@@ -38,11 +38,6 @@ TRIPLETS = ("id", "original_text", "rewritten_text", "rewrite_prompt")
 def run(tmp_path: Path) -> Cli:
     """Run `python -m train ...` in the test's folder."""
     return runner("train", tmp_path)
-
-
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    return find_encoder("embedded", cached=False)
 
 
 # -- prompts ------------------------------------------------------------------------------------------------
@@ -109,7 +104,7 @@ def test_distinct_prompts_are_as_many_as_asked_for(encoder: Encoder) -> None:
     assert len(found) == 60
     assert without_near_duplicates(found, encoder, 0.9) == found
     with pytest.raises(UserError, match="no near-duplicates"):
-        take_distinct(read_grammar(), 60, encoder, near=0.05)
+        take_distinct(read_grammar(), 8, encoder, near=0.05)
 
 
 # -- texts --------------------------------------------------------------------------------------------------

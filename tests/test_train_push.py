@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from submission.errors import UserError
 from submission.publish.image import Image
 from submission.publish.metadata import check_metadata
-from tests.conftest import ROOT
+from tests.conftest import ROOT, runner
 from tests.kaggle_server import USER, KaggleServer
 from tests.test_publish import needs_client, server
 from train.gguf import Gguf
@@ -29,7 +30,6 @@ from train.push import (
     missing,
     push_training,
     read_training,
-    run_session,
 )
 from train.session import REPORT, TUNING, Work, take_over
 from train.session import main as session
@@ -45,6 +45,14 @@ BASE = "google/gemma/transformers/7b-it/3"
 def training(recipe: Path) -> Training:
     """Twelve steps on the tiny model, which stands for a base on Kaggle."""
     return Training(read_sft(recipe, ["samples=0"]), None, BASE)
+
+
+def in_session(root: Path) -> tuple[int, str, dict[str, Any]]:
+    """Exit code, log and report of a session."""
+    done = runner("tests.session", root)(root)
+    assert done.code == 0, done.err
+    code, log, report = json.loads(done.out.splitlines()[-1])
+    return int(code), str(log), dict(report)
 
 
 def test_a_session_that_was_killed_goes_on_from_its_output(training: Training, tiny: Path, tmp_path: Path) -> None:
@@ -69,7 +77,7 @@ def test_a_session_that_was_killed_goes_on_from_its_output(training: Training, t
     (root / "working" / REPORT).write_text("{}")  # Kaggle ends a session; here the report of one that was in time
     again = tmp_path / "two" / "kaggle"
     lay_out_session(again, "nested", tmp_path / "bundle", training, tiny, root / "working")
-    code, log, report = run_session(again, [sys.executable])
+    code, log, report = in_session(again)
     assert code == 0, log
     assert (report["state"], report["reason"], report["left_out"]) == ("trained", "", {}), log
     assert 4 <= report["resumed_from"] < report["step"] == report["steps"] == 12
@@ -83,7 +91,7 @@ def test_a_session_that_was_killed_goes_on_from_its_output(training: Training, t
 def test_a_session_whose_time_is_up_says_so(training: Training, tiny: Path, tmp_path: Path) -> None:
     make_bundle(replace(training, deadline=0.1), tmp_path / "bundle", wheels=False)
     lay_out_session(tmp_path / "one" / "kaggle", "flat", tmp_path / "bundle", training, tiny, None)
-    code, log, report = run_session(tmp_path / "one" / "kaggle", [sys.executable])
+    code, log, report = in_session(tmp_path / "one" / "kaggle")
     assert (code, report["state"]) == (1, "failed"), log
     assert "the time was up" in report["reason"]
 

@@ -109,6 +109,7 @@ class Watchdog:
     def stand_down(self) -> None:
         """The main thread is finishing by itself."""
         self._done.set()
+        os.write(self._writing, b"\0")  # no signal: it wakes the thread
 
     def _interrupt(self, signum: int, frame: FrameType | None) -> None:
         del frame

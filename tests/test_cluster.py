@@ -123,6 +123,7 @@ def test_the_deadline_holds_on_a_cluster(nodes: Any, cli: Cli) -> None:
     assert done.summary["seconds"] < 20
 
 
+@pytest.mark.slow
 def test_workers_that_find_room_begin(
     nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -166,7 +167,7 @@ def test_a_model_that_is_missing_on_a_node_names_the_node(tmp_path: Path) -> Non
     assert f"on node {socket.gethostname()}" in words
 
 
-@pytest.mark.parametrize("listens", [False, True])
+@pytest.mark.parametrize("listens", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_cluster_that_is_not_there_is_said_within_seconds(cli: Cli, listens: bool) -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

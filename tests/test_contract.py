@@ -50,7 +50,7 @@ class Case:
 
 CONTEXT = 256  # tokens, so that a prompt is soon too long
 CASES = {
-    "transformers": Case(("batch=8", "dtype=float32"), model="hf_folder", nats=0.001, draws=100),
+    "transformers": Case(("batch=8", "dtype=float32"), model="hf_folder", nats=0.001, draws=200),
     "llama_cpp": Case(model="exact_gguf", nats=0.05),  # keys in 16 bits
     "openvino": Case(("dtype=float32",), nats=0.02),  # weights in 16 bits
     "vllm": Case(("dtype=float32", "streams=8", "memory=1000", "threads=1"), model="hf_folder", nats=0.001, draws=100),
@@ -297,7 +297,7 @@ def test_the_same_seed_gives_the_same_samples_and_another_one_others(backend: Ba
     four = sampled("q", 4, 7)
     assert len(set(four)) > 1
     assert sampled("q", 4, 7, beside=QUESTIONS[1:]) == four
-    assert sampled("q", 26, 7)[:4] == four, "a sample does not depend on how many there are"
+    assert sampled("q", 10, 7)[:4] == four, "a sample does not depend on how many there are"
     assert sampled("q2", 4, 7) != four != sampled("q", 4, 8)
 
 
@@ -311,7 +311,7 @@ def test_samples_follow_the_probabilities(
     probabilities = truncated(logits, sampling)
     named = {int(token): reference.encoder.text([int(token)]) for token in np.argsort(-probabilities)[:200]}
     counts = Counter({token: found[text] for token, text in named.items() if list(named.values()).count(text) == 1})
-    assert sum(counts.values()) > 0.8 * case.draws
+    assert sum(counts.values()) > 0.9 * case.draws
     # Engines round logits differently, which so many samples must not show.
     assert chi_square_excess(counts, probabilities, case.draws) < 6
 

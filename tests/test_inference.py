@@ -55,6 +55,7 @@ def candidates(pairs: Sequence[Pair]) -> list[tuple[str, Chat, str]]:
     return items + [(f"{key} backward {n}", chat, f" {p}") for key, chat in chats(pairs) for n, p in enumerate(prompts)]
 
 
+@pytest.mark.slow
 def test_greedy_answers_in_a_batch_are_those_of_one_row_at_a_time(llama: LlamaCpp, example_pairs: list[Pair]) -> None:
     """Kernels round by the shape of a batch: where answers part, the two tokens were level."""
     asked = [Request(key, chat, Sampling(max_new_tokens=12)) for key, chat in chats(example_pairs[:4])]
@@ -125,6 +126,7 @@ def test_the_cache_of_a_model_on_gpus_is_bounded_by_their_memory(
     assert _limits(llama._model, Options()).tokens == _limits(llama._model, Options(gpu_layers=0)).tokens
 
 
+@pytest.mark.slow
 def test_little_memory_changes_the_speed_and_no_answer(llama: LlamaCpp, example_pairs: list[Pair]) -> None:
     asked = [Request(key, chat, Sampling(max_new_tokens=4)) for key, chat in chats(example_pairs[:2])]
     tight = model_spec("llama_cpp", settings=["memory=1", "batch=40"]).load()
@@ -136,6 +138,7 @@ def test_little_memory_changes_the_speed_and_no_answer(llama: LlamaCpp, example_
     assert {key: len(c) for key, c in generated(tight, many).items()} == {request.key: 2 for request in many}
 
 
+@pytest.mark.slow
 def test_continuous_batching_of_transformers_gives_the_same_answers(
     hf: Backend, hf_folder: Path, example_pairs: list[Pair]
 ) -> None:
@@ -169,7 +172,7 @@ def test_another_adapter_takes_the_place_of_the_default_one() -> None:
 def test_throughput_compares_with_what_would_be_used_instead(shallow_gguf: Path, tmp_path: Path) -> None:
     examples = ROOT / "examples"
     done = runner("eval", tmp_path)(
-        "throughput", examples / "test.csv", "--shots", examples / "train.csv", "--rows", 3, "--max-new-tokens", 3,
+        "throughput", examples / "test.csv", "--shots", examples / "train.csv", "--rows", 2, "--max-new-tokens", 2,
         "--repeats", 1, "--no-transformers", "--model", shallow_gguf, "--plot", "speed.png", "--json",
     )  # fmt: skip
     assert done.code == 0, done.err

@@ -209,7 +209,7 @@ def test_a_process_that_is_killed_goes_on_where_it_was(tmp_path: Path, wheel: Pa
     assert told["result"]["computed"] < 20
 
 
-@pytest.mark.parametrize("fault", ["killed", "frozen"])
+@pytest.mark.parametrize("fault", ["killed", pytest.param("frozen", marks=pytest.mark.slow)])
 def test_a_strategy_that_ends_its_process_each_time_gets_the_fallback(fault: str, tmp_path: Path, wheel: Path) -> None:
     settings = f'recover = "faults:{fault}"\ndeadline = 400\n'
     made = make_bundle(tmp_path / "bundle", wheel, settings, {"faults.py": FAULTS})

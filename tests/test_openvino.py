@@ -218,6 +218,7 @@ def texts(backend: Backend, requests: Iterable[Request]) -> dict[str, list[str]]
     return {key: [c.text for c in completions] for key, completions in generated(backend, requests).items()}
 
 
+@pytest.mark.slow
 def test_neighbours_and_memory_decide_no_answer(plain: OpenVino, example_pairs: list[Pair]) -> None:
     greedy = asked(example_pairs[:3], Sampling(max_new_tokens=6))
     sampled = asked(example_pairs[:3], Sampling(n=4, temperature=0.9, top_p=0.95, max_new_tokens=5, seed=5))
@@ -299,6 +300,7 @@ def converted(cache: Path, model: str = EMBEDDED) -> subprocess.Popen[str]:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_model_is_converted_once_by_whoever_comes_first(shallow_gguf: Path, tmp_path: Path) -> None:
     model = str(shallow_gguf)
     done = [one.communicate(timeout=300) for one in [converted(tmp_path, model), converted(tmp_path, model)]]
@@ -353,6 +355,7 @@ def test_weights_that_are_kept_otherwise_are_another_model(gguf: Path) -> None:
     assert scales[0] != scales[1]
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_costs_time_only(shallow_gguf: Path, tmp_path: Path) -> None:
     (full := tmp_path / "full").mkdir()
     with small_disk(full, "20M"):

@@ -92,6 +92,7 @@ def test_a_submission_may_be_parquet(cli: Cli, tmp_path: Path) -> None:
     assert cli("validate", "out.parquet", TABLE, "--limit", 3).code == 1
 
 
+@pytest.mark.slow
 def test_the_driver_keeps_no_rows(tmp_path: Path) -> None:
     """A driver that kept the texts would take more than 1,500 bytes a row, one that kept answers some 500."""
     peaks = []

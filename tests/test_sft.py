@@ -141,6 +141,7 @@ def test_accelerate_reads_the_configurations(name: str) -> None:
     assert read.num_processes == 2
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_said_and_training_goes_on(run: Cli, recipe: Path, tmp_path: Path) -> None:
     import resource
 

@@ -1,8 +1,8 @@
 """Commands in processes that begin with the slow packages imported: torch and its company take seven seconds each time.
 
-A server imports them once and forks for each command; its child runs `python -m ROOM` as a new interpreter would. The
-product itself, whose clock starts with it, is left to the child. What a command starts with the same interpreter, the
-processes of models above all, is forked from it in turn, with the same parent, pipes and signals.
+A server imports them once, and the product's own modules, and forks for each command: its child runs `python -m ROOM`
+as a new interpreter would. What a command starts with the same interpreter, the processes of models above all, is
+forked from it in turn, with the same parent, pipes and signals.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -30,8 +31,15 @@ _SLOW = (
     "numpy", "torch", "torch._dynamo", "torch.distributed", "pandas", "pyarrow.parquet", "pydantic.types",
     "typer.main", "transformers.trainer", "transformers.modeling_utils", "transformers.models.llama.modeling_llama",
     "peft", "trl.trainer.sft_trainer", "scipy.stats", "sentence_transformers",
+    *(f"{room}.__main__" for room in ("submission", "train", "ensemble", "eval")), "submission.predict.run",
 )  # fmt: skip
-_READ_ONCE = ("HF_", "OMP_", "XDG_", "PYTHON")  # beginnings of the names that are read as packages are imported
+_READ_ONCE = (
+    "HF_",
+    "OMP_",
+    "PYTHON",
+    "SQLITE_",
+    "XDG_",
+)  # beginnings of the names that are read as packages are imported
 _ROOMS = ("submission", "train", "ensemble", "eval")
 _PATHS = "PYTHONPATH"  # read each time: see `_run`
 
@@ -136,6 +144,10 @@ def _become(room: str, arguments: list[str], cwd: str, out: str, err: str, envir
         os.dup2(file, number)
         os.close(file)
     os.chdir(cwd)
+    import submission
+
+    submission.STARTED = time.monotonic()
+    sys.modules.pop(f"{room}.__main__", None)
     _Forking.environment = _read_once(environment)
     subprocess.Popen = _Forking  # type: ignore[misc]
     _run(["-m", room, *arguments], environment, cwd)

@@ -1,6 +1,6 @@
 # People and CI run the same targets. The first two do all the set-up:
 #   make submission   predict eight pairs of examples/test.csv with the embedded model, one answer each
-#   make test         lint, types and tests, about ten minutes
+#   make test         lint, types and tests, about twelve minutes
 #   make test-all     slow tests too
 PYTHON ?= python3
 BIN := .venv/bin
@@ -26,11 +26,12 @@ test: check
 test-all: check
 	$(BIN)/python -m $(PYTEST)
 
-# Lines and branches that the tests reach, in the processes that they start too (not in those that they kill).
+# Lines and branches of this checkout that all tests reach, in the processes that they start too (not in those that they
+# kill).
 coverage: .venv/.all
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m $(PYTEST); failed=$$?; $(BIN)/coverage combine -q; \
-	  $(BIN)/coverage report --skip-covered --sort=cover; exit $$failed
+	  $(BIN)/coverage report -i --include="$(CURDIR)/*" --skip-covered --sort=cover; exit $$failed
 
 # Backend vllm on vLLM's CPU build, in an environment of its own (3.5 GB): what every backend has to do, and its speed
 # beside transformers.

@@ -33,13 +33,8 @@ _SLOW = (
     "peft", "trl.trainer.sft_trainer", "scipy.stats", "sentence_transformers",
     *(f"{room}.__main__" for room in ("submission", "train", "ensemble", "eval")), "submission.predict.run",
 )  # fmt: skip
-_READ_ONCE = (
-    "HF_",
-    "OMP_",
-    "PYTHON",
-    "SQLITE_",
-    "XDG_",
-)  # beginnings of the names that are read as packages are imported
+# Beginnings of the names that are read as packages are imported.
+_READ_ONCE = ("HF_", "OMP_", "PYTHON", "SQLITE_", "XDG_")
 _ROOMS = ("submission", "train", "ensemble", "eval")
 _PATHS = "PYTHONPATH"  # read each time: see `_run`
 
@@ -149,7 +144,8 @@ def _become(room: str, arguments: list[str], cwd: str, out: str, err: str, envir
     submission.STARTED = time.monotonic()
     sys.modules.pop(f"{room}.__main__", None)
     _Forking.environment = _read_once(environment)
-    subprocess.Popen = _Forking  # type: ignore[misc]
+    if sys.platform == "linux":
+        subprocess.Popen = _Forking  # type: ignore[misc]
     _run(["-m", room, *arguments], environment, cwd)
 
 
@@ -210,10 +206,7 @@ class _Forking(subprocess.Popen):  # type: ignore[type-arg]
         sys.stderr.flush()
         self.pid = os.fork()
         if not self.pid:
-            if session:
-                os.setsid()
-            os.chdir(cwd or ".")
-            _become_child(args[1:], asked, (stdin, stdout, stderr), keep)
+            _become_child(args[1:], asked, (stdin, stdout, stderr), keep, str(cwd or "."), session)
         self._child_created = True
         self._close_pipe_fds(stdin, into_it, from_it, stdout, errors, stderr)  # type: ignore[attr-defined]
 
@@ -236,10 +229,14 @@ def _has_no_pool() -> bool:
 
 
 def _become_child(
-    command: list[str], environment: Mapping[str, str], streams: Sequence[int], keep: Sequence[int]
-) -> NoReturn:
+    command: list[str], environment: Mapping[str, str], streams: Sequence[int], keep: Sequence[int], cwd: str,
+    session: bool,
+) -> NoReturn:  # fmt: skip
     """Be what a command starts; what is of the command itself is removed."""
     try:
+        if session:
+            os.setsid()
+        os.chdir(cwd)
         for number, file in enumerate(streams):
             if file != -1:
                 os.dup2(file, number)

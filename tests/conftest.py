@@ -193,12 +193,6 @@ def example_pairs() -> list[Pair]:
     return [Pair(*row) for row in read_csv(ROOT / "examples" / "test.csv")[1:]]
 
 
-@pytest.fixture
-def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Encoders whose workers are threads here: a process takes ten seconds to import what they need."""
-    monkeypatch.setattr("submission.calls.ways.Processes", Threads)
-
-
 @pytest.fixture(scope="session")
 def encoder() -> Encoder:
     """The embedded encoder, in a thread."""

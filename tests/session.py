@@ -9,4 +9,5 @@ from pathlib import Path
 from train.push import run_session
 
 if __name__ == "__main__":
-    print(json.dumps(run_session(Path(sys.argv[1]), [sys.executable])))
+    code, log, report = run_session(Path(sys.argv[1]), [sys.executable])
+    print(json.dumps({"code": code, "log": log, "report": report}))

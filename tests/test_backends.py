@@ -115,13 +115,13 @@ def test_the_embedded_model_runs_in_transformers_too() -> None:
     assert completion.text.startswith(" Paris")
 
 
-def test_predict_runs_offline_on_the_examples(cli: Cli, tmp_path: Path) -> None:
+def test_predict_runs_offline_on_the_examples(cli: Cli, tmp_path: Path, example_pairs: list[Pair]) -> None:
     done = cli("predict", ROOT / "examples" / "test.csv", "-o", "s.csv", "--limit", 1, "--json")
     assert done.code == 0, done.err
     assert {"rows": 1, "fallbacks": 0, "computed": 1}.items() <= done.summary.items()
     assert done.summary["rows_per_second"] > 0
     assert all(row[1].startswith("Rewrite this text") for row in read_csv(tmp_path / "s.csv")[1:])
-    page = cli("inspect", read_csv(ROOT / "examples" / "test.csv")[1][0], "--run", "s.csv").out
+    page = cli("inspect", example_pairs[0].id, "--run", "s.csv").out
     assert "<|im_start|>user\nOriginal text:\n" in page
     assert "Which instruction turned the original text into the rewritten text?<|im_end|>" in page
     assert page.index("tokens)") < page.index("== raw answer")

@@ -13,6 +13,7 @@ import pytest
 from eval.encoders import EMBEDDED_ENCODER, Encoder, EncoderSpec, _shared, _shared_log, find_encoder
 from submission.backends import models
 from submission.errors import UserError
+from tests.threads import Threads
 
 TEXTS = ["Rewrite this as a poem.", "Make it formal", "a", "Rewrite this as a poem.", "", "</s> lucrarea"]
 
@@ -123,8 +124,9 @@ def test_an_encoder_with_damaged_weights_is_an_error_not_a_number(sentence_t5: P
 
 
 @pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_threads: None) -> Iterator[Path]:
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache of its own, and no handle of another test; workers are threads."""
+    monkeypatch.setattr("submission.calls.ways.Processes", Threads)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     _shared.cache_clear()
     _shared_log.cache_clear()

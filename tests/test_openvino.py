@@ -220,13 +220,13 @@ def texts(backend: Backend, requests: Iterable[Request]) -> dict[str, list[str]]
 
 @pytest.mark.slow
 def test_neighbours_and_memory_decide_no_answer(plain: OpenVino, example_pairs: list[Pair]) -> None:
-    greedy = asked(example_pairs[:3], Sampling(max_new_tokens=6))
-    sampled = asked(example_pairs[:3], Sampling(n=4, temperature=0.9, top_p=0.95, max_new_tokens=5, seed=5))
+    greedy = asked(example_pairs[:4], Sampling(max_new_tokens=8))
+    sampled = asked(example_pairs[:4], Sampling(n=5, temperature=0.9, top_p=0.95, max_new_tokens=6, seed=5))
     tight = model_spec("openvino", EMBEDDED, settings=["dtype=float32", "context=1024", "memory=1", "batch=48"]).load()
     for requests in (greedy, sampled):
         together = texts(plain, requests)
         assert texts(plain, requests[::-1]) == together
-        assert {key: found for one in requests[::2] for key, found in texts(plain, [one]).items()}.items() <= (
+        assert {key: found for one in requests[::3] for key, found in texts(plain, [one]).items()}.items() <= (
             together.items()
         )
         assert texts(tight, requests) == together

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +113,7 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -
     names: dict[str, Any] = {}
     for number, cell in enumerate(json.loads(Path("quickstart.ipynb").read_text(encoding="utf-8"))["cells"]):
         if cell["cell_type"] == "code":
-            source = re.sub(r"\.head\(\d+\)", ".head(2)", "".join(cell["source"]))  # fewer rows of each table
-            exec(compile(source, f"cell {number}", "exec"), names)
+            exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
     assert set(names["frame"]["status"]) == {"ok"}
     assert names["truth"]["score"].between(-1, 1).all()
     assert names["rows"]["best of nine"].str.startswith("Rewrite this").all()

@@ -44,15 +44,14 @@ BASE = "google/gemma/transformers/7b-it/3"
 @pytest.fixture
 def training(recipe: Path) -> Training:
     """Twelve steps on the tiny model, which stands for a base on Kaggle."""
-    return Training(read_sft(recipe, ["samples=0"]), None, BASE)
+    return Training(read_sft(recipe, []), None, BASE)
 
 
 def in_session(root: Path) -> tuple[int, str, dict[str, Any]]:
     """Exit code, log and report of a session."""
     done = runner("tests.session", root)(root)
     assert done.code == 0, done.err
-    code, log, report = json.loads(done.out.splitlines()[-1])
-    return int(code), str(log), dict(report)
+    return done.summary["code"], done.summary["log"], done.summary["report"]
 
 
 def test_a_session_that_was_killed_goes_on_from_its_output(training: Training, tiny: Path, tmp_path: Path) -> None:

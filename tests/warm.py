@@ -26,16 +26,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-# What takes more than a quarter of a second to import, and starts no thread.
+_ROOMS = ("submission", "train", "ensemble", "eval")
+# The product, and what takes more than a quarter of a second to import; none of it starts a thread.
 _SLOW = (
     "numpy", "torch", "torch._dynamo", "torch.distributed", "pandas", "pyarrow.parquet", "pydantic.types",
     "typer.main", "transformers.trainer", "transformers.modeling_utils", "transformers.models.llama.modeling_llama",
     "peft", "trl.trainer.sft_trainer", "scipy.stats", "sentence_transformers",
-    *(f"{room}.__main__" for room in ("submission", "train", "ensemble", "eval")), "submission.predict.run",
+    *(f"{room}.__main__" for room in _ROOMS), "submission.predict.run",
 )  # fmt: skip
 # Beginnings of the names that are read as packages are imported.
 _READ_ONCE = ("HF_", "OMP_", "PYTHON", "SQLITE_", "XDG_")
-_ROOMS = ("submission", "train", "ensemble", "eval")
 _PATHS = "PYTHONPATH"  # read each time: see `_run`
 
 

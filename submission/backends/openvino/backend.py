@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 from submission.backends.common import (
     PendingRequest,
     check_context,
+    fast_bfloat16,
     memory_budget,
-    processor_has,
     scorable,
     thread_count,
 )
@@ -219,5 +219,4 @@ def dtype_of(asked: str) -> str:
     """The precision that is computed in: what was asked for, or what this processor does fastest."""
     if asked != "auto":
         return asked
-    # By tiles: with AVX-512 alone bfloat16 is slower than float32 (docs/SPEED.md).
-    return "bfloat16" if processor_has("amx_bf16") else "float32"
+    return "bfloat16" if fast_bfloat16() else "float32"

@@ -19,7 +19,7 @@ from submission.backends.hardware import Placement, visible_gpus
 from submission.calls.log import Log
 from submission.calls.models import Limits, Models, encode, open_models
 from submission.calls.supervisor import DeadlineReached
-from submission.calls.ways import Way, ways
+from submission.calls.ways import Tokenizing, Way, ways
 from submission.data.tables import read_pairs
 from submission.errors import UserError
 from submission.prompts.templates import get_template
@@ -108,6 +108,11 @@ def test_likelihoods_and_prompts_come_from_workers_too(tmp_path: Path) -> None:
     assert isinstance(first, Encoded)
     assert "rewrite 1" in first.text
     assert second == Encoded(3, False, "three plain words", 2048)
+    mine: Any = Tokenizing(scripted()).load()
+    chat = template.render(PAIRS[1])
+    found = dict(mine.encode(iter([("1", chat, 40), ("2", "three plain words", 0), ("no room", chat, 4000)])))
+    assert isinstance(found.pop("no room"), Failure)
+    assert found == seen
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])

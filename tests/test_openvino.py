@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from submission.backends import backend_of, model_spec
 from submission.backends.models import EMBEDDED, TUNED, resolve_gguf, tuned_adapter
+from submission.backends.openvino import weights
 from submission.backends.openvino.backend import OpenVino
-from submission.backends.openvino.convert import _check_read
+from submission.backends.openvino.convert import _check_read, _write_16_bits
 from submission.backends.openvino.engine import BLOCK, Engine, Piece, Stepped
 from submission.backends.openvino.schedule import Scheduler, Work
 from submission.backends.openvino.weights import made_folder
@@ -318,6 +319,109 @@ def test_a_model_is_converted_once_by_whoever_comes_first(shallow_gguf: Path, tm
     assert (made / "made.json").stat().st_mtime_ns > before
     assert json.loads((made / "config.json").read_text())["model_type"] == "llama"
     assert not killed.exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "out", "error", "words"),
+    [(2, '"it has no layers"\n', UserError, "it has no layers"), (3, '"no space is left there"\n', OSError, "no space"),
+     (-9, "", UserError, "its reader ended with signal 9"), (1, "Traceback", UserError, "ended with exit code 1"),
+     (None, "", UserError, "did not finish")],
+)  # fmt: skip
+def test_what_a_conversion_that_failed_says_is_said(
+    code: int | None, out: str, error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        if code is None:
+            raise subprocess.TimeoutExpired(command, 1)
+        return subprocess.CompletedProcess(command, code, out, "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(error, match=words):
+        weights._convert(Path("m.gguf"), Path("made"), "[]")
+
+
+def test_where_the_cache_is_full_a_model_is_converted_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source := tmp_path / "m.gguf").write_bytes(b"weights")
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    killed = [temporary / f"{weights._TEMPORARY}{process}-x" for process in ("999999999", str(os.getpid()))]
+    for folder in killed:
+        folder.mkdir()
+    full = {tmp_path / "cache"}
+
+    def convert(source: Path, target: Path, how: str) -> None:
+        if any(target.is_relative_to(folder) for folder in full):
+            raise OSError("no space is left there")
+        target.mkdir()
+        (target / "config.json").write_text(how)
+
+    monkeypatch.setattr(weights, "_convert", convert)
+    with made_folder(source, None, 1.0, exact=False) as made:
+        assert made.is_relative_to(temporary)
+        assert (made / "config.json").is_file()
+    assert not made.exists()
+    assert [folder.exists() for folder in killed] == [False, True], "that of a process that is there stays"
+    assert "converted for this run only" in capsys.readouterr().err
+    full.add(temporary)
+    with pytest.raises(UserError, match="either: no space"), made_folder(source, None, 1.0, exact=False):
+        pass
+    full.clear()
+    for _ in range(2):
+        with made_folder(source, Path(source), 0.5, exact=True) as made:
+            assert made.is_relative_to(tmp_path / "cache")
+    assert capsys.readouterr().err.count("is converted for OpenVINO, once") == 2
+
+
+def small_gguf(path: Path, tensors: dict[str, NDArray[np.float32]], alpha: float | None = None) -> Path:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, "llama")
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+    if alpha is not None:
+        writer.add_float32("adapter.lora.alpha", alpha)
+    for name, content in tensors.items():
+        writer.add_tensor(name, content)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_adapters_are_added_or_refused_by_name(tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    name = "blk.0.attn_q.weight"
+    random = np.random.default_rng(0)
+    plain = random.normal(size=(64, 32)).astype(np.float32)
+    a, b = random.normal(size=(4, 32)).astype(np.float32), random.normal(size=(64, 4)).astype(np.float32)
+    source = small_gguf(tmp_path / "m.gguf", {name: plain, "output_norm.weight": plain[0]})
+
+    given = {f"{name}.lora_a": a, f"{name}.lora_b": b}
+
+    def with_factors(factors: dict[str, NDArray[np.float32]], scale: float = 0.5) -> dict[str, NDArray[np.float32]]:
+        adapter = small_gguf(tmp_path / "a.gguf", factors, alpha=8)
+        _write_16_bits(tmp_path / "sum.gguf", source, GGUFReader(source), adapter, scale)
+        return {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "sum.gguf").tensors}
+
+    made = with_factors(given)
+    assert made[name].dtype == np.float16
+    np.testing.assert_allclose(made[name], plain + 0.5 * 8 / 4 * (b @ a), rtol=2e-3, atol=2e-3)
+    assert made["output_norm.weight"].dtype == np.float32
+    for factors, scale, words in (
+        ({f"{name}.lora_a": a}, 1.0, "has another shape"),
+        ({f"{name}.lora_a": a, f"{name}.lora_b": b[:8]}, 1.0, "has another shape"),
+        (given | {"blk.9.attn_q.weight.lora_a": a}, 1.0, "it has weights for blk.9"),
+        (given, 1e6, "16 bits do not hold with .* added"),
+    ):
+        with pytest.raises(UserError, match=words):
+            with_factors(factors, scale)
+    (tmp_path / "broken_gguf").write_bytes(b"no GGUF")
+    with pytest.raises(UserError, match="broken_gguf cannot be read"):
+        _write_16_bits(tmp_path / "sum.gguf", source, GGUFReader(source), tmp_path / "broken_gguf", 1.0)
 
 
 def test_a_deadline_ends_a_conversion_and_leaves_no_process(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -31,7 +33,7 @@ from train.push import (
     push_training,
     read_training,
 )
-from train.session import REPORT, TUNING, Work, take_over
+from train.session import CONVERTER, REPORT, TUNING, Work, export, take_over
 from train.session import main as session
 from train.sft import _last_checkpoint
 from train.sft_config import read_sft
@@ -140,6 +142,54 @@ def test_an_adapter_is_kept_whatever_its_manifest_says(
     assert session(str(tmp_path)) == 0
     report = json.loads((tmp_path / "working" / REPORT).read_text())
     assert (report["state"], report["step"]) == ("trained", 30 if "steps" in manifest else 10)
+
+
+@pytest.mark.parametrize("failing", ["", "gguf", "merge", "room", "disk"])
+def test_an_output_holds_what_was_made_and_fits_and_says_what_does_not(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("submission.kernel.ROOT", tmp_path / "kaggle")
+    working, scratch, base = tmp_path / "kaggle" / "working", tmp_path / "scratch", tmp_path / "base"
+    for folder in (working / TUNING / "adapter", scratch, base):
+        folder.mkdir(parents=True)
+    (base / "model.safetensors").write_bytes(bytes(1000))
+    (tmp_path / "training.toml").write_text('[session]\n[gguf]\nquantizations = ["Q8_0"]\n')
+    with zipfile.ZipFile(tmp_path / CONVERTER, "w") as archive:
+        archive.writestr("convert_hf_to_gguf.py", "")
+    work, ran = Work(tmp_path, scratch), []
+
+    def command(name: str, *arguments: object) -> str:
+        ran.append(name)
+        output = Path(str(arguments[arguments.index("-o") + 1]))
+        if name == failing:
+            return f"train {name} ended with 1"
+        if name == "merge":
+            output.mkdir()
+            output = output / "model.safetensors"
+        elif output.parent.name == "gguf":
+            output = output.with_stem("merged-q8_0")
+        output.write_bytes(bytes(500))
+        output.with_name(f"{output.name}.run.json").write_text("{}")
+        return ""
+
+    monkeypatch.setattr(work, "command", command)
+    if failing == "room":
+        monkeypatch.setattr("train.session._ROOM", 1100)
+    if failing == "disk":
+        monkeypatch.setattr("train.session.shutil.disk_usage", lambda folder: SimpleNamespace(free=1500))
+    export(work, str(base))
+    left_out = {
+        "": {}, "gguf": {"adapter.gguf": "ended", "merged.gguf": "ended"}, "merge": {"merged": "ended"},
+        "room": {"merged": "and there is room for"}, "disk": {"merged.gguf": "it takes 0 GB of disk"},
+    }[failing]  # fmt: skip
+    assert work.report.left_out.keys() == left_out.keys()
+    assert all(words in work.report.left_out[name] for name, words in left_out.items())
+    kept = {path.name for path in working.iterdir() if not path.name.endswith(".run.json")} - {TUNING}
+    assert kept == {
+        "": {"adapter.gguf", "merged-q8_0.gguf", "merged"}, "gguf": {"merged"}, "merge": {"adapter.gguf"},
+        "room": {"adapter.gguf", "merged-q8_0.gguf"}, "disk": {"adapter.gguf", "merged"},
+    }[failing]  # fmt: skip
+    assert ran == ["gguf", "merge", *(["gguf"] if failing not in ("merge", "disk") else [])]
 
 
 def test_what_is_not_on_kaggle_is_refused(training: Training, tmp_path: Path) -> None:

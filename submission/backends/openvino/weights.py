@@ -19,7 +19,7 @@ from submission.backends.common import package_path
 from submission.data.files import cache_folder, read_json, write_json
 from submission.data.hashing import content_hash
 from submission.data.outputs import installed_version
-from submission.errors import UserError, first_line
+from submission.errors import UserError
 from submission.progress import print_line
 
 _MADE = "made.json"  # the hash of each file of a folder that was made
@@ -56,13 +56,14 @@ def made_folder(source: Path, adapter: Path | None, scale: float, *, exact: bool
                     _convert(source, target, how)
                     write_json(target / _MADE, {file.name: content_hash(file) for file in target.iterdir()})
         except OSError as error:
-            why = error.strerror or first_line(error)
+            why = error.strerror or error  # without a number: words of the conversion
             print_line(f"the model is converted for this run only: {target} cannot be written ({why})", sys.stderr)
             with _temporary_folder() as folder:
                 try:
                     _convert(source, folder / "model", how)
                 except OSError as also:
-                    raise UserError(f"the model cannot be converted in {folder} either: {first_line(also)}") from None
+                    why = also.strerror or also
+                    raise UserError(f"the model cannot be converted in {folder} either: {why}") from None
                 yield folder / "model"
             return
     yield target

@@ -21,6 +21,8 @@ from submission.backends.models import EMBEDDED, resolve_gguf
 from submission.errors import UserError
 
 _CLIENTS = 8
+_STARTS_WITHIN = 60  # seconds
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # no proxy: servers are on this machine
 _F16 = 1  # llama_ftype in llama.h
 
 
@@ -116,7 +118,7 @@ class LlamaServer:
             request = urllib.request.Request(
                 f"{self._url}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
             )
-            with urllib.request.urlopen(request, timeout=600) as answer:
+            with _open(request, timeout=600) as answer:
                 json.load(answer)
 
         with ThreadPoolExecutor(_CLIENTS) as clients:
@@ -147,16 +149,17 @@ def llama_server(binary: Path, model: Path, threads: int, context: int) -> Itera
         raise UserError(f"--llama-server {binary} cannot be run: {error}") from None
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        end = time.monotonic() + _STARTS_WITHIN
+        while time.monotonic() < end:
             if process.poll() is not None:
                 raise UserError(f"--llama-server {binary} ended with exit code {process.returncode}")
             try:
-                with urllib.request.urlopen(f"{url}/health", timeout=5):
+                with _open(f"{url}/health", timeout=5):
                     break
             except OSError:  # not there yet, or still loading
                 time.sleep(0.1)
         else:
-            raise UserError(f"--llama-server {binary} did not answer within a minute")
+            raise UserError(f"--llama-server {binary} did not answer within {_STARTS_WITHIN} s")
         yield LlamaServer(url)
     finally:
         process.terminate()
@@ -233,13 +236,13 @@ def vllm_with(python: Path, folder: Path, dtype: str, threads: int, context: int
         )
     except OSError as error:
         raise UserError(f"--vllm {python} cannot be run: {error}") from None
-    try:
-        peer = Vllm(process)
-        peer.wait()
-        yield peer
-    finally:
-        process.kill()
-        process.wait()
+    with process:
+        try:
+            peer = Vllm(process)
+            peer.wait()
+            yield peer
+        finally:
+            process.kill()
 
 
 def _dequantise(model: Path, folder: Path, dtype: str) -> None:

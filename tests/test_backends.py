@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from submission.errors import UserError
 from submission.prompts.templates import TEMPLATES
 from submission.types import Chat, Message, Pair, Part, Request, Sampling
 from tests.conftest import ROOT, Cli, generated, read_csv, scored, scored_first
+from train.sft_config import Sft
+from train.trainer import training_dtype
 
 CAPITAL = Chat((Message("user", (Part("What is the capital of France?"),)),))
 
@@ -177,3 +180,27 @@ def test_quantised_weights_keep_away_from_amx() -> None:
     for _ in range(2):
         _leave_amx(*modules)
     assert [module.llama_model_default_params().use_extra_bufts for module in modules] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("words", "dtype"),
+    [
+        ("vendor_id : GenuineIntel flags : avx2 avx512_bf16 amx_bf16", "bfloat16"),
+        ("vendor_id : AuthenticAMD flags : avx2 avx512_bf16", "bfloat16"),
+        ("vendor_id : GenuineIntel flags : avx2 avx512_bf16", "float32"),
+        ("vendor_id : AuthenticAMD flags : avx2", "float32"),
+        ("", "float32"),
+    ],
+)
+def test_the_precision_suits_the_processor_and_is_settled_once(
+    words: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("submission.backends.common._processor", lambda: frozenset(words.encode().split()))
+    spec = model_spec("openvino")
+    assert spec.fingerprint()["dtype"] == dtype
+    assert model_spec("openvino", settings=["dtype=float32"]).fingerprint()["dtype"] == "float32"
+    assert training_dtype(Sft()) == dtype
+    monkeypatch.undo()
+    elsewhere = copy.deepcopy(spec)  # as it travels to a worker
+    assert elsewhere.options.dtype == dtype
+    assert model_spec(**spec.describe()).fingerprint() == spec.fingerprint()

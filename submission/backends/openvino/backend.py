@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 _STREAMS = 24  # answers on their way at once: more gain nothing, and each takes memory
 _CELLS = 256  # tokens of the cache for each of so many; longer ones are fewer at a time
 _MOST_STREAMS = 128
-_DTYPES = ("auto", "float32", "bfloat16")
+_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,8 @@ class Options:
     batch: tokens that are computed together.
     streams: answers that are computed together at most; 0 means what measured best.
     memory: megabytes that the KV cache may take; 0 means a quarter of what is free.
-    dtype: float32, bfloat16, or auto: bfloat16 on processors that multiply it in hardware (AMX).
+    dtype: float32, bfloat16, or auto: what is fastest here. Settled when the options are made, so that workers on other
+        machines compute in it too.
     adapter_scale: strength of the LoRA adapter.
     """
 
@@ -71,12 +72,15 @@ class Options:
     dtype: str = "auto"
     adapter_scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_of(self.dtype))
+
 
 def check(spec: ModelSpec) -> None:
     """Refuse a model or adapter that is not what this backend loads."""
     options = spec.options
     if options.dtype not in _DTYPES:
-        raise UserError(f"option dtype={options.dtype!r} for backend openvino is none of {', '.join(_DTYPES)}")
+        raise UserError(f"option dtype={options.dtype!r} for backend openvino is none of auto, {', '.join(_DTYPES)}")
     check_context(options.context, "openvino")
     for name, least in (("batch", 1), ("streams", 0), ("threads", 0), ("memory", 0)):
         if getattr(options, name) < least:
@@ -106,7 +110,7 @@ def fingerprint(spec: ModelSpec) -> dict[str, str]:
     marks = {
         "model": content_hash(folder or resolve_gguf(spec.model)),
         "context": str(spec.options.context),
-        "dtype": dtype_of(spec.options.dtype),
+        "dtype": spec.options.dtype,
     }
     if adapter := adapter_of(spec.model, spec.adapter):
         marks["adapter"] = f"{content_hash(adapter)} x {spec.options.adapter_scale!r}"
@@ -143,7 +147,7 @@ class OpenVino:
         threads = thread_count(options.threads)
         streams = options.streams or _STREAMS
         engine = Engine(
-            folder, dtype_of(options.dtype), threads,
+            folder, options.dtype, threads,
             cache_bytes=options.memory * 1_000_000 or memory_budget(),
             least_tokens=2 * (self.encoder.context + BLOCK), most_tokens=streams * _CELLS,
         )  # fmt: skip

@@ -215,7 +215,8 @@ def main() -> int:
     except Exception as error:  # a file may hold anything
         full = shutil.disk_usage(Path(target).parent).free < _LEAST_ROOM
         if full or isinstance(error, OSError):
-            print(json.dumps("no space is left there" if full else first_line(error)))
+            words = getattr(error, "strerror", None) or first_line(error)
+            print(json.dumps("no space is left there" if full else words))
             return 3
         print(json.dumps(f"model {source} cannot be converted for OpenVINO: {last_line(error)}"))
         return 2

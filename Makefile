@@ -1,6 +1,6 @@
 # People and CI run the same targets. The first two do all the set-up:
 #   make submission   predict eight pairs of examples/test.csv with the embedded model, one answer each
-#   make test         lint, types and tests, about twelve minutes
+#   make test         lint, types and tests, about nine minutes
 #   make test-all     slow tests too
 PYTHON ?= python3
 BIN := .venv/bin

@@ -38,7 +38,7 @@ from ensemble.sources import CandidateSource, parse_sources
 from eval.encoders import Encoder, find_encoder
 from eval.head import read_head
 from submission.backends import ModelSpec
-from submission.backends.models import TUNED
+from submission.backends.models import EMBEDDED, TUNED
 from submission.calls.likelihoods import Likelihoods
 from submission.calls.models import Spec
 from submission.calls.supervisor import LostError
@@ -86,6 +86,8 @@ class best_of:
 
     what = "recover ensemble.best_of:best_of"
     options_type = BestOfOptions
+    untuned = True
+    """Whether the model that comes along and its untuned self are asked where no source is named: they err apart."""
 
     @classmethod
     def check_config(cls, config: Mapping[str, Any]) -> None:
@@ -100,9 +102,10 @@ class best_of:
             raise UserError(f"unknown selector {unknown[0]!r}; there are: {', '.join(SELECTORS)}, and sums of ranks")
 
     def __init__(self, setup: Setup) -> None:
-        self._options, sources, self._models = self.parse(setup.config)
-        plain = _without_a_model(sources, setup.config)
-        self._sources = _with_run_sampling(sources, setup)
+        entries = self._entries(setup)
+        self._options, sources, self._models = self.parse({**setup.config, "source": entries})
+        plain = _without_a_model(sources, entries)
+        self._sources = _with_run_sampling(sources, entries, setup)
         self._layouts = {
             source.name: (setup.template, [])
             if source.name in plain and not (source.template or source.shots)
@@ -118,26 +121,37 @@ class best_of:
         )
         self._judges = sorted(with_gate(roles_needed(selectors)) & set(self._models))
         self.roles: dict[str, Spec | None] = {  # None: the model of `predict`
-            **{f"source {one.name}": None if one.name in plain else one.spec() for one in self._sources},
-            **{role: self._spec(role, setup) for role in self._judges},
+            **{
+                f"source {one.name}": None if one.name in plain else self._spec(one.spec(), "source", setup)
+                for one in self._sources
+            },
+            **{role: self._spec(self._models[role].spec(), role, setup) for role in self._judges},
             **({"encoder": self._encoder.spec} if self._encoder is not None else {}),
         }
-        one_source = len(self._sources) == 1 and self._layouts[self._sources[0].name] == (setup.template, [])
-        counted = one_source and not setup.shots and self._sources[0].max_new_tokens == setup.sampling.max_new_tokens
-        self.prompted = f"source {self._sources[0].name}" if counted else ""
+        first = self._sources[0]
+        asked_by_it = self._layouts[first.name] == (setup.template, []) and not setup.shots
+        told = len(entries) == 1 or "source" not in setup.config  # of several sources one would not be the whole
+        counted = asked_by_it and told and first.max_new_tokens == setup.sampling.max_new_tokens
+        self.prompted = f"source {first.name}" if counted else ""
         self.answers = {f"source {one.name}": (_draws(one), one.max_new_tokens) for one in self._sources}
         for path in head_files(selectors):  # before any model is loaded
             read_head(path).check(self._encoder)
 
-    def _spec(self, role: str, setup: Setup) -> ModelSpec:
-        """The model of a role; one that the configuration does not describe has the options of `--set` where `predict`
-        runs the model that comes along.
+    def _entries(self, setup: Setup) -> list[dict[str, Any]]:
+        """The tables of the sources, as they are given or by default."""
+        if "source" in setup.config:
+            entries: list[dict[str, Any]] = setup.config["source"]
+            return entries
+        return [{}, {"name": "untuned", "model": EMBEDDED, "n": 0}] if self.untuned and _comes_along(setup) else [{}]
+
+    def _spec(self, spec: ModelSpec, described: str, setup: Setup) -> ModelSpec:
+        """The model of a source or role; where the configuration does not describe it and `predict` runs the model that
+        comes along, it has the options of `--set`.
         """
-        spec = self._models[role].spec()
-        if role in setup.config:
+        if described in setup.config:
             return spec
         of_predict = setup.model()
-        same = of_predict.model == TUNED and of_predict.backend == spec.backend
+        same = _comes_along(setup) and of_predict.backend == spec.backend
         return replace(spec, options=of_predict.options) if same else spec
 
     @classmethod
@@ -321,16 +335,23 @@ def _reduced(source: CandidateSource, share: float) -> CandidateSource:
     return replace(source, n=max(1, round(source.n * share))) if source.n else source
 
 
-def _with_run_sampling(sources: Sequence[CandidateSource], setup: Setup) -> list[CandidateSource]:
+def _comes_along(setup: Setup) -> bool:
+    """Whether `predict` runs the tuned model that comes along."""
+    return setup.model().model == TUNED
+
+
+def _with_run_sampling(
+    sources: Sequence[CandidateSource], entries: Sequence[Mapping[str, Any]], setup: Setup
+) -> list[CandidateSource]:
     """The sources, with the length and seed of `predict` where they have none of their own."""
     given = {key: getattr(setup.sampling, key) for key in ("max_new_tokens", "seed")}
     return [
         replace(source, **{key: value for key, value in given.items() if key not in entry})
-        for source, entry in zip(sources, setup.config.get("source", [{}]), strict=True)
+        for source, entry in zip(sources, entries, strict=True)
     ]
 
 
-def _without_a_model(sources: Sequence[CandidateSource], config: Mapping[str, Any]) -> set[str]:
+def _without_a_model(sources: Sequence[CandidateSource], entries: Sequence[Mapping[str, Any]]) -> set[str]:
     """Names of the sources that leave the model to `predict`."""
-    return {source.name for source, entry in zip(sources, config.get("source", [{}]), strict=True)
+    return {source.name for source, entry in zip(sources, entries, strict=True)
             if not {"backend", "model", "adapter", "settings", "workers"} & set(entry)}  # fmt: skip

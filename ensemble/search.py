@@ -80,6 +80,7 @@ class search(best_of):
 
     what = "recover ensemble.search:search"
     options_type = SearchOptions
+    untuned = False
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)

@@ -136,6 +136,25 @@ def test_the_noisy_channel_asks_only_about_what_may_win() -> None:
     assert asked(unknown) == 0
 
 
+def test_the_best_answers_of_two_models_count_alike() -> None:
+    brief = _candidates(("style 0", -2.0, 1), ("style 20", -3.0, 1))
+    wordy = [
+        Candidate("style 60", (Draw("wordy", 0, -30.0, 20),)),
+        Candidate("style 80", (Draw("wordy", 1, -34.0, 20),)),
+    ]
+    both = [*brief, *wordy]
+    assert weights(both, [-1.0] * 4, Evidence()) == pytest.approx(np.exp([0, -1, 0, -4]) / np.exp([0, -1, 0, -4]).sum())
+    assert weights(both, [-1.0, -1.0, -0.5, -0.9], Evidence()).argmax() == 2
+
+    def chosen(sums: dict[str, float | None]) -> int:
+        channel = make_selectors(["noisy_channel"], Tools(None, target=Likelihoods(_Target(sums))))["noisy_channel"]
+        return int(np.argmax(channel(PAIR, both)))
+
+    assert chosen({"style 0": -50.0, "style 20": -51.0, "style 60": -48.0}) == 2
+    assert chosen({"style 0": -50.0, "style 20": -51.0, "style 60": -52.0}) == 0
+    assert chosen({"style 0": -50.0, "style 20": -51.0, "style 60": None}) == 0  # nothing is known: the first source
+
+
 def test_what_cannot_win_keeps_its_order() -> None:
     channel = make_selectors(["noisy_channel"], Tools(None, target=Likelihoods(_Target({"style": -1.0}))))
     told = [("style 0", -2.0, 1), ("style 1", -9.0, 1), ("style 2", -2.5, 1), ("style 3", -6.0, 1), ("style 4", 0.0, 1)]

@@ -116,7 +116,7 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -
             exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
     assert set(names["frame"]["status"]) == {"ok"}
     assert names["truth"]["score"].between(-1, 1).all()
-    assert names["rows"]["best of nine"].str.startswith("Rewrite this").all()
+    assert names["rows"]["best of ten"].str.startswith("Rewrite this").all()
 
 
 @pytest.mark.parametrize(
@@ -139,14 +139,14 @@ def test_what_comes_along_gives_the_best_of_nine_and_other_models_one_answer(
     assert choose_strategy(RunConfig(Path(), Path(), **named), shots=shots) == strategy
 
 
-def test_the_best_of_nine_is_held_and_drawn_as_predict_says() -> None:
+def test_the_best_of_ten_is_held_and_drawn_as_predict_says() -> None:
     sampling = Sampling(max_new_tokens=17, seed=5)
     config = RunConfig(Path(), Path(), settings=["threads=1", "context=512"], sampling=sampling)
     setup = Setup(lambda: checked_model(config), get_template("brief"), sampling=sampling)
     made: Any = find_recover("best_of").make(setup)
     specs = [spec for spec in roles_of(made, setup).values() if isinstance(spec, ModelSpec)]
-    assert [(spec.model, spec.options.threads) for spec in specs] == [(TUNED, 1), (EMBEDDED, 1)]
-    assert made.answers == {"source embedded-tuned": (9, 17)}
+    assert [(spec.model, spec.options.threads) for spec in specs] == [(TUNED, 1), (EMBEDDED, 1), (EMBEDDED, 1)]
+    assert made.answers == {"source embedded-tuned": (9, 17), "source untuned": (1, 17)}
     assert made.prompted == "source embedded-tuned"
     other = Setup(setup.model, setup.template, sampling=sampling, config={"target": {}, "source": [{"seed": 7}]})
     roles = roles_of(find_recover("best_of").make(other), other)

@@ -122,14 +122,20 @@ class NoisyChannel(Likelihood):
 
 def _rivals(candidates: Sequence[Candidate]) -> list[int]:
     """Places of candidates that have a draw nearly as likely as the best of its source, or of unknown likelihood."""
-    best: dict[str, float] = {}
-    for draw in (draw for candidate in candidates for draw in candidate.draws):
-        best[draw.source] = max(best.get(draw.source, -math.inf), draw.logprob if draw.logprob < 0 else -math.inf)
+    best = _best_of_sources(candidates)
     return [
         place
         for place, candidate in enumerate(candidates)
         if not all(draw.logprob < best[draw.source] - _WITHIN for draw in candidate.draws)
     ]
+
+
+def _best_of_sources(candidates: Sequence[Candidate]) -> dict[str, float]:
+    """The highest known log-probability of each source's draws."""
+    best: dict[str, float] = {}
+    for draw in (draw for candidate in candidates for draw in candidate.draws):
+        best[draw.source] = max(best.get(draw.source, -math.inf), draw.logprob if draw.logprob < 0 else -math.inf)
+    return best
 
 
 def weights(candidates: Sequence[Candidate], sums: Sequence[float], evidence: Evidence) -> NDArray[np.float64]:
@@ -152,14 +158,20 @@ def weights(candidates: Sequence[Candidate], sums: Sequence[float], evidence: Ev
 
 
 def logprobs(candidates: Sequence[Candidate]) -> NDArray[np.float64]:
-    """The recoverer's log P of each candidate, nats; one of other origin, noted as 0, is as the least of the others."""
+    """log P of each candidate by the source that drew it, nats, less that of the source's best.
+
+    So the best answers of several models count alike, whatever words each of them likes. A candidate of other origin,
+    noted as 0, is as the least of the others.
+    """
     import numpy as np
 
+    best = _best_of_sources(candidates)
     found = np.array(
         [
-            max((d.logprob for d in one.draws if math.isfinite(d.logprob) and d.logprob < 0), default=math.nan)
+            max((d.logprob - best[d.source] for d in one.draws if math.isfinite(d.logprob) and d.logprob < 0),
+                default=math.nan)
             for one in candidates
         ]
-    )
+    )  # fmt: skip
     known = found[~np.isnan(found)]
     return np.where(np.isnan(found), known.min() if len(known) else 0.0, found)

@@ -36,13 +36,13 @@ _TOKENS = {
 
 
 def tiny_model(folder: Path, kind: Kind, seed: int = 0) -> Path:
-    """A transformers folder of two narrow layers; a megabyte."""
+    """A transformers folder of two narrow layers; a megabyte. They are as wide as bitsandbytes wants: 64."""
     import torch
     from transformers import GemmaConfig, GemmaForCausalLM, MistralConfig, MistralForCausalLM
 
     tokenizer = make_tokenizer(kind)
     sizes: dict[str, Any] = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "initializer_range": 0.5,
     }  # fmt: skip

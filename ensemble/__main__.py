@@ -146,7 +146,9 @@ def experiment(
     by: Annotated[str, typer.Option(help="Column of the truth with the kind of prompt.")] = "",
     proposals: Annotated[
         int,
-        typer.Option(min=0, help="Candidates a row that a search scores, answers of the model included; 0 for no search."),
+        typer.Option(
+            min=0, help="Candidates a row that a search scores, answers of the model included; 0 for no search."
+        ),
     ] = 0,
     encoder: EncoderOption = "",
     fresh: FreshOption = False,

@@ -113,7 +113,7 @@ def test_a_run_that_was_killed_has_the_losses_of_one_that_was_not(
 
 @pytest.mark.slow
 def test_two_processes_have_the_losses_of_one_with_the_doubled_batch(run: Cli, recipe: Path, tmp_path: Path) -> None:
-    same = ("--set", "dropout=0", "--set", "save_every=12", "--set", "max_steps=6")
+    same = ("--set", "dropout=0", "--set", "save_every=12", "--set", "max_steps=6", "--set", "dtype=float32")
     for name, batch in {"one": 4, "accumulated": 2}.items():
         sizes = ("--set", f"batch={batch}", "--set", f"accumulation={4 // batch}")
         done = run("sft", recipe, "-o", name, *sizes, *same)

@@ -102,7 +102,8 @@ class best_of:
             raise UserError(f"unknown selector {unknown[0]!r}; there are: {', '.join(SELECTORS)}, and sums of ranks")
 
     def __init__(self, setup: Setup) -> None:
-        entries = self._entries(setup)
+        given = "source" in setup.config
+        entries = setup.config["source"] if given else self._default_sources(setup)
         self._options, sources, self._models = self.parse({**setup.config, "source": entries})
         plain = _without_a_model(sources, entries)
         self._sources = _with_run_sampling(sources, entries, setup)
@@ -122,37 +123,26 @@ class best_of:
         self._judges = sorted(with_gate(roles_needed(selectors)) & set(self._models))
         self.roles: dict[str, Spec | None] = {  # None: the model of `predict`
             **{
-                f"source {one.name}": None if one.name in plain else self._spec(one.spec(), "source", setup)
+                f"source {one.name}": None if one.name in plain else _held(one.spec(), setup, described=given)
                 for one in self._sources
             },
-            **{role: self._spec(self._models[role].spec(), role, setup) for role in self._judges},
+            **{role: _held(self._models[role].spec(), setup, described=role in setup.config) for role in self._judges},
             **({"encoder": self._encoder.spec} if self._encoder is not None else {}),
         }
         first = self._sources[0]
         asked_by_it = self._layouts[first.name] == (setup.template, []) and not setup.shots
-        told = len(entries) == 1 or "source" not in setup.config  # of several sources one would not be the whole
+        told = len(entries) == 1 or not given  # of several sources one would not be the whole
         counted = asked_by_it and told and first.max_new_tokens == setup.sampling.max_new_tokens
         self.prompted = f"source {first.name}" if counted else ""
         self.answers = {f"source {one.name}": (_draws(one), one.max_new_tokens) for one in self._sources}
         for path in head_files(selectors):  # before any model is loaded
             read_head(path).check(self._encoder)
 
-    def _entries(self, setup: Setup) -> list[dict[str, Any]]:
-        """The tables of the sources, as they are given or by default."""
-        if "source" in setup.config:
-            entries: list[dict[str, Any]] = setup.config["source"]
-            return entries
-        return [{}, {"name": "untuned", "model": EMBEDDED, "n": 0}] if self.untuned and _comes_along(setup) else [{}]
-
-    def _spec(self, spec: ModelSpec, described: str, setup: Setup) -> ModelSpec:
-        """The model of a source or role; where the configuration does not describe it and `predict` runs the model that
-        comes along, it has the options of `--set`.
-        """
-        if described in setup.config:
-            return spec
-        of_predict = setup.model()
-        same = _comes_along(setup) and of_predict.backend == spec.backend
-        return replace(spec, options=of_predict.options) if same else spec
+    def _default_sources(self, setup: Setup) -> list[dict[str, Any]]:
+        """The tables of the sources where none is named."""
+        if self.untuned and setup.model().model == TUNED:
+            return [{}, {"name": "untuned", "model": EMBEDDED, "n": 0}]
+        return [{}]
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> tuple[BestOfOptions, list[CandidateSource], dict[str, RoleModel]]:
@@ -335,9 +325,15 @@ def _reduced(source: CandidateSource, share: float) -> CandidateSource:
     return replace(source, n=max(1, round(source.n * share))) if source.n else source
 
 
-def _comes_along(setup: Setup) -> bool:
-    """Whether `predict` runs the tuned model that comes along."""
-    return setup.model().model == TUNED
+def _held(spec: ModelSpec, setup: Setup, *, described: bool) -> ModelSpec:
+    """The model of a source or role. One that the configuration does not describe has the options of `--set` where
+    `predict` runs the model that comes along.
+    """
+    if described:
+        return spec
+    of_predict = setup.model()
+    same = of_predict.model == TUNED and of_predict.backend == spec.backend
+    return replace(spec, options=of_predict.options) if same else spec
 
 
 def _with_run_sampling(

@@ -22,6 +22,7 @@ from submission.errors import UserError
 from submission.prompts.templates import TEMPLATES
 from submission.types import Chat, Message, Pair, Part, Request, Sampling
 from tests.conftest import ROOT, Cli, generated, read_csv, scored, scored_first
+from tests.tiny_models import lora_gguf
 from train.sft_config import Sft
 from train.trainer import training_dtype
 
@@ -52,16 +53,11 @@ def adapter(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def gguf_adapter(adapter: Path) -> Path:
     """The same adapter as a GGUF LoRA file."""
-    import gguf
     from safetensors.numpy import load_file
 
     config = json.loads((adapter / "adapter_config.json").read_text())
     weights = load_file(adapter / "adapter_model.safetensors")
-    path = adapter / "lora.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", float(config["lora_alpha"]))
+    tensors = {}
     for name, weight in weights.items():
         layer = name.split(".layers.")[1].split(".")[0]
         kind = "q" if "q_proj" in name else "v"
@@ -69,13 +65,8 @@ def gguf_adapter(adapter: Path) -> Path:
         if kind == "q" and half == "b":
             # llama.cpp keeps rotary dimensions interleaved: the rows of the query projection are permuted.
             weight = weight.reshape(9, 2, 32, 4).swapaxes(1, 2).reshape(weight.shape)
-        tensor = np.ascontiguousarray(weight, dtype=np.float32)
-        writer.add_tensor(f"blk.{layer}.attn_{kind}.weight.lora_{half}", tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+        tensors[f"blk.{layer}.attn_{kind}.weight.lora_{half}"] = np.ascontiguousarray(weight, dtype=np.float32)
+    return lora_gguf(adapter / "lora.gguf", tensors, float(config["lora_alpha"]))
 
 
 def test_an_adapter_changes_both_backends_alike(
@@ -128,7 +119,7 @@ def test_predict_runs_offline_on_the_examples(cli: Cli, tmp_path: Path, example_
     assert "<|im_start|>user\nOriginal text:\n" in page
     assert "Which instruction turned the original text into the rewritten text?<|im_end|>" in page
     assert page.index("tokens)") < page.index("== raw answer")
-    assert "== raw answer 8 source embedded-tuned" in page  # the best of nine, with nothing named
+    assert "== raw answer 8 source embedded-tuned" in page  # the best of ten, with nothing named
     assert cli("doctor").code == 0
 
 

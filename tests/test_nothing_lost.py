@@ -21,6 +21,7 @@ from submission.errors import UserError
 from submission.types import Pair
 from tests.conftest import ROOT, Cli, command, environment, read_csv, runner, write_csv
 from tests.fuzz.models import write_gguf
+from tests.tiny_models import lora_gguf
 
 SCRIPTED = ("--backend", "scripted")
 TRIPLETS = ("id", "original_text", "rewritten_text", "rewrite_prompt")
@@ -334,23 +335,17 @@ def test_an_adapter_of_another_base_is_refused(tiny: Path, tmp_path: Path) -> No
 
 
 def test_a_gguf_adapter_that_does_not_fit_is_refused(cli: Cli, pairs_csv: Path, tmp_path: Path) -> None:
-    import gguf
     import numpy as np
 
     write_gguf(tmp_path / "m.gguf", {})
 
     def lora(name: str, layers: int, width: int) -> str:
-        writer = gguf.GGUFWriter(tmp_path / name, "llama")
-        writer.add_type("adapter")
-        writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", 4.0)
-        for layer in range(layers):
-            writer.add_tensor(f"blk.{layer}.attn_q.weight.lora_a", np.ones((2, width), np.float32))
-            writer.add_tensor(f"blk.{layer}.attn_q.weight.lora_b", np.ones((width, 2), np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        halves = {"a": np.ones((2, width), np.float32), "b": np.ones((width, 2), np.float32)}
+        lora_gguf(
+            tmp_path / name,
+            {f"blk.{n}.attn_q.weight.lora_{half}": one for n in range(layers) for half, one in halves.items()},
+            alpha=4.0,
+        )
         return name
 
     options = ("--model", "m.gguf", "--limit", "1", "--max-new-tokens", "2", "--set", "context=128")

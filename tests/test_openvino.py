@@ -34,8 +34,10 @@ from submission.errors import BackendError, UserError
 from submission.prompts.templates import TEMPLATES, render_rewrite
 from submission.types import Backend, Chat, Message, Pair, Part, Request, Sampling, Triplet
 from tests.conftest import ROOT, Cli, environment, generated, read_csv, scored, small_disk
+from tests.fuzz.models import write_gguf
 from tests.test_inference import DRAWS, candidates, chi_square_excess, truncated
 from tests.test_schedule import VOCABULARY, follows
+from tests.tiny_models import lora_gguf
 
 CAPITAL = Chat((Message("user", (Part("What is the capital of France?"),)),))
 
@@ -378,35 +380,18 @@ def test_where_the_cache_is_full_a_model_is_converted_elsewhere(
     assert capsys.readouterr().err.count("is converted for OpenVINO, once") == 2
 
 
-def small_gguf(path: Path, tensors: dict[str, NDArray[np.float32]], alpha: float | None = None) -> Path:
-    from gguf import GGUFWriter
-
-    writer = GGUFWriter(path, "llama")
-    writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
-    if alpha is not None:
-        writer.add_float32("adapter.lora.alpha", alpha)
-    for name, content in tensors.items():
-        writer.add_tensor(name, content)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def test_adapters_are_added_or_refused_by_name(tmp_path: Path) -> None:
     from gguf import GGUFReader
 
     name = "blk.0.attn_q.weight"
     random = np.random.default_rng(0)
-    plain = random.normal(size=(64, 32)).astype(np.float32)
-    a, b = random.normal(size=(4, 32)).astype(np.float32), random.normal(size=(64, 4)).astype(np.float32)
-    source = small_gguf(tmp_path / "m.gguf", {name: plain, "output_norm.weight": plain[0]})
-
+    a, b = random.normal(size=(4, 32)).astype(np.float32), random.normal(size=(32, 4)).astype(np.float32)
+    write_gguf(source := tmp_path / "m.gguf", {})
+    plain = next(tensor.data for tensor in GGUFReader(source).tensors if tensor.name == name)
     given = {f"{name}.lora_a": a, f"{name}.lora_b": b}
 
     def with_factors(factors: dict[str, NDArray[np.float32]], scale: float = 0.5) -> dict[str, NDArray[np.float32]]:
-        adapter = small_gguf(tmp_path / "a.gguf", factors, alpha=8)
+        adapter = lora_gguf(tmp_path / "a.gguf", factors, alpha=8.0)
         _write_16_bits(tmp_path / "sum.gguf", source, GGUFReader(source), adapter, scale)
         return {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "sum.gguf").tensors}
 

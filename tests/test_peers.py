@@ -13,7 +13,7 @@ from submission.errors import UserError
 
 LOAD = Load([[1, 2, 3], [4]], new_tokens=5, ends={2}, samples=2, temperature=0.8)
 SERVER = """
-import json, pathlib, sys
+import json, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 class Answers(BaseHTTPRequestHandler):

@@ -133,7 +133,7 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -
         ({"model": "gemma-7b-it"}, False, "zero_shot"),
     ],
 )
-def test_what_comes_along_gives_the_best_of_nine_and_other_models_one_answer(
+def test_what_comes_along_gives_the_best_of_ten_and_other_models_one_answer(
     named: dict[str, Any], shots: bool, strategy: str
 ) -> None:
     assert choose_strategy(RunConfig(Path(), Path(), **named), shots=shots) == strategy

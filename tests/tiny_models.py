@@ -6,9 +6,13 @@ What they answer makes no sense; the rest (chat templates, special tokens, LoRA)
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _TEXTS = Path(__file__).resolve().parents[1] / "examples" / "test.csv"
 
@@ -132,3 +136,20 @@ def cut_gguf(source: Path, target: Path, layers: int) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def lora_gguf(path: Path, tensors: Mapping[str, NDArray[np.float32]], alpha: float) -> Path:
+    """Write a GGUF LoRA file for a llama; tensors are named as the model's, with .lora_a and .lora_b behind."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    for name, content in tensors.items():
+        writer.add_tensor(name, content)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from submission.backends.common import fast_bfloat16
+from submission.backends.common import fast_dtype
 from submission.backends.transformers.loading import from_disk
 from submission.errors import UserError, first_line
 from train.encoding import IGNORED, TrainingExample
@@ -24,12 +24,12 @@ def device_count() -> int:
 
 def training_dtype(config: Sft) -> str:
     """`auto` is bfloat16 where the GPU or the CPU is fast with it; else float16 on GPUs, float32 on a CPU."""
-    import torch
-
     if config.dtype != "auto":
         return config.dtype
+    import torch
+
     if not torch.cuda.is_available():
-        return "bfloat16" if fast_bfloat16() else "float32"
+        return fast_dtype()
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 

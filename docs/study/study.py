@@ -73,6 +73,8 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "quantizations": (*MERGED.values(), "zero_shot"),
 }
 SHIPPED = "plain"
+# The nine answers of the tuned model; `predict` with nothing named asks the untuned one too.
+TUNED_ALONE = ("--recover", "best_of", "--recover-config", HERE / "best-of-nine.toml")
 LONGEST = "epochs-10"  # of which the curve is shown
 CHEAP = ("first", "random", "longest", "most_frequent", "logprob", "consensus", "likelihood", "consensus+likelihood")
 EVERY = (*CHEAP, "judge_pick", "judge_rate", "judge_yes_no")
@@ -99,8 +101,8 @@ def stages() -> list[Stage]:
         Stage("half-base", RUNS / "half-base/config.json", half_base),
         *(Stage(name, HERE / f"answers/{name}.csv", tune(name, settings)) for name, settings in TUNED.items()),
         Stage("default", HERE / "answers/one-answer.csv", default),
-        Stage("best-of-nine", HERE / "answers/best-of-nine.csv", best_of_nine),
-        Stage("best-of-ten", HERE / "answers/best-of-ten.csv", best_of_ten),
+        Stage("best-of-nine", HERE / "answers/best-of-nine.csv", best_of("best-of-nine", *TUNED_ALONE)),
+        Stage("best-of-ten", HERE / "answers/best-of-ten.csv", best_of("best-of-ten")),
         Stage("quantizations", HERE / "answers/merged-q4_k_m.csv", quantizations),
         Stage("ensemble", HERE / "ensemble.json", many_answers),
         Stage("best-of", HERE / "best-of.json", best_of_default),
@@ -212,17 +214,15 @@ def default() -> None:
     keep(RUNS / "default.csv", "one-answer")
 
 
-def best_of_nine() -> None:
-    """The best of the tuned model's nine answers."""
-    run("submission", "predict", TEST, "-o", RUNS / "best-of-nine.csv",
-        "--recover", "best_of", "--recover-config", HERE / "best-of-nine.toml")  # fmt: skip
-    keep(RUNS / "best-of-nine.csv", "best-of-nine")
+def best_of(name: str, *options: object) -> Callable[[], None]:
+    """The best of several answers, as `predict` gives it."""
 
+    def work() -> None:
+        output = RUNS / f"{name}.csv"
+        run("submission", "predict", TEST, "-o", output, *options)
+        keep(output, name)
 
-def best_of_ten() -> None:
-    """What `predict` answers with nothing named: one answer of the untuned model is among them."""
-    run("submission", "predict", TEST, "-o", RUNS / "best-of-ten.csv")
-    keep(RUNS / "best-of-ten.csv", "best-of-ten")
+    return work
 
 
 def quantizations() -> None:

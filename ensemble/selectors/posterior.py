@@ -122,20 +122,15 @@ class NoisyChannel(Likelihood):
 
 def _rivals(candidates: Sequence[Candidate]) -> list[int]:
     """Places of candidates that have a draw nearly as likely as the best of its source, or of unknown likelihood."""
-    best = _best_of_sources(candidates)
-    return [
-        place
-        for place, candidate in enumerate(candidates)
-        if not all(draw.logprob < best[draw.source] - _WITHIN for draw in candidate.draws)
-    ]
+    return [place for place, below in enumerate(_below_best(candidates)) if not all(nats < -_WITHIN for nats in below)]
 
 
-def _best_of_sources(candidates: Sequence[Candidate]) -> dict[str, float]:
-    """The highest known log-probability of each source's draws."""
+def _below_best(candidates: Sequence[Candidate]) -> list[list[float]]:
+    """By candidate, log P of each draw less that of the likeliest of its source, nats; NaN where it is not known."""
     best: dict[str, float] = {}
     for draw in (draw for candidate in candidates for draw in candidate.draws):
         best[draw.source] = max(best.get(draw.source, -math.inf), draw.logprob if draw.logprob < 0 else -math.inf)
-    return best
+    return [[d.logprob - best[d.source] if d.logprob < 0 else math.nan for d in one.draws] for one in candidates]
 
 
 def weights(candidates: Sequence[Candidate], sums: Sequence[float], evidence: Evidence) -> NDArray[np.float64]:
@@ -165,13 +160,6 @@ def logprobs(candidates: Sequence[Candidate]) -> NDArray[np.float64]:
     """
     import numpy as np
 
-    best = _best_of_sources(candidates)
-    found = np.array(
-        [
-            max((d.logprob - best[d.source] for d in one.draws if math.isfinite(d.logprob) and d.logprob < 0),
-                default=math.nan)
-            for one in candidates
-        ]
-    )  # fmt: skip
+    found = np.array([max(filter(math.isfinite, below), default=math.nan) for below in _below_best(candidates)])
     known = found[~np.isnan(found)]
     return np.where(np.isnan(found), known.min() if len(known) else 0.0, found)

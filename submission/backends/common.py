@@ -125,13 +125,14 @@ def processor_has(feature: str) -> bool:
     return feature.encode() in _processor()
 
 
-def fast_bfloat16() -> bool:
-    """Whether the processor multiplies matrices of bfloat16 faster than those of float32.
+def fast_dtype() -> str:
+    """bfloat16 where the processor multiplies matrices of it faster than those of float32; else float32.
 
     By tiles (AMX) six times as fast and more; by AVX512_BF16 two to three times on AMD's Zen 4. An Intel processor that
     was kept to AVX512_BF16 was slower with it (docs/SPEED.md).
     """
-    return processor_has("amx_bf16") or (processor_has("avx512_bf16") and processor_has("AuthenticAMD"))
+    fast = processor_has("amx_bf16") or (processor_has("avx512_bf16") and processor_has("AuthenticAMD"))
+    return "bfloat16" if fast else "float32"
 
 
 def stream_seed(seed: int, key: str, sample: int) -> int:

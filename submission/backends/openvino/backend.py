@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from submission.backends.common import (
     PendingRequest,
     check_context,
-    fast_bfloat16,
+    fast_dtype,
     memory_budget,
     scorable,
     thread_count,
@@ -221,6 +221,4 @@ def _encoder(folder: Path, context: int) -> tuple[ChatEncoder, FolderTokenizer]:
 
 def dtype_of(asked: str) -> str:
     """The precision that is computed in: what was asked for, or what this processor does fastest."""
-    if asked != "auto":
-        return asked
-    return "bfloat16" if fast_bfloat16() else "float32"
+    return fast_dtype() if asked == "auto" else asked

@@ -249,12 +249,13 @@ def test_a_signal_stops_a_run_whose_worker_hangs(holding: str, pairs_csv: Path, 
     more = ("--set", "hang_ids=04", "--set", "seconds_per_row=0.02", "--set", holding)
     hanging = command("predict", pairs_csv, "-o", "s.csv", *SCRIPTED, *more)
     process = subprocess.Popen(hanging, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
-    while len(finished_rows(tmp_path / "s.csv.calls.jsonl")) < 3:  # the fourth may be on its way
+    while len(finished_rows(tmp_path / "s.csv.calls.jsonl")) < 3:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 143
-    assert re.search("[34] of 20 rows were answered", said)
+    # the third is in the log before it is counted, and the fourth may be on its way
+    assert re.search("[234] of 20 rows were answered", said)
 
 
 @pytest.mark.parametrize(

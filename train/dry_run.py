@@ -3,42 +3,16 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from submission.backends.transformers.loading import load_config, stay_offline_and_quiet
+from submission.backends.transformers.loading import stay_offline_and_quiet
 from submission.backends.transformers.tokenizer import HfTokenizer
-from submission.errors import UserError, first_line
 from submission.progress import print_line, spelled_out
 from train.bases import base_folder
+from train.memory import Size, measure
 from train.sft import PreparedTuning, check_installed, prepare
 from train.sft_config import Sft
-from train.trainer import device_count, lora_config, training_dtype
-
-_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
-_NF4_BYTES = 0.52  # with double quantisation, of weights in linear layers
-_ACTIVATIONS = 34  # hidden states that a layer keeps for its backward pass, as in arxiv.org/abs/2205.05198
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """Parameters of a model, `linear` those that multiply each token, and the bytes that training takes."""
-
-    parameters: int
-    linear: int
-    in_4bit: int
-    trainable: int
-    weights: float
-    optimizer: float
-    activations: float
-
-    @property
-    def total(self) -> float:
-        """Bytes."""
-        return self.weights + self.optimizer + self.activations
+from train.trainer import device_count
 
 
 def look(config: Sft) -> None:
@@ -80,6 +54,7 @@ def lines(config: Sft, ready: PreparedTuning) -> Iterator[str]:
     yield (
         f"{'memory':<12}{size.total / 1e9:>7.1f} GB estimated: weights {size.weights / 1e9:.1f}, adapter and optimizer "
         f"{size.optimizer / 1e9:.2f}, activations of the longest batch {size.activations / 1e9:.1f}"
+        + (f", Python {size.process / 1e9:.1f}" if size.process else "")
     )
 
 
@@ -87,48 +62,6 @@ def planned(config: Sft, ready: PreparedTuning) -> Size:
     """What training on these examples takes; see `measure`."""
     answer = max(len(example.ids) - example.answer_from for example in ready.train)
     return measure(config, ready.base, max(len(example.ids) for example in ready.train), answer)
-
-
-def measure(config: Sft, base: Path, longest: int, answer: int) -> Size:
-    """Count parameters on a model without weights, and estimate bytes.
-
-    Args:
-        config: of the training.
-        base: folder of the base model.
-        longest: tokens of an example.
-        answer: tokens of an answer, of which logits are computed.
-
-    Raises:
-        UserError: the model has no such layers.
-    """
-    import torch
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    shape = load_config(base)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(shape)
-        parameters = sum(p.numel() for p in model.parameters())
-        head = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
-        linear = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and id(m.weight) not in head]
-        in_4bit = sum(weight.numel() for weight in linear) if config.load_in_4bit else 0
-        try:
-            warnings.simplefilter("ignore", FutureWarning)  # of one library about another
-            trainable = get_peft_model(model, lora_config(config)).get_nb_trainable_parameters()[0]
-        except ValueError as error:
-            raise UserError(f"[sft] cannot be set up: {first_line(error)}") from error
-    width = _BYTES[training_dtype(config)]
-    text = shape.get_text_config()
-    longest *= config.batch
-    kept = _ACTIVATIONS * text.hidden_size * longest * width / 2
-    layers = text.num_hidden_layers
-    activations = (2 * text.hidden_size * longest * layers + kept) if config.gradient_checkpointing else kept * layers
-    return Size(
-        parameters, sum(weight.numel() for weight in linear), in_4bit, trainable,
-        weights=in_4bit * _NF4_BYTES + (parameters - in_4bit) * width,
-        optimizer=trainable * (4 + 4 + (2 if "8bit" in config.optimizer else 8)),
-        activations=activations + 3 * 4 * answer * config.batch * text.vocab_size,
-    )  # fmt: skip
 
 
 def show_example(ready: PreparedTuning) -> None:

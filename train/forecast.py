@@ -17,7 +17,7 @@ from pathlib import Path
 from submission.backends.transformers.loading import stay_offline_and_quiet
 from submission.errors import UserError
 from train.bases import base_folder
-from train.dry_run import measure
+from train.memory import measure
 from train.recipe import Recipe
 from train.run import Run
 from train.sft_config import Sft

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from train.encoding import IGNORED, TrainingExample
 from train.sft_config import Sft
 
 FSDP = "ACCELERATE_USE_FSDP"  # set by `accelerate launch`
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def device_count() -> int:
@@ -63,6 +66,8 @@ def make_trainer(
     from trl.trainer.sft_config import SFTConfig
 
     cuda = torch.cuda.is_available()
+    if not cuda:
+        return_freed_memory()
     dtype = training_dtype(config)
     warnings.simplefilter("ignore", FutureWarning)  # of one library about another
     if config.tracker == "wandb":
@@ -116,6 +121,16 @@ def keep_trainable_in_float32(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+
+
+def return_freed_memory() -> None:
+    """Have large tensors of a CPU come from the system one by one, and go back there when they are freed.
+
+    The C library (glibc) would take tensors of up to 32 MB from its heap. There short-lived ones leave holes between
+    those that the backward pass waits for: half as much memory again, which is never given back.
+    """
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def batch_order(lengths: Sequence[int], together: int, seed: int) -> list[int]:

@@ -1,0 +1,125 @@
+"""What training takes: parameters of a model, and bytes, counted on tensors without content.
+
+What the backward pass keeps is counted, not estimated: the model runs once over the longest batch with PyTorch's fake
+tensors, which have shapes and no numbers, and every tensor that autograd saves on the way is added up.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from submission.backends.transformers.loading import load_config
+from submission.errors import UserError, first_line
+from train.sft_config import Sft
+from train.trainer import lora_config, training_dtype
+
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+_PROCESS = 0.9e9  # Python and libraries, where they share the memory with the model
+_NF4_BYTES = 0.52  # with double quantisation, of weights in linear layers
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Parameters of a model, `linear` those that multiply each token, and the bytes that training takes."""
+
+    parameters: int
+    linear: int
+    in_4bit: int
+    trainable: int
+    weights: float
+    optimizer: float
+    activations: float
+    process: float
+
+    @property
+    def total(self) -> float:
+        """Bytes, of the GPU where there is one."""
+        return self.weights + self.optimizer + self.activations + self.process
+
+
+def measure(config: Sft, base: Path, longest: int, answer: int) -> Size:
+    """Count parameters and bytes; nothing is loaded.
+
+    Args:
+        config: of the training.
+        base: folder of the base model.
+        longest: tokens of an example.
+        answer: tokens of an answer, of which logits are computed.
+
+    Raises:
+        UserError: the model has no such layers.
+    """
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    shape, dtype = load_config(base), training_dtype(config)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, dtype))
+        parameters = sum(p.numel() for p in model.parameters())
+        head = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+        linear = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and id(m.weight) not in head]
+        in_4bit = sum(weight.numel() for weight in linear) if config.load_in_4bit else 0
+        counted = sum(weight.numel() for weight in linear)
+        try:
+            warnings.simplefilter("ignore", FutureWarning)  # of one library about another
+            tuned = get_peft_model(model, lora_config(config))
+        except ValueError as error:
+            raise UserError(f"[sft] cannot be set up: {first_line(error)}") from error
+    trainable = tuned.get_nb_trainable_parameters()[0]
+    kept = kept_for_backward(tuned, dtype, rows=config.batch, longest=longest, answer=answer)
+    if config.gradient_checkpointing:  # the inputs of layers, and one layer computed again
+        inputs = shape.get_text_config().hidden_size * longest * config.batch * _BYTES[dtype]
+        layers = shape.get_text_config().num_hidden_layers
+        kept = layers * inputs + kept / layers
+    width = _BYTES["float32" if dtype == "float16" and not config.load_in_4bit else dtype]
+    logits = 3 * _BYTES["float32"] * answer * config.batch * shape.get_text_config().vocab_size
+    return Size(
+        parameters, counted, in_4bit, trainable,
+        weights=in_4bit * _NF4_BYTES + (parameters - in_4bit) * width,
+        optimizer=trainable * (4 + 4 + (2 if "8bit" in config.optimizer else 8)),
+        activations=kept + logits,
+        process=0.0 if torch.cuda.is_available() else _PROCESS,
+    )  # fmt: skip
+
+
+def kept_for_backward(model: Any, dtype: str, *, rows: int, longest: int, answer: int) -> int:
+    """Bytes that autograd saves of a batch, weights apart.
+
+    Args:
+        model: on the device "meta", with adapters; it is left on fake tensors.
+        dtype: of the arithmetic; adapters are in float32.
+        rows: of the batch.
+        longest: tokens of a row.
+        answer: tokens at a row's end of which logits are computed.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    saved: dict[int, torch.Tensor] = {}  # by storage: a tensor that is saved twice is there once
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, one in module._parameters.items():
+                if one is not None:
+                    dtype_of = torch.float32 if one.requires_grad else one.dtype
+                    like = torch.empty(one.shape, dtype=dtype_of, device=device)
+                    module._parameters[name] = torch.nn.Parameter(like, requires_grad=one.requires_grad)
+            for name, one in module._buffers.items():
+                if one is not None:
+                    module._buffers[name] = torch.empty(one.shape, dtype=one.dtype, device=device)
+        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        ids = torch.zeros((rows, longest), dtype=torch.long, device=device)
+        where = torch.arange(longest - answer, longest, device=device)
+        mixed = torch.autocast(device, dtype=getattr(torch, dtype), enabled=dtype != "float32")
+        with mixed, torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=where)
+    return sum(kept.untyped_storage().nbytes() for place, kept in saved.items() if place not in own)

@@ -87,7 +87,7 @@ class best_of:
     what = "recover ensemble.best_of:best_of"
     options_type = BestOfOptions
     untuned = True
-    """Whether the model that comes along and its untuned self are asked where no source is named: they err apart."""
+    """Whether the default model and the untuned embedded one are asked where no source is named: they err apart."""
 
     @classmethod
     def check_config(cls, config: Mapping[str, Any]) -> None:
@@ -327,7 +327,7 @@ def _reduced(source: CandidateSource, share: float) -> CandidateSource:
 
 def _held(spec: ModelSpec, setup: Setup, *, described: bool) -> ModelSpec:
     """The model of a source or role. One that the configuration does not describe has the options of `--set` where
-    `predict` runs the model that comes along.
+    `predict` runs the default model.
     """
     if described:
         return spec

@@ -89,7 +89,7 @@ def predict(
         str,
         typer.Option(
             help="Strategy: zero_shot (one answer a row), few_shot, constant, best_of (ten answers a row, two models "
-            "choose), search, or module:object. Default: few_shot with --shots; best_of for the model that comes along "
+            "choose), search, or module:object. Default: few_shot with --shots; best_of for the default model "
             "unless --backend, --adapter or a sampling is given; else zero_shot."
         ),
     ] = "",

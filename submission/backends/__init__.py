@@ -95,7 +95,7 @@ class ModelSpec:
 
 
 def backend_of(model: str) -> str:
-    """The backend of a model by what it is: a packaged one, an OpenVINO or transformers folder, or a GGUF file."""
+    """The backend of a model by what it is: an embedded one, an OpenVINO or transformers folder, or a GGUF file."""
     path = Path(model).expanduser()
     if model in PACKAGED or is_openvino_folder(path):
         return "openvino"

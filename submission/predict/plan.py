@@ -180,7 +180,7 @@ def choose_template(asked: str, model: str, adapter: Path | None, *, shots: bool
 
 
 def choose_strategy(config: RunConfig, *, shots: bool) -> str:
-    """The strategy where none is asked for: one answer a row; with the model that comes along the best of ten."""
+    """The strategy where none is asked for: one answer a row; with the default model the best of ten."""
     if shots:
         return "few_shot"
     sampling = config.sampling

@@ -64,7 +64,7 @@ def recover(
         shots: solved examples that are shown before each pair.
         sampling: how answers are drawn.
         strategy: zero_shot (one answer), few_shot, constant, best_of, search, or `module:object`; "" for few_shot with
-            shots, best_of for the model that comes along, else zero_shot.
+            shots, best_of for the default model, else zero_shot.
         config: options of the strategy.
         fallback: the text of rows that failed.
         workers: copies of the model; 0 for one on each GPU.

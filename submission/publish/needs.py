@@ -62,7 +62,7 @@ def needs_of(bundle: Path) -> Needs:
     if settings.backend == "scripted":
         return Needs(False, False, "the scripted backend needs no model")
     if packaged and settings.backend in ("auto", "openvino") and not bundled:
-        return Needs(False, False, "the packaged model in OpenVINO, which runs on the CPU")
+        return Needs(False, False, "the embedded model in OpenVINO, which runs on the CPU")
     if settings.backend != "transformers" and (packaged or bundled):
         gpu = kernel.uses_gpus(bundle)
         why = f"a GGUF file in llama.cpp, built for {'GPUs' if gpu else 'the CPU'}"

@@ -45,7 +45,7 @@ def roots(settings: kernel.Settings, folder: Path, attach: Sequence[str] = ()) -
 
 
 def _names_all_models(content: str) -> bool:
-    """Whether a configuration of `best_of` or `search` names another model than a packaged one for all that it asks."""
+    """Whether a configuration of `best_of` or `search` names other models than embedded ones for all that it asks."""
     try:
         config = tomllib.loads(content)
     except tomllib.TOMLDecodeError:

@@ -1,10 +1,12 @@
-"""Run the commands of the pages as they stand there, in a copy with small tables; a command, not a test.
+"""Run the commands of the pages as they stand there, each page in a folder of its own; a command, not a test.
 
-    make docs-check                                  # README.md and docs/QUICKSTART.md, about a quarter of an hour
-    python -m tests.bench.docs_check docs/TRAIN.md --list
+    make docs-check                                  # README.md and all of docs/, about an hour
+    python -m tests.bench.docs_check docs/TRAIN.md   # one page; --list prints the commands, and runs none
 
-Commands are those of ```sh blocks that begin with `.venv/bin/python -m`, each once. Long ones are run at a small size
-(`_SMALL`); what needs what is not at hand (`_NOT_HERE`) is left out, and said so. Exits with 1 if a command failed.
+Every `python -m ...` of a code block is run. Names on the pages stand for small tables and models (`prepare`): Gemma is
+a tiny one with random weights. Long commands are run at a small size (`_SMALL`), and machines that are not there are
+replaced by this one (`_AT_HAND`). What cannot be run (`_NOT_HERE`), and commands within sentences, are asked for their
+help: they must exist, and so must each of their options. Exits with 1 if a command failed.
 """
 
 from __future__ import annotations
@@ -20,91 +22,204 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.conftest import ROOT
 
-_PAGES = ("docs/QUICKSTART.md", "README.md")  # the first makes the bundle that the second rehearses
 _NOT_HERE = {
-    "submission push": "sends to Kaggle",
-    "--attach gemma": "the model is Kaggle's, and my-lora an adapter of it",
-    "--model models/gemma-7b-it": "the model is Kaggle's",
+    "--resume": "goes on from a session on Kaggle",
+    "--backend vllm": "vLLM has an environment of its own: make test-vllm",
+    "s3://": "needs an object store; the tests have one",
+    "-m pip": "for a machine without network",
+    "--no-index": "for a machine without network",
+    "--folder /scratch": "50 GB of models for a GPU",
 }
 _SMALL = {
-    "train/recipes/": ["--dry-run"],
-    "train run --triplets": ["--set", "sft.max_steps=2", "--set", "score.limit=2", "--set", "sft.samples=0"],
-    "ensemble trial": ["--rows", "3"],
-    "predict pairs.csv": ["--limit", "3"],
+    "submission push": "--print",
+    "submission submit": "--print",
+    "train push": "--no-send",
+    "train run train/recipes/": "--dry-run",
+    "train run --triplets": "--set sft.max_steps=2 --set score.limit=2 --set sft.samples=0",
+    "train sweep": "--set max_steps=1",
+    "train sft train/recipes/gemma": "--set max_steps=2 --set optimizer=adamw_torch",
+    "ensemble trial": "--rows 3",
+    "predict pairs.csv": "--limit 3",
+    "eval throughput": "--rows 2 --repeats 1",
+    "tests.gpu --": "--small --device cpu",
 }
-_TUNED = "runs/embedded/merged-q8_0.gguf"  # of a recipe that is not run to its end here
+_AT_HAND = {
+    "--ray 10.0.0.1:6379 --workers 16": "--ray local --workers 1",
+    "--ray auto --workers 16": "--ray local --workers 1",
+    " /models/": " models/",
+    " ...": "",
+}
+_PYTHON = re.compile(r"(?:\.venv/bin/)?python -m ")
+_GROUPS = ("submission", "eval", "train", "ensemble")
 
 
-def commands(page: Path) -> Iterator[list[str]]:
-    """The commands of a page, each as its words."""
-    for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words[:2] == [".venv/bin/python", "-m"]:
-                yield words
+@dataclass(frozen=True)
+class Command:
+    """A command of a page. `run`: it stands in a code block, not within a sentence."""
+
+    line: str
+    run: bool
 
 
-def prepare(folder: Path) -> None:
-    """Put what the pages' names stand for into a folder: tables, and models that load in moments."""
+def commands(page: Path) -> Iterator[Command]:
+    """The commands of a page, each once."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    fenced = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [*"\n".join(fenced).splitlines(), *re.findall(r"^ {4,}(.*)$", text, re.MULTILINE)]
+    sentences = re.findall(r"`([^`]+)`", re.sub(r"^ {4,}.*$", "", text, flags=re.MULTILINE))
+    for found, run in ((lines, True), (sentences, False)):
+        for line in dict.fromkeys(" ".join(line.split()) for line in found):
+            if _PYTHON.match(line):
+                yield Command(re.sub(r"\s+#.*", "", line), run)
+
+
+def prepare(folder: Path, page: str) -> None:
+    """Put what a page's names stand for into a folder: tables, and models that load in moments."""
+    import pandas as pd
+
     from submission.backends.models import embedded_gguf, tuned_adapter
     from tests.tiny_models import tiny_adapter, tiny_model
 
-    for name in ("examples", "docs", "train", "submission", "eval", "ensemble", "pyproject.toml", "README.md",
+    for name in ("examples", "docs", "train", "submission", "eval", "ensemble", "tests", "pyproject.toml", "README.md",
                  "kernel-metadata.json", "LICENSE", ".venv"):  # fmt: skip
         (folder / name).symlink_to(ROOT / name)
     with (ROOT / "examples" / "triplets.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))[:40]
-    for name, count in {"triplets.csv": 40, "pairs.csv": 40, "TRIPLETS.csv": 4}.items():
-        with (folder / name).open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows[:count])
+        rows = list(csv.DictReader(file))[:80]
+    columns = list(rows[0])
+    for name in ("triplets.csv", "pairs.csv", "PAIRS.csv", "mine.csv"):
+        write(folder / name, columns, rows[:40])
+    for name, few in {"TRIPLETS.csv": rows[:4], "test.csv": rows[:4], "other.csv": rows[40:44]}.items():
+        write(folder / name, columns, few)
+    write(folder / "train.csv", columns, rows[44:])
+    write(folder / "prompts.csv", ["id", "rewrite_prompt"], rows[:3])
+    write(folder / "texts.csv", ["id", "original_text"], rows[3:6])
+    write(folder / "truth.csv", ["id", "rewrite_prompt"], rows[: 40 if page == "ENSEMBLE" else 4])
+    for name in ("submission.csv", "tuned.csv"):
+        write(folder / name, ["id", "rewrite_prompt"], [{**row, "rewrite_prompt": "Improve it."} for row in rows[:4]])
+    (folder / "sets").mkdir()
+    frame = pd.DataFrame(rows)
+    frame[:4].to_parquet(folder / "pairs.parquet")
+    for name, part in {"train": frame[:40], "validation": frame[40:44], "test": frame[44:48]}.items():
+        part.to_parquet(folder / "sets" / f"{name}.parquet")
     gguf = embedded_gguf()
     assert gguf is not None
-    (folder / "model.gguf").symlink_to(gguf)
+    for name in ("model.gguf", "tuned.gguf"):
+        (folder / name).symlink_to(gguf)
     (folder / "lora.gguf").symlink_to(tuned_adapter())
-    tiny_adapter(folder / "ADAPTER_DIR", tiny_model(folder / "DIR", "mistral"), 1)
+    (folder / "runs" / "embedded").mkdir(parents=True)
+    shutil.copyfile(gguf, folder / "runs" / "embedded" / "merged-q8_0.gguf")  # of a recipe that is not run here
+    gemma = tiny_model(folder / "models" / "gemma-7b-it", "gemma")
+    mistral = tiny_model(folder / "models" / "mistral-7b-it", "mistral")
+    for name, base in {"my-lora": gemma, "runs/gemma-a": gemma, "runs/gemma-b": gemma, "runs/mistral-a": mistral,
+                       "runs/mistral-b": mistral}.items():  # fmt: skip
+        tiny_adapter(folder / name, base, 1)
+    (folder / "tiny-gemma").symlink_to(gemma)
+    (folder / "DIR").symlink_to(gemma)
+    (folder / "ADAPTER_DIR").symlink_to(folder / "my-lora")
+    (folder / "best_of.toml").write_text("[[source]]\nn = 2\n", encoding="utf-8")
+    (folder / "search.toml").write_text("", encoding="utf-8")
+    (folder / "nearest.toml").write_text('train = "train.csv"\n', encoding="utf-8")
+    (folder / "recipe.toml").symlink_to(ROOT / "train" / "recipes" / "smoke.toml")
+    sources = re.search(
+        r"^```toml\n(\[\[source\]\].*?)^```", (ROOT / "docs" / "ENSEMBLE.md").read_text("utf-8"), re.M | re.S
+    )
+    assert sources is not None
+    (folder / "sources.toml").write_text(sources[1], encoding="utf-8")
+
+
+def write(path: Path, columns: Sequence[str], rows: Sequence[dict[str, str]]) -> None:
+    """A table of these columns."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a line of a page with this Python."""
+    line = _PYTHON.sub(f"{shlex.quote(sys.executable)} -m ", line)
+    # A page is read in a wide terminal without colours, so that help has each option in one piece.
+    environment = {**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "200", "NO_COLOR": "1"}
+    return subprocess.run(
+        ["bash", "-c", line], cwd=folder, capture_output=True, text=True, check=False, env=environment
+    )
+
+
+def misses(line: str, folder: Path) -> str:
+    """What the help of a command does not tell of: the command itself, or options; "" if it tells of all."""
+    words = line.split()
+    start = words.index("-m") + 1
+    parts = words[start : start + 2] if words[start] in _GROUPS else words[start : start + 1]
+    if len(parts) == 2 and not parts[1].isalpha():
+        parts = parts[:1]
+    if parts[0] == "pip":
+        return ""
+    done = shell(f"python -m {' '.join(parts)} --help", folder)
+    if done.returncode:
+        return done.stderr[-500:] or "no help"
+    options = {word.split("=")[0] for word in words[start:] if re.match(r"--?[a-z]", word)}
+    return ", ".join(
+        sorted(option for option in options if not re.search(rf"(?<![\w-]){option}(?![\w-])", done.stdout))
+    )
+
+
+def check(page: Path, folder: Path) -> int:
+    """Run what a page shows, and tell of each command how it ended. Returns how many failed."""
+    failed = 0
+    prepare(folder, page.stem)
+    for command in commands(page):
+        line = command.line
+        reason = next((why for part, why in _NOT_HERE.items() if part in line), "")
+        if reason or not command.run:
+            missing = misses(line, folder)
+            failed += bool(missing)
+            print(f"{'FAILED' if missing else 'help':<17}{line}  ({missing or reason or 'in a sentence'})", flush=True)
+            continue
+        for there, here in _AT_HAND.items():
+            line = line.replace(there, here)
+        line = re.sub(r"(?= >|$)", f" {more}", line, count=1) if (more := small(line)) else line
+        began = time.monotonic()
+        done = shell(line, folder)
+        state = "ran" if done.returncode == 0 else f"FAILED ({done.returncode})"
+        print(f"{state:<11}{time.monotonic() - began:4.0f} s {line}", flush=True)
+        if done.returncode:
+            failed += 1
+            print(done.stderr[-2000:], flush=True)
+    return failed
+
+
+def small(line: str) -> str:
+    """Options that make a command short, unless it says already that it only looks."""
+    more = next((more for part, more in _SMALL.items() if part in line), "")
+    return "" if "--dry-run" in line.split() or "--list" in line else more
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run them, and tell of each how it ended."""
+    """Check pages. Returns 1 if a command failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pages", nargs="*", default=_PAGES)
+    pages = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md") if path.stem != "CLI")]
+    parser.add_argument("pages", nargs="*", default=pages)
     parser.add_argument("--list", action="store_true", help="print the commands, and run none")
     asked = parser.parse_args(arguments)
-    found = list({shlex.join(words): words for page in asked.pages for words in commands(ROOT / page)}.values())
-    if asked.list:
-        print("\n".join(map(shlex.join, found)))
-        return 0
     failed = 0
-    with tempfile.TemporaryDirectory(prefix="docs-check-") as name:
-        folder = Path(name)
-        prepare(folder)
-        for words in found:
-            line = shlex.join(words[2:])
-            reason = next((why for part, why in _NOT_HERE.items() if part in line), "")
-            if reason:
-                print(f"left out       {line}  ({reason})", flush=True)
-                continue
-            more = next((more for part, more in _SMALL.items() if part in line), [])
-            if _TUNED in words and not (folder / _TUNED).exists():
-                (folder / _TUNED).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / "model.gguf", folder / _TUNED)
-            began = time.monotonic()
-            done = subprocess.run(
-                [sys.executable, *words[1:], *(word for word in more if "--dry-run" not in words)], cwd=folder,
-                capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(folder)},
-            )  # fmt: skip
-            state = "ran" if done.returncode == 0 else f"FAILED ({done.returncode})"
-            print(f"{state:<11}{time.monotonic() - began:4.0f} s {line} {shlex.join(more)}", flush=True)
-            if done.returncode:
-                failed += 1
-                print(done.stderr[-2000:], flush=True)
-    print(f"{failed} of {len(found)} failed")
+    for page in asked.pages:
+        found = list(commands(ROOT / page))
+        if not found:
+            continue
+        print(f"{page}: {len(found)} commands", flush=True)
+        if asked.list:
+            print("\n".join(f"{'run ' if one.run else 'help'} {one.line}" for one in found))
+            continue
+        with tempfile.TemporaryDirectory(prefix="docs-check-") as name:
+            failed += check(ROOT / page, Path(name))
+    if not asked.list:
+        print(f"{failed} failed")
     return 1 if failed else 0
 
 

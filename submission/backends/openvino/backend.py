@@ -1,4 +1,4 @@
-"""Models on the CPU by OpenVINO: the packaged ones, GGUF files that it reads, and OpenVINO folders.
+"""Models on the CPU by OpenVINO: the embedded ones, GGUF files that it reads, and OpenVINO folders.
 
     python -m submission predict test.csv -o submission.csv --backend openvino --model openvino_folder
 

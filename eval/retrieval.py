@@ -75,7 +75,7 @@ class PairIndex:
         self._prompts = unit_vectors(encoder.embed([triplet.rewrite_prompt for triplet in triplets]))
 
     def similarities(self, pairs: Sequence[Pair]) -> NDArray[np.float32]:
-        """Of each pair to each triplet, in [-1, 1], shape (pairs, triplets)."""
+        """Similarities of each pair to each triplet, in [-1, 1], shape (pairs, triplets)."""
         return self._embed(pairs) @ self._vectors.T
 
     def expected(self, pairs: Sequence[Pair], head: Head) -> NDArray[np.float32]:

@@ -75,7 +75,7 @@ class Settings:
         template, shots, n_shots, max_new_tokens, fallback: as `predict` takes them.
         settings: options of the backend; batch and load_in_4bit are chosen by the hardware unless they are here.
         workers: processes with a copy of the model each; 0 for one a GPU.
-        max_failures: share of failed rows above which models are held in a humbler way: smaller, then without a GPU.
+        max_failures: share of failed rows above which models are loaded in a safer way: smaller, then without a GPU.
         deadline: seconds from the kernel's start to a whole file; Kaggle's limit is 9 hours.
     """
 

@@ -84,8 +84,11 @@ class _Pace:
         minutes, seconds = divmod(round(left), 60)
         hours, minutes = divmod(minutes, 60)
         clock = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-        fell_back = f", {self.fell_back} fell back" if self.unit == "rows" else ""
-        return f"{rate:.2f} {self.unit}/s, {clock} left{fell_back}"
+        told = []
+        if rate > 0:  # else all that is finished was so before
+            pace = f"{rate:.2f} {self.unit}/s" if rate >= 0.1 else f"{1 / rate:.0f} s a {self.unit.removesuffix('s')}"
+            told = [pace, f"{clock} left"]
+        return ", ".join([*told, f"{self.fell_back} fell back"] if self.unit == "rows" else told)
 
 
 class _Lines:
@@ -98,9 +101,8 @@ class _Lines:
         now = time.monotonic()
         if now - self._printed_at >= _LINE_SECONDS or (self._last and self._pace.done == self._pace.total):
             self._printed_at = now
-            print_line(
-                f"{self._doing}{self._pace.done}/{self._pace.total} {self._pace.unit}, {self._pace.text()}", sys.stderr
-            )
+            done = f"{self._doing}{self._pace.done}/{self._pace.total} {self._pace.unit}"
+            print_line(", ".join(filter(None, [done, self._pace.text()])), sys.stderr)
 
 
 class _Bar:

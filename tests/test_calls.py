@@ -356,14 +356,14 @@ class GpuOnly:
 
 
 @pytest.mark.parametrize(("most", "answered"), [(0.2, 300), (1.0, 0)])
-def test_if_too_many_fail_they_are_asked_in_a_humbler_way(
+def test_if_too_many_fail_they_are_asked_in_a_safer_way(
     most: float, answered: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = [Way(GpuOnly()), Way(GpuOnly("small"), "smaller"), Way(GpuOnly("cpu"), "on the CPU")]
     monkeypatch.setattr("submission.calls.models.ways", lambda _: iter(steps))
     with open_models({"m": GpuOnly()}, Log(tmp_path / "l"), Limits(max_failures=most)) as models:
         found = ask(models)
-        assert models.humbler == (["smaller", "on the CPU"] if answered else [])
+        assert models.degraded == (["smaller", "on the CPU"] if answered else [])
     assert sum(found[key] == EXPECTED[key] for key in ALL) == answered
 
 
@@ -459,7 +459,7 @@ def test_a_call_goes_on_where_another_gave_its_workers_up(tmp_path: Path, monkey
                 assert not [one for one in inner.values() if isinstance(one, Failure)]
             outer.append(key)
         assert sorted(outer, key=int) == ALL[:200]
-        assert models.humbler == ["smaller"]
+        assert models.degraded == ["smaller"]
 
 
 def test_what_was_computed_is_logged_though_nobody_asks_for_it(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ _BLANK = "\u2581"  # what SentencePiece writes for a blank
 
 
 class FolderTokenizer:
-    """Of tokenizer.json; see `submission.prompts.encoding.Tokenizer`.
+    """The tokenizer of a tokenizer.json; see `submission.prompts.encoding.Tokenizer`.
 
     Args:
         folder: with tokenizer.json, and with tokenizer_config.json and generation_config.json if there are any.

@@ -69,12 +69,13 @@ class Logged(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of all models of a run.
+    """Limits that all models of a run share.
 
     Attributes:
         end: when all workers are ended, in seconds of `time.monotonic()`; None for never.
         stall: seconds without an answer after which a busy worker is replaced.
-        max_failures: share of failed items of a call above which they are asked again in a humbler way.
+        max_failures: share of failed items of a call above which they are asked again, with the model loaded in a safer
+            way.
     """
 
     end: float | None = None
@@ -99,13 +100,13 @@ class Models(Mapping[str, "Handle"]):
         computed: calls that workers answered.
         failed: calls that they did not.
         missing: calls that were asked of models that compute nothing, and that the log does not know.
-        humbler: what was done because workers were lost again and again, in words.
+        degraded: what was done because workers were lost again and again, in words.
     """
 
     def __init__(self, roles: Mapping[str, Spec], log: Log, limits: Limits = Limits(), *, compute: bool = True) -> None:
         self.log, self.limits, self.compute = log, limits, compute
         self.found = self.computed = self.failed = self.missing = 0
-        self.humbler: list[str] = []
+        self.degraded: list[str] = []
         self.asked: list[RecordedCall] | None = None  # collects all calls, for `inspect`
         self._by_spec: dict[str, Handle] = {}
         self._roles = {role: self._model(spec) for role, spec in roles.items()}
@@ -176,7 +177,7 @@ class Handle:
         self._run = run
         self._pool: Pool | None = None
         self._ways = ways(spec)
-        self._way, self._humbler = next(self._ways), next(self._ways, None)
+        self._way, self._safer = next(self._ways), next(self._ways, None)
         self.log = spec.log if isinstance(spec, Logged) else run.log
         self._keyed = isinstance(spec, ModelSpec) and spec.keyed
         self.hopeless = ""
@@ -193,7 +194,7 @@ class Handle:
     @property
     def is_humblest(self) -> bool:
         """Whether there is no other way left to hold it."""
-        return self._humbler is None
+        return self._safer is None
 
     @property
     def busy(self) -> bool:
@@ -265,7 +266,7 @@ class Handle:
             try:
                 self._pool = Pool(self._way.carrier(), self._run.limits.end, self._run.limits.stall)
             except UserError as error:
-                if self._way.words:  # a humbler way, after something had been answered or tried
+                if self._way.words:  # a safer way, after something had been answered or tried
                     if not self.step_down(str(error)):
                         raise LostError(f"{error}\nWhat was computed is safe.") from None
                 elif not ("CUDA" in str(error) and self.step_down(str(error))):
@@ -273,12 +274,12 @@ class Handle:
         return self._pool.open(kind)
 
     def step_down(self, why: str) -> bool:
-        """Hold the model in a humbler way; False if there is none left."""
-        if self._humbler is None:
+        """Load the model in a safer way; False if there is none left."""
+        if self._safer is None:
             return False
         self.release()
-        self._way, self._humbler = self._humbler, next(self._ways, None)
-        self._run.humbler.append(self._way.words)
+        self._way, self._safer = self._safer, next(self._ways, None)
+        self._run.degraded.append(self._way.words)
         LOG.warning("%s: trying again %s", why.splitlines()[0], self._way.words)
         return True
 
@@ -432,7 +433,7 @@ class _Answering:
         return told
 
     def _ask_failed_again(self) -> bool:
-        """If too many failed, ask those again in a humbler way."""
+        """If too many failed, ask those again with the model loaded in a safer way."""
         failed = len(self._failed)
         few = failed < _LEAST_FAILED and not failed == self._asked > 2  # a row on its own tells nothing of the model
         if few or failed <= self._run.limits.max_failures * self._asked:

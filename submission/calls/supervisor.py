@@ -126,7 +126,7 @@ class Carrier(ABC):
     """Starts workers, carries messages, and knows when a worker is gone."""
 
     count: int
-    """Of workers that are wanted."""
+    """Number of workers that are wanted."""
 
     @abstractmethod
     def start(self, worker: Worker) -> None:

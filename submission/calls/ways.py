@@ -64,7 +64,7 @@ class Way:
 
 
 def ways(what: Loadable) -> Iterator[Way]:
-    """The ways of holding a model, the humblest last: as it was asked for, smaller, without a GPU."""
+    """The ways of holding a model, the safest last: as it was asked for, smaller, without a GPU."""
     yield Way(what)
     if not isinstance(what, ModelSpec) or what.placement.ray or what.backend not in _OF_SMALL:
         return

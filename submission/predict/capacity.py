@@ -247,7 +247,7 @@ def together(fits: Sequence[Fit]) -> Fit:
 
 
 def prefill_flop(shape: ModelShape, tokens: int) -> float:
-    """Of one prompt: the layers, causal attention, and the output layer at its end."""
+    """Floating-point operations of one prompt: the layers, causal attention, and the output layer at its end."""
     attention = 2.0 * shape.layers * shape.heads * shape.head_size * tokens**2
     return 2.0 * shape.layer_parameters * tokens + attention + 2.0 * shape.vocabulary * shape.hidden
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,7 +37,7 @@ class Summary:
         truncated: rows whose texts were cut to fit the model.
         computed: rows computed by this process; the others were in the log.
         seconds: since the process started.
-        humbler: how models were held after trouble, in words; usually nothing.
+        degraded: how models were loaded after trouble, in words; usually nothing.
         rows_per_second: computed rows per second, the loading of models included; 0 if none was computed.
         too_many_failed: more rows failed than was allowed.
     """
@@ -48,7 +50,7 @@ class Summary:
     seconds: float
     rows_per_second: float
     output: Path
-    humbler: tuple[str, ...]
+    degraded: tuple[str, ...]
     too_many_failed: bool
 
     @property
@@ -67,7 +69,7 @@ class Summary:
                 "computed": self.computed,
                 "seconds": round(self.seconds, 3),
                 "rows_per_second": round(self.rows_per_second, 4),
-                "humbler": list(self.humbler),
+                "degraded": list(self.degraded),
                 "output": display_path(self.output),
                 "log": str(log_path(self.output)),
                 "exit_code": self.exit_code,
@@ -79,15 +81,25 @@ class Summary:
         lines = [f"rows       {self.rows} ({self.computed} computed now)"]
         lines.append(f"fallbacks  {self.fallbacks}")
         lines += [f"           {count} x {reason}" for reason, count in self.reasons.items()]
-        lines += [f"models     held {words} after trouble" for words in self.humbler]
+        lines += [f"models     loaded {words} after trouble" for words in self.degraded]
         lines.append(f"truncated  {self.truncated}")
         lines.append(f"time       {self.seconds:.1f} s, {self.rows_per_second:.2f} rows/s")
         lines.append(f"output     {display_path(self.output)} (valid)")
         if self.too_many_failed:
             lines.append("Too many rows failed: the same command tries them again.")
-        look = f"python -m submission inspect ID --run {display_path(self.output)}"
+        look = f"{shlex.quote(_this_python())} -m submission inspect ID --run {shlex.quote(display_path(self.output))}"
         lines.append(f"next       {look}    (one row: prompt and answer)")
         return "\n".join(lines)
+
+
+def _this_python() -> str:
+    """The Python that runs this, as a command line calls it."""
+    if not sys.executable or sys.executable == shutil.which("python"):
+        return "python"
+    try:
+        return str(Path(sys.executable).relative_to(Path.cwd()))
+    except (ValueError, OSError):  # elsewhere; the working directory is gone
+        return sys.executable
 
 
 def finish(
@@ -102,7 +114,7 @@ def finish(
     computing_seconds: float,
     late: bool,
     lost: str = "",
-    humbler: Sequence[str] = (),
+    degraded: Sequence[str] = (),
 ) -> Summary:
     """Write the output for all `ids` and validate it by reading it back.
 
@@ -113,7 +125,7 @@ def finish(
         max_failures: the share of tried rows, 0 to 1, above which too many failed.
         late: whether the deadline came before all rows were tried.
         lost: why rows without an answer have none, where no model is left.
-        humbler: how models were held after trouble, in words.
+        degraded: how models were loaded after trouble, in words.
 
     Raises:
         PromptRecoveryError: what was read back is not valid (a fault of the disk or of this program).
@@ -133,7 +145,7 @@ def finish(
         seconds=seconds,
         rows_per_second=computed / computing_seconds if computed and computing_seconds > 0 else 0.0,
         output=output,
-        humbler=tuple(humbler),
+        degraded=tuple(degraded),
         too_many_failed=count.failed > max_failures * count.asked,
     )
 

@@ -251,7 +251,7 @@ class _Run:
             computing_seconds=self._computing_seconds,
             late=late,
             lost=self._lost,
-            humbler=self._models.humbler if self._models else (),
+            degraded=self._models.degraded if self._models else (),
         )
         if self._manifest is not None:
             self._manifest.write("complete", summary)

@@ -201,7 +201,7 @@ def _check_platform(options: Options) -> bool:
 
 
 def _arguments(model: Path, options: Options, *, on_cpu: bool) -> dict[str, Any]:
-    """Of `vllm.EngineArgs`, but for sizes and the adapter."""
+    """Arguments of `vllm.EngineArgs`, but for sizes and the adapter."""
     arguments: dict[str, Any] = {
         "model": str(model), "skip_tokenizer_init": True, "trust_remote_code": False, "load_format": "safetensors",
         "dtype": _dtype(on_cpu=on_cpu) if options.dtype == "auto" else options.dtype, "seed": 0,

@@ -35,7 +35,7 @@ class SampleJob(PendingAnswer):
         return list(self.asked.encoded.ids)
 
     def params(self) -> dict[str, Any]:
-        """Of `vllm.SamplingParams`. Stop strings are looked for here: vLLM has no tokenizer."""
+        """Arguments of `vllm.SamplingParams`. Stop strings are looked for here: vLLM has no tokenizer."""
         sampling, key = self.asked.request.sampling, self.asked.request.key
         params: dict[str, Any] = {"temperature": 0.0}
         if sampling.temperature > 0:
@@ -88,7 +88,7 @@ class TextJob:
         return list(self._tokens[:-1])
 
     def params(self) -> dict[str, Any]:
-        """Of `vllm.SamplingParams`."""
+        """Arguments of `vllm.SamplingParams`."""
         params = {"temperature": 0.0, "max_tokens": 1, "allowed_token_ids": self._tokens[-1:], "logprobs": 0}
         return params | ({"prompt_logprobs": 0} if self._from < len(self._tokens) - 1 else {})
 

@@ -55,7 +55,7 @@ docs: .venv/.docs
 	$(BIN)/python docs/make_cli.py
 	$(BIN)/mkdocs build -q
 
-# The commands of the front page and of docs/QUICKSTART.md, run as they stand there, long ones at a small size.
+# The commands of the front page and of docs/, run as they stand there, long ones at a small size; about an hour.
 docs-check: .venv/.all
 	$(BIN)/python -m tests.bench.docs_check
 

@@ -34,7 +34,8 @@ TargetOption = Annotated[str, typer.Option(help="Model that made the rewrites, f
 JudgeOption = Annotated[str, typer.Option(help="Model that judges. Default: embedded.")]
 GateOption = Annotated[str, typer.Option(help="Model trained to say Yes or No, for judge_yes_no. Default: the judge.")]
 WeightsOption = Annotated[
-    list[Path] | None, typer.Option("--weights", help="A file of `fit`; repeatable. Its name is a selector.")
+    list[Path] | None,
+    typer.Option("--weights", help="Weights that `fit` wrote; its --name becomes a selector; repeatable."),
 ]
 RotationsOption = Annotated[
     int, typer.Option(min=0, help="Candidate orders that judge_pick averages over; 0 uses one per candidate.")
@@ -49,7 +50,8 @@ def sample(
     ],
     output: OutputOption,
     sources: Annotated[
-        Path | None, typer.Option(help="TOML with a [[source]] for each. Default: the model of `predict`.")
+        Path | None,
+        typer.Option(help="TOML with a [[source]] for each. Default: `embedded-tuned`, greedy and 8 samples."),
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE of every source, such as n=4; repeatable.")
@@ -63,7 +65,7 @@ def sample(
     ray_cpus: RayCpusOption = 0,
     fresh: FreshOption = False,
 ) -> None:
-    """Draw candidates for every pair. The same command again resumes.
+    """Sample candidates for every pair. The same command again resumes.
 
     Keys of a source: name, backend, model, adapter, settings, template, shots, n_shots, n, greedy, temperature, top_p,
     min_p, max_new_tokens, seed.
@@ -147,7 +149,7 @@ def experiment(
     proposals: Annotated[
         int,
         typer.Option(
-            min=0, help="Candidates a row that a search scores, answers of the model included; 0 for no search."
+            min=0, help="Add a search that scores so many candidates a row, the model's answers included; 0 adds none."
         ),
     ] = 0,
     encoder: EncoderOption = "",

@@ -66,7 +66,7 @@ def constant(
 ) -> None:
     """Search the constant prompt that scores best on the training prompts.
 
-    First among sentences that somebody wrote, then by a beam search over words. What the second finds is marked as an
+    First among the training prompts, then by a beam search over words. What the search finds is marked as an
     exploit: it pleases the encoder and need not be a sentence.
     """
     from eval.baselines import write_prompt
@@ -106,7 +106,7 @@ def baselines(
     reference: ReferenceOption = "",
     backend: Annotated[str, typer.Option(help="See `python -m submission predict --help`.")] = "auto",
     model: Annotated[str, typer.Option(help="GGUF file, transformers folder, or 'embedded'.")] = "embedded",
-    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="GGUF LoRA file or PEFT folder.")] = None,
     tuned_model: Annotated[str, typer.Option(help="A tuned model to compare with the others.")] = "",
     tuned_adapter: Annotated[
         Path | None, typer.Option(help="A tuned adapter of MODEL to compare with the others.")
@@ -167,7 +167,7 @@ def compare(
     encoder: EncoderOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Compare runs: means, paired differences with intervals, won, tied and lost rows, and the rows it would take."""
+    """Compare runs: means, paired differences with intervals, won, tied and lost rows, and rows to show each."""
     from eval import leaks
     from eval.compare import compare as put_side_by_side
     from eval.compare import figures, read_system, table
@@ -239,7 +239,7 @@ def throughput(
     model: Annotated[str, typer.Option(help="GGUF file or 'embedded'.")] = "embedded",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 uses every core.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Maximum length of an answer, in tokens.")] = 40,
-    repeats: Annotated[int, typer.Option(min=1, help="Repeats; the median is reported.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each way, by turns; the median is reported.")] = 3,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: what is fastest here.")] = "auto",
     scenario: Annotated[
         list[str] | None, typer.Option(help="zero_shot, few_shot, samples or likelihood; repeatable. Default: all.")

@@ -95,7 +95,7 @@ def predict(
     ] = "",
     recover_config: Annotated[Path | None, typer.Option(help="TOML file with the options of --recover.")] = None,
     fallback: Annotated[
-        str | None, typer.Option(help="Prompt for rows without an answer; default: a sensible constant.")
+        str | None, typer.Option(help='Prompt for rows without an answer. Default: "Please rewrite this text ..."')
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 40,
     temperature: TemperatureOption = 0.0,

@@ -36,7 +36,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Random seed.")]
 EncoderOption = Annotated[str, typer.Option("--encoder", help="See `python -m eval score --help`.")]
 BackendOption = Annotated[str, typer.Option(help="See `python -m submission predict --help`.")]
 ModelOption = Annotated[str, typer.Option(help="GGUF file, transformers folder, or 'embedded'.")]
-AdapterOption = Annotated[Path | None, typer.Option(help="LoRA adapter.")]
+AdapterOption = Annotated[Path | None, typer.Option(help="GGUF LoRA file or PEFT folder.")]
 SettingsOption = Annotated[list[str] | None, typer.Option("--set", help="Backend option, key=value; repeatable.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over; ignore the results of earlier runs.")]
 
@@ -92,7 +92,7 @@ def texts(
     fresh: FreshOption = False,
     encoder: EncoderOption = "",
 ) -> None:
-    """Collect original texts from files, or have a model write them; near-duplicates and endless repetition go.
+    """Collect original texts from files, or have a model write them; drops near-duplicates and endless repetition.
 
     Writing is resumed by the same command.
     """
@@ -124,7 +124,7 @@ def rewrites(
     top_p: TopPOption = 0.95,
     min_p: MinPOption = 0.0,
     length_factor: Annotated[
-        float, typer.Option(min=0.1, help="Maximum length of a rewrite, as a multiple of its text.")
+        float, typer.Option(min=0.1, help="Maximum length of a rewrite, as a multiple of its text's tokens.")
     ] = 2.0,
     max_new_tokens: Annotated[int, typer.Option(min=16, help="Maximum length of a rewrite, in tokens.")] = 512,
     keep_cut: Annotated[
@@ -153,7 +153,9 @@ def prepare(
         list[str] | None,
         typer.Argument(metavar="[SOURCES...]", help="CSV, Parquet, JSONL, folders of them, or kaggle:owner/dataset."),
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="TOML; see train/recipes/. Default: sensible defaults.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="TOML with [cleaning], [screens], [mix] and [split]; see train/recipes/.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="SECTION.KEY=VALUE of the recipe, such as split.test=0.2.")
     ] = None,
@@ -312,7 +314,7 @@ def cut(
     output: Annotated[Path, typer.Option("-o", "--output", help="Output folder.")],
     layers: Annotated[int, typer.Option(min=2, help="Number of layers to keep, spread evenly.")],
 ) -> None:
-    """Write a smaller model of some of a model's layers: it says nothing of use until it is tuned."""
+    """Write a smaller model that keeps some of MODEL's layers; tune it before use."""
     from train.bases import cut_layers
 
     kept = cut_layers(model, layers, output)
@@ -366,7 +368,9 @@ def push(
     settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of [sft]; repeatable.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the output of the last session.")] = False,
     deadline: Annotated[str, typer.Option(help="End the session within this time, 10m or more.")] = "8h30m",
-    accelerator: Annotated[str, typer.Option(help="Machine shape of Kaggle; 'none' for no GPU.")] = "NvidiaTeslaT4",
+    accelerator: Annotated[
+        str, typer.Option(help="t4x2, l4x4, a100, h100, a machine shape of Kaggle, or none for no GPU.")
+    ] = "NvidiaTeslaT4",
     rehearse: Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Rehearse first.")] = True,
     model: Annotated[
         Path | None, typer.Option(help="Small transformers folder to rehearse with instead of the base.")

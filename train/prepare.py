@@ -1,7 +1,7 @@
 """From tables of triplets to training, validation and test sets that share nothing, with a card that tells all.
 
 python -m train prepare triplets.csv -o data/mine
-python -m train prepare --recipe train/recipes/mixed.toml -o data/mixed
+python -m train prepare --recipe train/recipes/seed-mixed.toml -o data/mixed
 
 read sources -> clean -> screen -> mix -> group -> split -> Parquet, card, plots, list of dropped rows
 """

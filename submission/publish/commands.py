@@ -22,7 +22,9 @@ Metadata = Annotated[Path, typer.Option(help="kernel-metadata.json of the kernel
 TestOption = Annotated[list[Path] | None, typer.Option(help="CSV of pairs for the larger test; repeatable.")]
 AttachOption = Annotated[
     list[str] | None,
-    typer.Option(help="Copy of an attached model for the rehearsal, [NAME=]PATH; in the bundle's order; repeatable."),
+    typer.Option(
+        help="Local copy of an attached model for the rehearsal: PATH in the order of --attach, or NAME=PATH; repeatable."
+    ),
 ]
 Accelerator = Annotated[
     str,
@@ -45,7 +47,9 @@ def bundle(
     ] = None,
     model: Annotated[
         str,
-        typer.Option(help="embedded-tuned, embedded, a GGUF file, or attached: a model of --attach, which implies it."),
+        typer.Option(
+            help="embedded-tuned, embedded, a GGUF file, or attached: the model of --attach (default with it)."
+        ),
     ] = "embedded-tuned",
     attach: Annotated[
         list[str] | None,
@@ -56,7 +60,7 @@ def bundle(
     ] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(help="GGUF LoRA file or PEFT folder; NAME=PATH, again, for the sources of an ensemble."),
+        typer.Option(help="GGUF LoRA file or PEFT folder; for the sources of an ensemble NAME=PATH, repeatable."),
     ] = None,
     include: Annotated[
         list[Path] | None,
@@ -88,7 +92,7 @@ def dry_run(
     metadata: Metadata = _METADATA,
     test: TestOption = None,
     model: AttachOption = None,
-    shorten: Annotated[float, typer.Option(min=1, help="Divide the deadline by this.")] = 1.0,
+    shorten: Annotated[float, typer.Option(min=1, help="Divide the deadline of kernel.toml by this.")] = 1.0,
     accelerator: Accelerator = "",
 ) -> None:
     """Run the kernel as Kaggle does: its folders in both layouts, its packages, no network. Exit code 0 or 1."""

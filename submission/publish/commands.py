@@ -23,7 +23,7 @@ TestOption = Annotated[list[Path] | None, typer.Option(help="CSV of pairs for th
 AttachOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Local copy of an attached model for the rehearsal: PATH in the order of --attach, or NAME=PATH; repeatable."
+        help="Local copy of an attached model to rehearse with: PATH in the order of --attach, or NAME=PATH; repeatable."
     ),
 ]
 Accelerator = Annotated[
@@ -48,7 +48,7 @@ def bundle(
     model: Annotated[
         str,
         typer.Option(
-            help="embedded-tuned, embedded, a GGUF file, or attached: the model of --attach (default with it)."
+            help="embedded-tuned, embedded, a GGUF file, or attached: that of --attach (default with it)."
         ),
     ] = "embedded-tuned",
     attach: Annotated[

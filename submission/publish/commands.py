@@ -23,7 +23,7 @@ TestOption = Annotated[list[Path] | None, typer.Option(help="CSV of pairs for th
 AttachOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Local copy of an attached model to rehearse with: PATH in the order of --attach, or NAME=PATH; repeatable."
+        help="Copy of an attached model to rehearse with: PATH in the order of --attach, or NAME=PATH; repeatable."
     ),
 ]
 Accelerator = Annotated[
@@ -47,9 +47,7 @@ def bundle(
     ] = None,
     model: Annotated[
         str,
-        typer.Option(
-            help="embedded-tuned, embedded, a GGUF file, or attached: that of --attach (default with it)."
-        ),
+        typer.Option(help="embedded-tuned, embedded, a GGUF file, or attached: that of --attach (default with it)."),
     ] = "embedded-tuned",
     attach: Annotated[
         list[str] | None,

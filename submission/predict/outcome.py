@@ -83,7 +83,8 @@ class Summary:
         lines += [f"           {count} x {reason}" for reason, count in self.reasons.items()]
         lines += [f"models     loaded {words} after trouble" for words in self.degraded]
         lines.append(f"truncated  {self.truncated}")
-        lines.append(f"time       {self.seconds:.1f} s, {self.rows_per_second:.2f} rows/s")
+        pace = f", {self.rows_per_second:.2f} rows/s" if self.computed else ""
+        lines.append(f"time       {self.seconds:.1f} s{pace}")
         lines.append(f"output     {display_path(self.output)} (valid)")
         if self.too_many_failed:
             lines.append("Too many rows failed: the same command tries them again.")

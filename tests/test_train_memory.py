@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from train import memory
 from train.memory import measure
 from train.sft_config import Sft
 from train.trainer import lora_config
@@ -61,3 +62,18 @@ def test_what_a_batch_keeps_is_counted_to_the_byte(base: Path, dtype: str) -> No
     less = measure(replace(config, gradient_checkpointing=True), base, LONGEST, ANSWER)
     assert less.activations < 0.7 * size.activations
     assert measure(replace(config, batch=2 * ROWS), base, LONGEST, ANSWER).activations > 1.9 * size.activations
+
+
+def test_a_model_that_cannot_be_counted_is_estimated(
+    base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = Sft(base=str(base), batch=ROWS, dtype="float32", targets="all-linear", gradient_checkpointing=False)
+    counted = measure(config, base, LONGEST, ANSWER)
+
+    def fails(*_: object, **__: object) -> int:
+        raise RuntimeError("its way depends on its numbers")
+
+    monkeypatch.setattr(memory, "kept_for_backward", fails)
+    estimated = measure(config, base, LONGEST, ANSWER)
+    assert 0.3 < estimated.activations / counted.activations < 3
+    assert "rough estimate" in caplog.text

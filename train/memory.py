@@ -6,6 +6,7 @@ tensors, which have shapes and no numbers, and every tensor that autograd saves 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,11 @@ from submission.errors import UserError, first_line
 from train.sft_config import Sft
 from train.trainer import lora_config, training_dtype
 
+LOG = logging.getLogger(__name__)
+
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _PROCESS = 0.9e9  # Python and libraries, where they share the memory with the model
+_INPUTS_KEPT = 26  # inputs of a layer, by size, that it keeps for the backward pass where it cannot be counted
 _NF4_BYTES = 0.52  # with double quantisation, of weights in linear layers
 
 
@@ -70,13 +74,18 @@ def measure(config: Sft, base: Path, longest: int, answer: int) -> Size:
         except ValueError as error:
             raise UserError(f"[sft] cannot be set up: {first_line(error)}") from error
     trainable = tuned.get_nb_trainable_parameters()[0]
-    kept = kept_for_backward(tuned, dtype, rows=config.batch, longest=longest, answer=answer)
+    text = shape.get_text_config()
+    inputs = text.hidden_size * longest * config.batch * _BYTES[dtype]  # of a layer
+    kept: float
+    try:
+        kept = kept_for_backward(tuned, dtype, rows=config.batch, longest=longest, answer=answer)
+    except Exception as error:  # a model whose way depends on its numbers, such as a mixture of experts
+        LOG.warning(f"the memory of the activations is a rough estimate: {type(error).__name__} when counting it")
+        kept = _INPUTS_KEPT * inputs * text.num_hidden_layers
     if config.gradient_checkpointing:  # the inputs of layers, and one layer computed again
-        inputs = shape.get_text_config().hidden_size * longest * config.batch * _BYTES[dtype]
-        layers = shape.get_text_config().num_hidden_layers
-        kept = layers * inputs + kept / layers
+        kept = text.num_hidden_layers * inputs + kept / text.num_hidden_layers
     width = _BYTES["float32" if dtype == "float16" and not config.load_in_4bit else dtype]
-    logits = 3 * _BYTES["float32"] * answer * config.batch * shape.get_text_config().vocab_size
+    logits = 3 * _BYTES["float32"] * answer * config.batch * text.vocab_size
     return Size(
         parameters, counted, in_4bit, trainable,
         weights=in_4bit * _NF4_BYTES + (parameters - in_4bit) * width,

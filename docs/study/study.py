@@ -49,7 +49,8 @@ MINUTES = {
     "sets": 110, "baselines": 4.2, "half-base": 0.1, "tuned": 9.7, "other-seed": 8.8, "size-64": 3.9, "size-128": 5.8,
     "one-kind": 5.9, "mixed": 5.5, "rate-1e-4": 5.0, "rate-2e-3": 4.1, "epochs-10": 14.2, "rank-8": 7.7, "plain": 7.9,
     "plain-64": 4.0, "plain-128": 5.3, "attention": 7.8, "half": 7.6, "default": 1.5, "best-of-nine": 4.2,
-    "best-of-ten": 2.8, "search": 15.2, "quantizations": 7.1, "ensemble": 28.8, "best-of": 10.4, "small": 34.4, "speed": 23.7,
+    "best-of-ten": 2.8, "search": 15.2, "quantizations": 7.1, "ensemble": 28.8, "best-of": 10.4, "small": 34.4,
+    "speed": 23.7,
 }  # fmt: skip
 # One way of asking for each kind of prompt, for `plain`: which of its many ways was taken no rewrite tells.
 PLAIN = {

@@ -54,6 +54,7 @@ _AT_HAND = {
     " /models/": " models/",
     " ...": "",
 }
+_TUNED = "runs/embedded/merged-q8_0.gguf"
 _PYTHON = re.compile(r"(?:\.venv/bin/)?python -m ")
 _GROUPS = ("submission", "eval", "train", "ensemble")
 
@@ -100,7 +101,7 @@ def prepare(folder: Path, page: str) -> None:
     write(folder / "prompts.csv", ["id", "rewrite_prompt"], rows[:3])
     write(folder / "texts.csv", ["id", "original_text"], rows[3:6])
     write(folder / "truth.csv", ["id", "rewrite_prompt"], rows[: 40 if page == "ENSEMBLE" else 4])
-    for name in ("submission.csv", "tuned.csv"):
+    for name in ("tuned.csv", *(["submission.csv"] if page == "EVAL" else [])):  # other pages predict it
         write(folder / name, ["id", "rewrite_prompt"], [{**row, "rewrite_prompt": "Improve it."} for row in rows[:4]])
     (folder / "sets").mkdir()
     frame = pd.DataFrame(rows)
@@ -112,8 +113,8 @@ def prepare(folder: Path, page: str) -> None:
     for name in ("model.gguf", "tuned.gguf"):
         (folder / name).symlink_to(gguf)
     (folder / "lora.gguf").symlink_to(tuned_adapter())
-    (folder / "runs" / "embedded").mkdir(parents=True)
-    shutil.copyfile(gguf, folder / "runs" / "embedded" / "merged-q8_0.gguf")  # of a recipe that is not run here
+    if page == "ENSEMBLE":  # whose sources name it
+        supply(folder)
     gemma = tiny_model(folder / "models" / "gemma-7b-it", "gemma")
     mistral = tiny_model(folder / "models" / "mistral-7b-it", "mistral")
     for name, base in {"my-lora": gemma, "runs/gemma-a": gemma, "runs/gemma-b": gemma, "runs/mistral-a": mistral,
@@ -131,6 +132,15 @@ def prepare(folder: Path, page: str) -> None:
     )
     assert sources is not None
     (folder / "sources.toml").write_text(sources[1], encoding="utf-8")
+
+
+def supply(folder: Path) -> None:
+    """Put a model in the place of the one that a recipe makes which is not run to its end here."""
+    from submission.backends.models import resolve_folder
+
+    if not (folder / _TUNED).exists():
+        (folder / _TUNED).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(resolve_folder("embedded"), folder / _TUNED)
 
 
 def write(path: Path, columns: Sequence[str], rows: Sequence[dict[str, str]]) -> None:
@@ -181,6 +191,8 @@ def check(page: Path, folder: Path) -> int:
             failed += bool(missing)
             print(f"{'FAILED' if missing else 'help':<17}{line}  ({missing or reason or 'in a sentence'})", flush=True)
             continue
+        if _TUNED in line:
+            supply(folder)
         for there, here in _AT_HAND.items():
             line = line.replace(there, here)
         line = re.sub(r"(?= >|$)", f" {more}", line, count=1) if (more := small(line)) else line

@@ -108,12 +108,15 @@ def run_baselines(config: BaselinesConfig, encoder: Encoder) -> Result:
         UserError: something is missing or wrong; `Interrupted` when a signal stops a run.
     """
     check_names(config.only)
+    if BEST_OF in config.only and not (config.tuned_model or config.tuned_adapter):
+        raise UserError(f"{BEST_OF} is of a tuned model: name it with --tuned-model or --tuned-adapter")
     sets = {"test": config.test} | ({"ood": config.ood} if config.ood else {})
     for path in sets.values():
         read_triplets(path)  # what is wrong with it is said before anything is run
     triplets = read_triplets(config.train)
     check_no_file(config.output)
-    for file in ("nearest.toml", "constant_fitted.toml", f"{EXPLOIT}.toml", BEST_OF_FILE):
+    chosen = (BEST_OF_FILE,) if BEST_OF in config.only else ()
+    for file in ("nearest.toml", "constant_fitted.toml", f"{EXPLOIT}.toml", *chosen):
         check_free(config.output / file, [config.output / file])
     config.output.mkdir(parents=True, exist_ok=True)
     constants: list[FittedConstant] = []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import sys
 import time
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Protocol, TextIO
 
 _LINE_SECONDS = 10.0
@@ -31,6 +34,17 @@ def _spelled(character: str) -> str:
     if character.isprintable() or character in "\n\t" or unicodedata.category(character) == "Zs":
         return character
     return character.encode("unicode_escape").decode("ascii")
+
+
+def this_python() -> str:
+    """The Python that runs this, as a command line calls it."""
+    if not sys.executable or sys.executable == shutil.which("python"):
+        return "python"
+    try:
+        path = str(Path(sys.executable).relative_to(Path.cwd()))
+    except (ValueError, OSError):  # elsewhere; the working directory is gone
+        return shlex.quote(sys.executable)
+    return shlex.quote(path if "/" in path else f"./{path}")
 
 
 class Progress(Protocol):

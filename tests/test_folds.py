@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,8 @@ from submission.errors import UserError
 from tests.conftest import ROOT, runner
 from tests.tiny_models import tiny_model
 from train import forecast
-from train.run import OWN, read_run
-from train.score import Score, score_folds
+from train.run import OWN, how_to_predict, read_run
+from train.score import Score, best_of_file, score_folds
 from train.splits import Splitting, split
 
 _RECIPE = """
@@ -172,3 +173,19 @@ def test_ones_own_triplets_are_put_beside_the_default() -> None:
     run = read_run(OWN, ["output=made"], ["mine.csv"])
     assert run.score is not None
     assert "default" in run.score.baselines
+
+
+def test_a_run_says_how_to_predict_as_it_was_scored(tmp_path: Path) -> None:
+    run = read_run(OWN, [f"output={tmp_path / 'a b'}", "score.max_new_tokens=9"], ["mine.csv"])
+    best = best_of_file(run.output, 0)
+    best.parent.mkdir(parents=True)
+    assert "best_of" not in how_to_predict(run)
+    best.write_text("")
+    words = shlex.split(how_to_predict(run))
+    assert words[words.index("--model") + 1] == str(run.output / "merged-q8_0.gguf")
+    assert words[words.index("--recover-config") + 1] == str(best)
+    assert words[words.index("--max-new-tokens") + 1] == "9"
+    assert run.sft is not None
+    assert run.score is not None
+    assert "best_of" not in how_to_predict(replace(run, score=replace(run.score, baselines=("constant",))))
+    assert how_to_predict(replace(run, sft=replace(run.sft, task="judge"))) == ""

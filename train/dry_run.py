@@ -12,7 +12,7 @@ from train.bases import base_folder
 from train.memory import Size, measure
 from train.sft import PreparedTuning, check_installed, prepare
 from train.sft_config import Sft
-from train.trainer import device_count
+from train.trainer import batch_order, device_count
 
 
 def look(config: Sft) -> None:
@@ -60,8 +60,14 @@ def lines(config: Sft, ready: PreparedTuning) -> Iterator[str]:
 
 def planned(config: Sft, ready: PreparedTuning) -> Size:
     """What training on these examples takes; see `measure`."""
-    answer = max(len(example.ids) - example.answer_from for example in ready.train)
-    return measure(config, ready.base, max(len(example.ids) for example in ready.train), answer)
+    lengths = [len(example.ids) for example in ready.train]
+    columns = 0  # from the first answer of a batch to the end of its longest row
+    order = batch_order(lengths, config.batch * config.accumulation * device_count(), config.seed)
+    for start in range(0, len(order), config.batch):
+        rows = order[start : start + config.batch]
+        answers = min(ready.train[row].answer_from for row in rows)
+        columns = max(columns, max(lengths[row] for row in rows) - answers + 1)
+    return measure(config, ready.base, max(lengths), min(columns, max(lengths)))
 
 
 def show_example(ready: PreparedTuning) -> None:

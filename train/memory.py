@@ -51,7 +51,7 @@ def measure(config: Sft, base: Path, longest: int, answer: int) -> Size:
         config: of the training.
         base: folder of the base model.
         longest: tokens of an example.
-        answer: tokens of an answer, of which logits are computed.
+        answer: tokens at the end of a batch's rows of which logits are computed.
 
     Raises:
         UserError: the model has no such layers.
@@ -61,6 +61,8 @@ def measure(config: Sft, base: Path, longest: int, answer: int) -> Size:
     from transformers import AutoModelForCausalLM
 
     shape, dtype = load_config(base), training_dtype(config)
+    if dtype == "float16" and not torch.cuda.is_available() and not config.load_in_4bit:
+        dtype = "float32"  # as the trainer computes then
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, dtype))
         parameters = sum(p.numel() for p in model.parameters())
@@ -69,8 +71,9 @@ def measure(config: Sft, base: Path, longest: int, answer: int) -> Size:
         in_4bit = sum(weight.numel() for weight in linear) if config.load_in_4bit else 0
         counted = sum(weight.numel() for weight in linear)
         try:
-            warnings.simplefilter("ignore", FutureWarning)  # of one library about another
-            tuned = get_peft_model(model, lora_config(config))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of one library about another
+                tuned = get_peft_model(model, lora_config(config))
         except ValueError as error:
             raise UserError(f"[sft] cannot be set up: {first_line(error)}") from error
     trainable = tuned.get_nb_trainable_parameters()[0]

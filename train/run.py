@@ -17,13 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from eval.baselines import BEST_OF
 from eval.encoders import Encoder, find_encoder
-from submission.backends import model_spec
+from submission.backends import AUTO, model_spec
 from submission.backends.models import resolve_folder
 from submission.config import from_mapping, read_toml
 from submission.data.files import read_json, write_json
 from submission.data.outputs import check_folder, check_free, check_no_file, made_files, up_to_date
 from submission.errors import UserError
+from submission.progress import this_python
 from train.gguf import Gguf, export
 from train.merge import made_from, merge
 from train.prepare import prepare
@@ -165,12 +167,19 @@ def predictor(run: Run) -> Path:
 
 
 def how_to_predict(run: Run) -> str:
-    """The command that predicts with what a run made; "" if it made no model."""
-    if run.sft is None:
+    """The command that predicts as [score] did with what a run made; "" if it made no model that predicts."""
+    if run.sft is None or run.sft.task != "recover":
         return ""
-    best = best_of_file(run.output, run.folds)
-    more = f" --recover best_of --recover-config {shlex.quote(str(best))}" if best.is_file() else ""
-    return f"python -m submission predict PAIRS.csv -o FILE.csv --model {shlex.quote(str(predictor(run)))}{more}"
+    words = ["--model", str(predictor(run))]
+    if run.score:
+        if run.score.backend != AUTO:
+            words += ["--backend", run.score.backend]
+        if run.score.max_new_tokens != Score().max_new_tokens:
+            words += ["--max-new-tokens", str(run.score.max_new_tokens)]
+        best = best_of_file(run.output, run.folds)
+        if BEST_OF in run.score.baselines and best.is_file():
+            words += ["--recover", "best_of", "--recover-config", str(best)]
+    return f"{this_python()} -m submission predict PAIRS.csv -o FILE.csv {shlex.join(words)}"
 
 
 def _make_triplets(run: Run, making: Making, recipe: Recipe, encoder: Encoder, *, fresh: bool) -> None:

@@ -52,7 +52,8 @@ class Score:
             UserError: an unknown baseline, or a file of the user's is in the way.
         """
         check_names(self.baselines)
-        for name in (_FIGURES, _REPORT):
+        chosen = (f"{_RUNS}/{BEST_OF_FILE}",) if BEST_OF in self.baselines else ()
+        for name in (_FIGURES, _REPORT, *chosen):
             check_free(output / name, [output / name])
 
 

@@ -129,7 +129,7 @@ def return_freed_memory() -> None:
     The C library (glibc) would take tensors of up to 32 MB from its heap. There short-lived ones leave holes between
     those that the backward pass waits for: half as much memory again, which is never given back.
     """
-    with suppress(AttributeError, OSError):  # another C library
+    with suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 

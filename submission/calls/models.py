@@ -192,7 +192,7 @@ class Handle:
         return kind.digest(self.identity, item, keyed=self._keyed)
 
     @property
-    def is_humblest(self) -> bool:
+    def is_safest(self) -> bool:
         """Whether there is no other way left to hold it."""
         return self._safer is None
 
@@ -409,7 +409,7 @@ class _Answering:
                 raise
             return
         yield from self._log_results()
-        if self._model.is_humblest:
+        if self._model.is_safest:
             yield from self._give_up()
 
     def _log_results(self) -> list[tuple[str, Any]]:

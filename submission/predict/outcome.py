@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from submission.data.files import display_path
 from submission.data.tables import write_predictions
 from submission.data.validation import validate
 from submission.errors import PromptRecoveryError
-from submission.progress import print_line
+from submission.progress import print_line, this_python
 from submission.types import Prediction
 
 BLANK_INPUT = "blank rewritten_text"
@@ -88,19 +87,9 @@ class Summary:
         lines.append(f"output     {display_path(self.output)} (valid)")
         if self.too_many_failed:
             lines.append("Too many rows failed: the same command tries them again.")
-        look = f"{shlex.quote(_this_python())} -m submission inspect ID --run {shlex.quote(display_path(self.output))}"
+        look = f"{this_python()} -m submission inspect ID --run {shlex.quote(display_path(self.output))}"
         lines.append(f"next       {look}    (one row: prompt and answer)")
         return "\n".join(lines)
-
-
-def _this_python() -> str:
-    """The Python that runs this, as a command line calls it."""
-    if not sys.executable or sys.executable == shutil.which("python"):
-        return "python"
-    try:
-        return str(Path(sys.executable).relative_to(Path.cwd()))
-    except (ValueError, OSError):  # elsewhere; the working directory is gone
-        return sys.executable
 
 
 def finish(

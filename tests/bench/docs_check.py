@@ -70,7 +70,7 @@ class Command:
 def commands(page: Path) -> Iterator[Command]:
     """The commands of a page, each once."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    fenced = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     lines = [*"\n".join(fenced).splitlines(), *re.findall(r"^ {4,}(.*)$", text, re.MULTILINE)]
     sentences = re.findall(r"`([^`]+)`", re.sub(r"^ {4,}.*$", "", text, flags=re.MULTILINE))
@@ -157,7 +157,12 @@ def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     # A page is read in a wide terminal without colours, so that help has each option in one piece.
     environment = {**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "200", "NO_COLOR": "1"}
     return subprocess.run(
-        ["bash", "-c", line], cwd=folder, capture_output=True, text=True, check=False, env=environment
+        ["bash", "-e", "-o", "pipefail", "-c", line],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
 
 
@@ -173,7 +178,7 @@ def misses(line: str, folder: Path) -> str:
     done = shell(f"python -m {' '.join(parts)} --help", folder)
     if done.returncode:
         return done.stderr[-500:] or "no help"
-    options = {word.split("=")[0] for word in words[start:] if re.match(r"--?[a-z]", word)}
+    options = {word.split("=")[0] for word in words[start:] if re.match(r"--?[A-Za-z]", word)}
     return ", ".join(
         sorted(option for option in options if not re.search(rf"(?<![\w-]){option}(?![\w-])", done.stdout))
     )
@@ -215,7 +220,8 @@ def small(line: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check pages. Returns 1 if a command failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    pages = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md") if path.stem != "CLI")]
+    others = (str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md") if path.stem != "CLI")
+    pages = ["README.md", "CONTRIBUTING.md", *sorted(others)]
     parser.add_argument("pages", nargs="*", default=pages)
     parser.add_argument("--list", action="store_true", help="print the commands, and run none")
     asked = parser.parse_args(arguments)

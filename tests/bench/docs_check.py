@@ -44,6 +44,8 @@ _SMALL = {
     "train sweep": "--set max_steps=1",
     "train sft train/recipes/gemma": "--set max_steps=2 --set optimizer=adamw_torch",
     "ensemble trial": "--rows 3",
+    "ensemble sample": "--limit 4",
+    "ensemble experiment": "--selectors first,consensus",
     "predict pairs.csv": "--limit 3",
     "eval throughput": "--rows 2 --repeats 1",
     "tests.gpu --": "--small --device cpu",
@@ -100,7 +102,7 @@ def prepare(folder: Path, page: str) -> None:
     write(folder / "train.csv", columns, rows[44:])
     write(folder / "prompts.csv", ["id", "rewrite_prompt"], rows[:3])
     write(folder / "texts.csv", ["id", "original_text"], rows[3:6])
-    write(folder / "truth.csv", ["id", "rewrite_prompt"], rows[: 40 if page == "ENSEMBLE" else 4])
+    write(folder / "truth.csv", ["id", "rewrite_prompt"], rows[:4])
     for name in ("tuned.csv", *(["submission.csv"] if page == "EVAL" else [])):  # other pages predict it
         write(folder / name, ["id", "rewrite_prompt"], [{**row, "rewrite_prompt": "Improve it."} for row in rows[:4]])
     (folder / "sets").mkdir()

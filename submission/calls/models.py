@@ -130,8 +130,9 @@ class Models(Mapping[str, "Handle"]):
         return sum(model.peak_memory() for model in self._by_spec.values())
 
     def make_room(self, wanted: Handle) -> None:
-        """Let other models go where there is room for one: on GPUs."""
-        if visible_gpus():
+        """Let other models go where there is room for one: on GPUs, and on a cluster, of which each takes its share."""
+        on_cluster = isinstance(wanted.spec, ModelSpec) and bool(wanted.spec.placement.ray)
+        if visible_gpus() or on_cluster:
             for model in self._by_spec.values():
                 if model is not wanted and not model.busy:
                     model.release()

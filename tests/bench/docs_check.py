@@ -106,11 +106,12 @@ def prepare(folder: Path, page: str) -> None:
     write(folder / "truth.csv", ["id", "rewrite_prompt"], rows[:4])
     for name in ("tuned.csv", *(["submission.csv"] if page == "EVAL" else [])):  # other pages predict it
         write(folder / name, ["id", "rewrite_prompt"], [{**row, "rewrite_prompt": "Improve it."} for row in rows[:4]])
-    (folder / "sets").mkdir()
     frame = pd.DataFrame(rows)
     frame[:4].to_parquet(folder / "pairs.parquet")
-    for name, part in {"train": frame[:40], "validation": frame[40:44], "test": frame[44:48]}.items():
-        part.to_parquet(folder / "sets" / f"{name}.parquet")
+    if page == "REMOTE":  # others make sets of their own
+        (folder / "sets").mkdir()
+        for name, part in {"train": frame[:40], "validation": frame[40:44], "test": frame[44:48]}.items():
+            part.to_parquet(folder / "sets" / f"{name}.parquet")
     gguf = embedded_gguf()
     assert gguf is not None
     for name in ("model.gguf", "tuned.gguf"):

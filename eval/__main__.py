@@ -127,12 +127,12 @@ def baselines(
 
     Finished rows are kept; the same command again goes on.
     """
-    from eval.baselines import BASELINES, BaselinesConfig, run_baselines
+    from eval.baselines import UNLESS_NAMED, BaselinesConfig, run_baselines
     from eval.encoders import find_encoder
     from submission.predict.deadline import Interrupted
 
     config = BaselinesConfig(
-        train=train, test=test, output=output, ood=ood, only=only or BASELINES, reference=reference, backend=backend,
+        train=train, test=test, output=output, ood=ood, only=only or UNLESS_NAMED, reference=reference, backend=backend,
         model=model, adapter=adapter, tuned_model=tuned_model, tuned_adapter=tuned_adapter, settings=settings or [],
         shots=shots, max_new_tokens=max_new_tokens, limit=limit, fresh=fresh,
     )  # fmt: skip

@@ -34,14 +34,16 @@ from submission.types import Sampling
 LOG = logging.getLogger(__name__)
 
 EXPLOIT = "constant_exploit"
-BASELINES = (
-    "constant", "constant_fitted", EXPLOIT, "nearest", "zero_shot", "few_shot", "few_shot_nearest", "default", "tuned",
-)  # fmt: skip
-"""`default` is what `predict` does when no model is named."""
 BEST_OF = "best_of"
-BEST_OF_FILE = "best_of.toml"
 """Nine answers of the tuned model and one of the embedded one, of which the most probable is taken. It takes five times
 as long as one answer, so it runs only if it is named."""
+BASELINES = (
+    "constant", "constant_fitted", EXPLOIT, "nearest", "zero_shot", "few_shot", "few_shot_nearest", "default", "tuned",
+    BEST_OF,
+)  # fmt: skip
+"""`default` is what `predict` does when no model is named."""
+UNLESS_NAMED = tuple(name for name in BASELINES if name != BEST_OF)
+BEST_OF_FILE = "best_of.toml"
 _BEST_OF = """\
 # Nine answers of the model of `predict`, and one of the embedded model, which errs elsewhere:
 #     python -m submission predict PAIRS.csv -o FILE.csv --model MODEL --recover best_of --recover-config THIS_FILE
@@ -63,7 +65,7 @@ class BaselinesConfig:
     test: Path
     output: Path
     ood: Path | None = None
-    only: Sequence[str] = BASELINES
+    only: Sequence[str] = UNLESS_NAMED
     reference: str = ""
     backend: str = AUTO
     model: str = EMBEDDED
@@ -141,10 +143,9 @@ def check_names(names: Sequence[str]) -> None:
     Raises:
         UserError: lists those that there are.
     """
-    known = (*BASELINES, BEST_OF)
-    unknown = [name for name in names if name not in known]
+    unknown = [name for name in names if name not in BASELINES]
     if unknown:
-        raise UserError(f"unknown baseline {unknown[0]!r}; there are: {', '.join(known)}")
+        raise UserError(f"unknown baseline {unknown[0]!r}; there are: {', '.join(BASELINES)}")
 
 
 def _run_and_compare(

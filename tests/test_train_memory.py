@@ -34,9 +34,7 @@ def really_kept(base: Path, config: Sft) -> int:
 
     from train.trainer import keep_trainable_in_float32, load_base
 
-    # The trainer holds the weights of 16-bit floats in 32 bits, in which a CPU computes.
-    weights_in = "bfloat16" if config.dtype == "bfloat16" else "float32"
-    model = get_peft_model(load_base(base, weights_in, load_in_4bit=False, cuda=False), lora_config(config)).train()
+    model = get_peft_model(load_base(base, config.dtype, load_in_4bit=False, cuda=False), lora_config(config)).train()
     keep_trainable_in_float32(model)
     kept: dict[int, torch.Tensor] = {}
 

@@ -61,13 +61,12 @@ def lines(config: Sft, ready: PreparedTuning) -> Iterator[str]:
 def planned(config: Sft, ready: PreparedTuning) -> Size:
     """What training on these examples takes; see `measure`."""
     lengths = [len(example.ids) for example in ready.train]
-    columns = 0  # from the first answer of a batch to the end of its longest row
     order = batch_order(lengths, config.batch * config.accumulation * device_count(), config.seed)
-    for start in range(0, len(order), config.batch):
-        rows = order[start : start + config.batch]
-        answers = min(ready.train[row].answer_from for row in rows)
-        columns = max(columns, max(lengths[row] for row in rows) - answers + 1)
-    return measure(config, ready.base, max(lengths), min(columns, max(lengths)))
+    batches = [order[start : start + config.batch] for start in range(0, len(order), config.batch)]
+    columns = max(  # from before the first answer of a batch to the end of its longest row
+        max(lengths[row] for row in rows) - min(ready.train[row].answer_from for row in rows) + 1 for rows in batches
+    )
+    return measure(config, ready.base, max(lengths), columns)
 
 
 def show_example(ready: PreparedTuning) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from submission.backends.transformers.loading import load_config
 from submission.errors import UserError, first_line
 from train.sft_config import Sft
-from train.trainer import lora_config, training_dtype
+from train.trainer import lora_config, training_dtype, weights_dtype
 
 LOG = logging.getLogger(__name__)
 
@@ -67,9 +67,8 @@ def measure(config: Sft, base: Path, longest: int, answer: int) -> Size:
         model: Any = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, dtype))
         parameters = sum(p.numel() for p in model.parameters())
         head = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
-        linear = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and id(m.weight) not in head]
-        in_4bit = sum(weight.numel() for weight in linear) if config.load_in_4bit else 0
-        counted = sum(weight.numel() for weight in linear)
+        weights = (m.weight for m in model.modules() if isinstance(m, torch.nn.Linear))
+        linear = sum(weight.numel() for weight in weights if id(weight) not in head)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # of one library about another
@@ -77,6 +76,7 @@ def measure(config: Sft, base: Path, longest: int, answer: int) -> Size:
         except ValueError as error:
             raise UserError(f"[sft] cannot be set up: {first_line(error)}") from error
     trainable = tuned.get_nb_trainable_parameters()[0]
+    in_4bit = linear if config.load_in_4bit else 0
     text = shape.get_text_config()
     inputs = text.hidden_size * longest * config.batch * _BYTES[dtype]  # of a layer
     kept: float
@@ -87,10 +87,10 @@ def measure(config: Sft, base: Path, longest: int, answer: int) -> Size:
         kept = _INPUTS_KEPT * inputs * text.num_hidden_layers
     if config.gradient_checkpointing:  # the inputs of layers, and one layer computed again
         kept = text.num_hidden_layers * inputs + kept / text.num_hidden_layers
-    width = _BYTES["float32" if dtype == "float16" and not config.load_in_4bit else dtype]
+    width = _BYTES[weights_dtype(dtype, load_in_4bit=config.load_in_4bit)]
     logits = 3 * _BYTES["float32"] * answer * config.batch * text.vocab_size
     return Size(
-        parameters, counted, in_4bit, trainable,
+        parameters, linear, in_4bit, trainable,
         weights=in_4bit * _NF4_BYTES + (parameters - in_4bit) * width,
         optimizer=trainable * (4 + 4 + (2 if "8bit" in config.optimizer else 8)),
         activations=kept + logits,

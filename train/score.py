@@ -106,8 +106,7 @@ def score_folds(score: Score, parts: Sequence[Path], output: Path, encoder: Enco
     with made_files(truth, [truth], {"rows": len(rows)}):
         write_table(truth, columns, rows)
     known = read_truth(truth, encoder)
-    names = [name for name in (*BASELINES, BEST_OF)
-             if name in (*score.baselines, TUNED) and _answers(parts[0], name).is_file()]  # fmt: skip
+    names = [name for name in BASELINES if name in (*score.baselines, TUNED) and _answers(parts[0], name).is_file()]
     systems = [read_system(str(_join(parts, output / "folds", name)), known, encoder, [EXPLOIT]) for name in names]
     compared = compare(systems, known, encoder, TUNED)
     LOG.info("")

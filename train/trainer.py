@@ -165,10 +165,16 @@ def load_base(base: Path, dtype: str, *, load_in_4bit: bool, cuda: bool) -> Any:
         )  # fmt: skip
         local = int(os.environ.get("LOCAL_RANK", "0"))
         more["device_map"] = {"": f"cuda:{local}" if cuda else "cpu"}
-    # Frozen weights may be of 16 bits, for LoRA's own stay 32-bit (PEFT casts them up). Those of 16-bit floats would
-    # overflow in training, so they are 32-bit under mixed precision.
-    weights = "float32" if dtype == "float16" and not load_in_4bit else dtype
-    return from_disk(base, base, dtype=getattr(torch, weights), **more)
+    return from_disk(base, base, dtype=getattr(torch, weights_dtype(dtype, load_in_4bit=load_in_4bit)), **more)
+
+
+def weights_dtype(dtype: str, *, load_in_4bit: bool) -> str:
+    """What frozen weights are held in.
+
+    They may be of 16 bits, for LoRA's own stay 32-bit (PEFT casts them up). Those of 16-bit floats would overflow in
+    training, so they are 32-bit under mixed precision.
+    """
+    return "float32" if dtype == "float16" and not load_in_4bit else dtype
 
 
 def collator(tokenizer: Any) -> Any:

@@ -188,11 +188,10 @@ def misses(line: str, folder: Path) -> str:
     )
 
 
-def check(page: Path, folder: Path) -> int:
+def check(found: Sequence[Command], folder: Path) -> int:
     """Run what a page shows, and tell of each command how it ended. Returns how many failed."""
     failed = 0
-    prepare(folder, page.stem)
-    for command in commands(page):
+    for command in found:
         line = command.line
         reason = next((why for part, why in _NOT_HERE.items() if part in line), "")
         if reason or not command.run:
@@ -239,7 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n".join(f"{'run ' if one.run else 'help'} {one.line}" for one in found))
             continue
         with tempfile.TemporaryDirectory(prefix="docs-check-") as name:
-            failed += check(ROOT / page, Path(name))
+            prepare(Path(name), Path(page).stem)
+            failed += check(found, Path(name))
     if not asked.list:
         print(f"{failed} failed")
     return 1 if failed else 0

@@ -61,6 +61,8 @@ class BestOfOptions:
     concat: how many of the best candidates are joined into the answer.
     constant: a prompt that is put behind the answer.
     encoder: of the metric; see `eval.encoders.find_encoder`.
+    untuned: where no source is named, the embedded model gives a greedy answer too, since it errs elsewhere. Left out:
+        it does so beside the default model alone.
     near: candidates that are so near are one. 0 means `ensemble.candidates.NEAR`, or 1 (alike but for case and
         punctuation) where no encoder is asked.
     rotations: of the letters that `judge_pick` sees; 0 for as many as candidates.
@@ -71,6 +73,7 @@ class BestOfOptions:
     concat: int = 1
     constant: str = ""
     encoder: str = ""
+    untuned: bool = True
     near: float = 0.0
     rotations: int = 0
 
@@ -86,8 +89,6 @@ class best_of:
 
     what = "recover ensemble.best_of:best_of"
     options_type = BestOfOptions
-    untuned = True
-    """Whether the default model and the untuned embedded one are asked where no source is named: they err apart."""
 
     @classmethod
     def check_config(cls, config: Mapping[str, Any]) -> None:
@@ -103,8 +104,9 @@ class best_of:
 
     def __init__(self, setup: Setup) -> None:
         given = "source" in setup.config
+        self._options, _, self._models = self.parse(setup.config)
         entries = setup.config["source"] if given else self._default_sources(setup)
-        self._options, sources, self._models = self.parse({**setup.config, "source": entries})
+        sources = parse_sources(entries, self.what)
         plain = _without_a_model(sources, entries)
         self._sources = _with_run_sampling(sources, entries, setup)
         self._layouts = {
@@ -140,15 +142,16 @@ class best_of:
 
     def _default_sources(self, setup: Setup) -> list[dict[str, Any]]:
         """The tables of the sources where none is named."""
-        if self.untuned and setup.model().model == TUNED:
-            return [{}, {"name": "untuned", "model": EMBEDDED, "n": 0}]
-        return [{}]
+        wanted = self._options.untuned and ("untuned" in setup.config or setup.model().model == TUNED)
+        return [{}, {"name": "untuned", "model": EMBEDDED, "n": 0}] if wanted else [{}]
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> tuple[BestOfOptions, list[CandidateSource], dict[str, RoleModel]]:
         """Options, sources and models of a configuration."""
         rest = {key: value for key, value in config.items() if key not in ("source", "target", "judge", "gate")}
         options = from_mapping(cls.options_type, rest, cls.what)
+        if {"source", "untuned"} <= config.keys():
+            raise UserError(f"{cls.what}: `untuned` is for where no [[source]] is named; write it as one of them")
         sources = parse_sources(config.get("source", [{}]), cls.what)
         models = parse_models({role: config[role] for role in ("target", "judge", "gate") if role in config})
         return options, sources, models

@@ -63,6 +63,7 @@ class SearchOptions(BestOfOptions):
     """
 
     selector: str = "posterior"
+    untuned: bool = False
     proposals: int = 32
     intents: int = 2
     likelihood: float = 0.25
@@ -80,7 +81,6 @@ class search(best_of):
 
     what = "recover ensemble.search:search"
     options_type = SearchOptions
-    untuned = False
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)

@@ -48,12 +48,7 @@ _BEST_OF = """\
 # Nine answers of the model of `predict`, and one of the embedded model, which errs elsewhere:
 #     python -m submission predict PAIRS.csv -o FILE.csv --model MODEL --recover best_of --recover-config THIS_FILE
 
-[[source]]
-
-[[source]]
-name = "untuned"
-model = "embedded"
-n = 0
+untuned = true
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from submission import Pair, Sampling, UserError, recover
 from submission.backends import ModelSpec
-from submission.backends.models import EMBEDDED, TUNED
+from submission.backends.models import EMBEDDED, TUNED, embedded_gguf
 from submission.data.tables import read_pairs
 from submission.predict.plan import RunConfig, checked_model, choose_strategy
 from submission.predict.strategies import Setup, find_recover, roles_of
@@ -148,7 +149,27 @@ def test_the_best_of_ten_is_held_and_drawn_as_predict_says() -> None:
     assert [(spec.model, spec.options.threads) for spec in specs] == [(TUNED, 1), (EMBEDDED, 1), (EMBEDDED, 1)]
     assert made.answers == {"source embedded-tuned": (9, 17), "source untuned": (1, 17)}
     assert made.prompted == "source embedded-tuned"
+    alone: Any = find_recover("best_of").make(replace(setup, config={"untuned": False}))
+    assert list(alone.answers) == ["source embedded-tuned"]
     other = Setup(setup.model, setup.template, sampling=sampling, config={"target": {}, "source": [{"seed": 7}]})
     roles = roles_of(find_recover("best_of").make(other), other)
     specs = [spec for spec in roles.values() if isinstance(spec, ModelSpec)]
     assert [spec.options.threads for spec in specs] == [1, 0]  # the target was described
+
+
+@pytest.mark.parametrize("named", ["best_of", "ensemble.search:search"])
+def test_the_untuned_model_is_asked_beside_any_model_that_is_told_so(named: str) -> None:
+    config = RunConfig(Path(), Path(), model=str(embedded_gguf()))
+    setup = Setup(lambda: checked_model(config), get_template("brief"))
+    strategy = find_recover(named)
+    assert len(roles(strategy, setup)) == 1
+    asked = roles(strategy, replace(setup, config={"untuned": True}))
+    assert [spec.model for spec in asked] == [str(embedded_gguf()), EMBEDDED]
+    with pytest.raises(UserError, match="untuned"):
+        strategy.make(replace(setup, config={"untuned": True, "source": [{}]}))
+
+
+def roles(strategy: Any, setup: Setup) -> list[ModelSpec]:
+    """The models of the sources."""
+    specs = roles_of(strategy.make(setup), setup)
+    return [spec for role, spec in specs.items() if role.startswith("source") and isinstance(spec, ModelSpec)]

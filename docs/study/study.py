@@ -335,7 +335,10 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="stages, minutes and whether they are done; runs nothing")
     parser.add_argument("--only", action="append", help="a stage; again for more")
     asked = parser.parse_args()
-    for stage in stages():
+    found = stages()
+    if unknown := sorted(set(asked.only or ()) - {stage.name for stage in found}):
+        parser.error(f"unknown stage {unknown[0]!r}; --list shows them")
+    for stage in found:
         done = stage.product.is_file()
         if asked.list:
             print(f"{stage.name:24} {MINUTES.get(stage.name, 0.1):5.1f} min  {'done' if done else ''}")

@@ -6,13 +6,13 @@
 Every `python -m ...` of a code block is run. Names on the pages stand for small tables and models (`prepare`): Gemma is
 a tiny one with random weights. Long commands are run at a small size (`_SMALL`), and machines that are not there are
 replaced by this one (`_AT_HAND`). What cannot be run (`_NOT_HERE`), and commands within sentences, are asked for their
-help: they must exist, and so must each of their options. Exits with 1 if a command failed.
+help: they must exist, and so must each of their options. So must targets of make and stages of the study. Exits with 1
+if a command failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import re
 import shlex
@@ -35,6 +35,8 @@ _NOT_HERE = {
     "--no-index": "for a machine without network",
     "train gguf runs/gemma-merged": "the tiny Gemma has no tokenizer.model, which the converter wants",
     "--folder /scratch": "50 GB of models for a GPU",
+    "accelerate launch": "for two GPUs",
+    "make ": "a target of the Makefile",
 }
 _SMALL = {
     "submission push": "--print",
@@ -57,8 +59,13 @@ _AT_HAND = {
     " /models/": " models/",
     " ...": "",
 }
+_LINKED = (
+    "examples", "docs", "train", "submission", "eval", "ensemble", "tests", "pyproject.toml", "README.md",
+    "kernel-metadata.json", "LICENSE", ".venv",
+)  # fmt: skip
 _TUNED = "runs/embedded/merged-q8_0.gguf"
-_PYTHON = re.compile(r"(?:\.venv/bin/)?python -m ")
+_PYTHON = re.compile(r"(?:\.venv/bin/)?python (?=-m |docs/)")
+_COMMAND = re.compile(rf"{_PYTHON.pattern}|make [a-z]|(?:accelerate launch|torchrun) .*-m ")
 _GROUPS = ("submission", "eval", "train", "ensemble")
 
 
@@ -79,36 +86,39 @@ def commands(page: Path) -> Iterator[Command]:
     sentences = re.findall(r"`([^`]+)`", re.sub(r"^ {4,}.*$", "", text, flags=re.MULTILINE))
     for found, run in ((lines, True), (sentences, False)):
         for line in dict.fromkeys(" ".join(line.split()) for line in found):
-            if _PYTHON.match(line):
+            if _COMMAND.match(line):
                 yield Command(re.sub(r"\s+#.*", "", line), run)
 
 
-def prepare(folder: Path, page: str) -> None:
-    """Put what a page's names stand for into a folder: tables, and models that load in moments."""
+def prepare(folder: Path, lines: str) -> None:
+    """Put what a page's names stand for into a folder: tables, and models that load in moments.
+
+    Args:
+        folder: that the commands run in.
+        lines: the page's commands. What one of them makes is not put there.
+    """
     import pandas as pd
 
     from submission.backends.models import embedded_gguf, tuned_adapter
     from tests.tiny_models import tiny_adapter, tiny_model
 
-    for name in ("examples", "docs", "train", "submission", "eval", "ensemble", "tests", "pyproject.toml", "README.md",
-                 "kernel-metadata.json", "LICENSE", ".venv"):  # fmt: skip
-        (folder / name).symlink_to(ROOT / name)
-    with (ROOT / "examples" / "triplets.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))[:80]
-    columns = list(rows[0])
-    for name in ("pairs.csv", "PAIRS.csv", "mine.csv", *(["triplets.csv"] if page != "SCALE" else [])):
-        write(folder / name, columns, rows[:40])
-    for name, few in {"TRIPLETS.csv": rows[:4], "test.csv": rows[:4], "other.csv": rows[40:44]}.items():
-        write(folder / name, columns, few)
-    write(folder / "train.csv", columns, rows[44:])
-    write(folder / "prompts.csv", ["id", "rewrite_prompt"], rows[:3])
-    write(folder / "texts.csv", ["id", "original_text"], rows[3:6])
-    write(folder / "truth.csv", ["id", "rewrite_prompt"], rows[:4])
-    for name in ("tuned.csv", *(["submission.csv"] if page == "EVAL" else [])):  # other pages predict it
-        write(folder / name, ["id", "rewrite_prompt"], [{**row, "rewrite_prompt": "Improve it."} for row in rows[:4]])
-    frame = pd.DataFrame(rows)
+    made = set(re.findall(r"(?:-o|--output) (\S+)", lines))
+    frame = pd.read_csv(ROOT / "examples" / "triplets.csv", dtype=str, keep_default_na=False)[:80]
+    guesses = frame[:4].assign(rewrite_prompt="Improve it.")
+    tables = {
+        **dict.fromkeys(("pairs.csv", "PAIRS.csv", "mine.csv", "triplets.csv"), frame[:40]),
+        **dict.fromkeys(("TRIPLETS.csv", "test.csv"), frame[:4]),
+        "other.csv": frame[40:44],
+        "train.csv": frame[44:],
+        "prompts.csv": frame[["id", "rewrite_prompt"]][:3],
+        "texts.csv": frame[["id", "original_text"]][3:6],
+        "truth.csv": frame[["id", "rewrite_prompt"]][:4],
+        **dict.fromkeys(("tuned.csv", "submission.csv"), guesses[["id", "rewrite_prompt"]]),
+    }
+    for name in tables.keys() - made:
+        tables[name].to_csv(folder / name, index=False)
     frame[:4].to_parquet(folder / "pairs.parquet")
-    if page == "REMOTE":  # others make sets of their own
+    if "sets" not in made:
         (folder / "sets").mkdir()
         for name, part in {"train": frame[:40], "validation": frame[40:44], "test": frame[44:48]}.items():
             part.to_parquet(folder / "sets" / f"{name}.parquet")
@@ -117,7 +127,7 @@ def prepare(folder: Path, page: str) -> None:
     for name in ("model.gguf", "tuned.gguf"):
         (folder / name).symlink_to(gguf)
     (folder / "lora.gguf").symlink_to(tuned_adapter())
-    if page in ("ENSEMBLE", "SCALE"):  # whose sources name it
+    if "sources.toml" in lines:  # which names it
         supply(folder)
     gemma = tiny_model(folder / "models" / "gemma-7b-it", "gemma")
     mistral = tiny_model(folder / "models" / "mistral-7b-it", "mistral")
@@ -147,17 +157,9 @@ def supply(folder: Path) -> None:
         shutil.copyfile(resolve_folder("embedded"), folder / _TUNED)
 
 
-def write(path: Path, columns: Sequence[str], rows: Sequence[dict[str, str]]) -> None:
-    """A table of these columns."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a line of a page with this Python."""
-    line = _PYTHON.sub(f"{shlex.quote(sys.executable)} -m ", line)
+    line = _PYTHON.sub(f"{shlex.quote(sys.executable)} ", line)
     # A page is read in a wide terminal without colours, so that help has each option in one piece.
     environment = {**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "200", "NO_COLOR": "1"}
     return subprocess.run(
@@ -173,6 +175,10 @@ def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def misses(line: str, folder: Path) -> str:
     """What the help of a command does not tell of: the command itself, or options; "" if it tells of all."""
     words = line.split()
+    if words[0] == "make":
+        return shell(f"make -n -C {shlex.quote(str(ROOT))} {words[1]}", folder).stderr
+    if "-m" not in words:  # the study, which knows its stages
+        return shell(line if "--list" in words else f"{line} --list", folder).stderr
     start = words.index("-m") + 1
     parts = words[start : start + 2] if words[start] in _GROUPS else words[start : start + 1]
     if len(parts) == 2 and not parts[1].isalpha():
@@ -238,7 +244,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n".join(f"{'run ' if one.run else 'help'} {one.line}" for one in found))
             continue
         with tempfile.TemporaryDirectory(prefix="docs-check-") as name:
-            prepare(Path(name), Path(page).stem)
+            for part in _LINKED:
+                (Path(name) / part).symlink_to(ROOT / part)
+            if any(command.run for command in found):
+                prepare(Path(name), "\n".join(command.line for command in found if command.run))
             failed += check(found, Path(name))
     if not asked.list:
         print(f"{failed} failed")

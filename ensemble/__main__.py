@@ -70,7 +70,7 @@ def sample(
     Keys of a source: name, backend, model, adapter, settings, template, shots, n_shots, n, greedy, temperature, top_p,
     min_p, max_new_tokens, seed.
     """
-    from ensemble.sample import sample as draw
+    from ensemble.sample import sample as ask_sources
     from ensemble.sources import read_sources
     from eval.encoders import find_encoder
     from submission.backends.hardware import Placement
@@ -82,7 +82,7 @@ def sample(
     rows = read_pairs(pairs)
     if not rows:
         raise UserError(f"{pairs} has a header and no row")
-    draw(
+    ask_sources(
         rows[: limit or None],
         listed,
         output,

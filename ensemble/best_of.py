@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ensemble import fitting
-from ensemble.candidates import NEAR, Candidate, CandidateRow, Draw, merge
+from ensemble.candidates import NEAR, Answer, Candidate, CandidateRow, merge
 from ensemble.choose import answer_of, best, score_rows
 from ensemble.models import RoleModel, embeds, likelihoods, parse_models, roles_needed, tools, with_gate
 from ensemble.pace import Pace, Turns
@@ -136,7 +136,7 @@ class best_of:
         told = len(entries) == 1 or not given  # of several sources one would not be the whole
         counted = asked_by_it and told and first.max_new_tokens == setup.sampling.max_new_tokens
         self.prompted = f"source {first.name}" if counted else ""
-        self.answers = {f"source {one.name}": (_draws(one), one.max_new_tokens) for one in self._sources}
+        self.answers = {f"source {one.name}": (_answers(one), one.max_new_tokens) for one in self._sources}
         for path in head_files(selectors):  # before any model is loaded
             read_head(path).check(self._encoder)
 
@@ -161,7 +161,7 @@ class best_of:
         todo = [_Row(pair) for pair in pairs]
         encoder = None if self._encoder is None else self._encoder.asked_through(models["encoder"])
         kit = Kit(self._options, encoder, likelihoods(models, self._judges), self._weights)
-        weights = [float(_draws(source)) for source in self._sources]
+        weights = [float(_answers(source)) for source in self._sources]
         asks = bool(self._judges)
         turns = Turns(budget, [*weights, max(weights) if asks else _SELECTION * sum(weights)])
         lost: list[PromptRecoveryError] = []
@@ -175,7 +175,7 @@ class best_of:
             # Should the time end in the next source's turn, the best of these answers count.
             if source is not self._sources[-1] and not asks and budget.remaining() < float("inf"):
                 yield from self._select(todo, kit, Pace(budget, float("inf"), "selection"))
-        if lost and not any(row.drawn for row in todo):
+        if lost and not any(row.answers for row in todo):
             raise lost[0]
         yield from self._select(todo, kit, turns.next("selection"))
 
@@ -184,26 +184,28 @@ class best_of:
 
         When time is short all that lack an answer get the greedy one before any has samples.
         """
-        rows = sorted(todo, key=lambda row: bool(row.drawn))
+        rows = sorted(todo, key=lambda row: bool(row.answers))
         while rows:
             share = pace.share(len(rows))
-            if share < 1 and full.greedy and full.n and not rows[0].drawn:
-                bare, rows = [row for row in rows if not row.drawn], [row for row in rows if row.drawn]
+            if share < 1 and full.greedy and full.n and not rows[0].answers:
+                bare, rows = [row for row in rows if not row.answers], [row for row in rows if row.answers]
                 yield from self._ask(replace(full, n=0), bare, 1.0, model, pace)
-                yield from self._draw(replace(full, greedy=False), bare, model, pace)
+                yield from self._add_samples(replace(full, greedy=False), bare, model, pace)
                 continue
             if pace.left == 0:  # the time of this source is over: what has an answer does without its own
-                _were_short(row for row in rows if row.drawn)
-                rows = [row for row in rows if not row.drawn]
+                _were_short(row for row in rows if row.answers)
+                rows = [row for row in rows if not row.answers]
             count = pace.wave(len(rows))
             wave, rows = rows[:count], rows[count:]
             yield from self._timed(full, wave, share, model, pace)
 
-    def _draw(self, samples: CandidateSource, rows: list[_Row], model: Model, pace: Pace) -> Iterator[Prediction]:
+    def _add_samples(
+        self, samples: CandidateSource, rows: list[_Row], model: Model, pace: Pace
+    ) -> Iterator[Prediction]:
         """Samples for rows that have their greedy answer, one at least, until the time is over; what it does not reach
         keeps that answer. Rows without one, whose request failed, come last and in a wave of their own.
         """
-        failed, rows = [row for row in rows if not row.drawn], [row for row in rows if row.drawn]
+        failed, rows = [row for row in rows if not row.answers], [row for row in rows if row.answers]
         while rows and pace.left > 0:
             share = pace.share(len(rows), least=1 / samples.n)
             count = pace.wave(len(rows))
@@ -227,7 +229,7 @@ class best_of:
         self, full: CandidateSource, wave: list[_Row], share: float, model: Model, pace: Pace
     ) -> Iterator[Prediction]:
         source, (template, shots) = _reduced(full, share), self._layouts[full.name]
-        optional = all(row.drawn for row in wave)
+        optional = all(row.answers for row in wave)
         if share < 1:
             _were_short(wave)
         waiting = {f"{row.pair.id}/{first}": row for row in wave for first in source.samplings()}  # keys of `requests`
@@ -235,10 +237,10 @@ class best_of:
             row = waiting.pop(key)
             if not isinstance(completions, Failure):
                 _, answers = read(key, completions, source, template)
-                row.drawn += answers
-                if answers and len(row.drawn) == len(answers):
-                    (text, draw), *_ = answers
-                    yield row.predict(self._options, (Candidate(text, (draw,)),), [0.0])
+                row.answers += answers
+                if answers and len(row.answers) == len(answers):
+                    (text, answer), *_ = answers
+                    yield row.predict(self._options, (Candidate(text, (answer,)),), [0.0])
             if optional and pace.left == 0:
                 _were_short(waiting.values())
                 return  # the call is given up; what it had computed is in the log
@@ -267,7 +269,7 @@ class _Row:
     """A pair, its answers so far in the order in which they came, and whether it had fewer than asked for."""
 
     pair: Pair
-    drawn: list[tuple[str, Draw]] = field(default_factory=list)
+    answers: list[tuple[str, Answer]] = field(default_factory=list)
     short: bool = False
 
     def predict(self, options: BestOfOptions, candidates: tuple[Candidate, ...], scores: Sequence[float]) -> Prediction:
@@ -275,8 +277,8 @@ class _Row:
         if not candidates:
             return Prediction(self.pair.id, "", "failed", "no candidate")
         text = answer_of(CandidateRow(self.pair, candidates), scores, options.concat, options.constant)
-        raw = f"{len(candidates)} candidates of {len(self.drawn)} draws; chosen: {best(scores) + 1}"
-        reason = f"time was short: {len(self.drawn)} answers" if self.short else ""
+        raw = f"{len(candidates)} candidates of {len(self.answers)} answers; chosen: {best(scores) + 1}"
+        reason = f"time was short: {len(self.answers)} answers" if self.short else ""
         return Prediction(self.pair.id, text, reason=reason, raw=raw)
 
 
@@ -300,13 +302,13 @@ class Kit:
         """The candidates of all rows. Their texts are embedded together: one call, and the encoder is not asked again
         while other models answer.
         """
-        texts = {text: None for row in todo for text, _ in row.drawn}
+        texts = {text: None for row in todo for text, _ in row.answers}
         encoder = self.encoder if self._near < 1 else None  # alike but for case and punctuation: no encoder tells that
         if texts and encoder is not None:
             encoder.embed(list(texts))
 
-        def in_order(row: _Row) -> list[tuple[str, Draw]]:  # requests are finished in any order
-            return sorted(row.drawn, key=lambda one: (names.index(one[1].source), one[1].number))
+        def in_order(row: _Row) -> list[tuple[str, Answer]]:  # requests are finished in any order
+            return sorted(row.answers, key=lambda one: (names.index(one[1].source), one[1].number))
 
         return [CandidateRow(row.pair, tuple(merge(in_order(row), encoder, self._near))) for row in todo]
 
@@ -317,7 +319,7 @@ def _were_short(rows: Iterable[_Row]) -> None:
         row.short = True
 
 
-def _draws(source: CandidateSource) -> int:
+def _answers(source: CandidateSource) -> int:
     return source.n + source.greedy
 
 

@@ -1,9 +1,9 @@
-"""Candidates: what several draws say about each pair, with who drew it and how likely it was.
+"""Candidates: what several answers say about each pair, with their sources and how likely each was.
 
-    candidates.parquet: id, original_text, rewritten_text, candidate, draws
+    candidates.parquet: id, original_text, rewritten_text, candidate, answers
 
-A row for each distinct candidate of a pair; `draws` is a JSON list of [source, number, log-probability, tokens]. A pair
-without any candidate has one row whose candidate is blank and whose draws are [].
+A row for each distinct candidate of a pair; `answers` is a JSON list of [source, number, log-probability, tokens]. A
+pair without any candidate has one row whose candidate is blank and whose answers are [].
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from submission.errors import UserError
 from submission.prompts.answers import is_blank
 from submission.types import Pair
 
-COLUMNS = (*PAIR_COLUMNS, "candidate", "draws")
+COLUMNS = (*PAIR_COLUMNS, "candidate", "answers")
 NEAR = 0.95
 """How near candidates must be to be one (see `eval.grouping.NEAR`): only what says the same is."""
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class Answer:
     """One answer of a model.
 
     Attributes:
@@ -49,43 +49,43 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A text, and the draws that said it, or nearly; the first one's words are kept."""
+    """A text, and the answers that said it, or nearly; the first one's words are kept."""
 
     text: str
-    draws: tuple[Draw, ...]
+    answers: tuple[Answer, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class CandidateRow:
-    """A pair with its candidates, in the order in which they were first drawn."""
+    """A pair with its candidates, in the order in which they were first given."""
 
     pair: Pair
     candidates: tuple[Candidate, ...]
 
     @property
-    def draws(self) -> list[tuple[Draw, int]]:
-        """Every draw with the place of its candidate, sources and numbers in order of their first draw."""
-        return [(draw, place) for place, candidate in enumerate(self.candidates) for draw in candidate.draws]
+    def answers(self) -> list[tuple[Answer, int]]:
+        """Every answer with the place of its candidate, sources and numbers in order of their first answer."""
+        return [(answer, place) for place, candidate in enumerate(self.candidates) for answer in candidate.answers]
 
 
-def merge(drawn: Sequence[tuple[str, Draw]], encoder: Encoder | None = None, near: float = NEAR) -> list[Candidate]:
+def merge(given: Sequence[tuple[str, Answer]], encoder: Encoder | None = None, near: float = NEAR) -> list[Candidate]:
     """Candidates of one pair.
 
     Args:
-        drawn: answers with their draws, greedy ones first; blank ones are no candidates.
+        given: texts of answers with what is known of each, greedy ones first; blank ones are no candidates.
         encoder: puts near-duplicates together; None leaves it at case and punctuation.
         near: how near they are; see `NEAR`.
     """
-    kept = [(text, draw) for text, draw in drawn if text.strip()]
+    kept = [(text, answer) for text, answer in given if text.strip()]
     texts = [text for text, _ in kept]
     if encoder is None or len(texts) < 2:
         labels: list[object] = [plain_text(text) for text in texts]
     else:
         labels = near_duplicate_groups(texts, encoder, near).tolist()
-    groups: dict[object, list[tuple[str, Draw]]] = {}
+    groups: dict[object, list[tuple[str, Answer]]] = {}
     for label, one in zip(labels, kept, strict=True):
         groups.setdefault(label, []).append(one)
-    return [Candidate(group[0][0], tuple(draw for _, draw in group)) for group in groups.values()]
+    return [Candidate(group[0][0], tuple(answer for _, answer in group)) for group in groups.values()]
 
 
 def write_candidates(path: Path, rows: Iterable[CandidateRow]) -> None:
@@ -97,8 +97,8 @@ def _cells(rows: Iterable[CandidateRow]) -> Iterator[tuple[str, ...]]:
     for row in rows:
         pair = (row.pair.id, row.pair.original_text, row.pair.rewritten_text)
         for candidate in row.candidates or (Candidate("", ()),):
-            draws = [[d.source, d.number, d.logprob, d.tokens] for d in candidate.draws]
-            yield (*pair, candidate.text, json.dumps(draws, ensure_ascii=False))
+            answers = [[d.source, d.number, d.logprob, d.tokens] for d in candidate.answers]
+            yield (*pair, candidate.text, json.dumps(answers, ensure_ascii=False))
 
 
 def read_candidates(path: Path) -> list[CandidateRow]:
@@ -111,7 +111,7 @@ def read_candidates(path: Path) -> list[CandidateRow]:
     pairs: dict[str, Pair] = {}
     found: dict[str, list[Candidate]] = {}
     for row in read_table(path, COLUMNS):
-        row_id, original, rewritten, text, draws = row.cells
+        row_id, original, rewritten, text, answers = row.cells
         if not row_id.strip():
             raise UserError(f"{path}: null id on {row.where}")
         pair = Pair(row_id, original, rewritten)
@@ -121,19 +121,21 @@ def read_candidates(path: Path) -> list[CandidateRow]:
         if any(text == other.text for other in candidates):
             raise UserError(f"{path}: {row.where} repeats a candidate of id {row_id!r}")
         if not is_blank(text):
-            candidates.append(Candidate(text, _draws(draws, f"{path}: {row.where}")))
+            candidates.append(Candidate(text, _answers(answers, f"{path}: {row.where}")))
     if not pairs:
         raise UserError(f"{path} has a header and no row")
     return [CandidateRow(pair, tuple(found[row_id])) for row_id, pair in pairs.items()]
 
 
-def _draws(cell: str, where: str) -> tuple[Draw, ...]:
+def _answers(cell: str, where: str) -> tuple[Answer, ...]:
     try:
-        draws = tuple(Draw(str(s), int(n), float(logprob), int(tokens)) for s, n, logprob, tokens in json.loads(cell))
+        answers = tuple(
+            Answer(str(s), int(n), float(logprob), int(tokens)) for s, n, logprob, tokens in json.loads(cell)
+        )
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(
-            f"{where}: draws must be a JSON list of [source, number, log-probability, tokens], not {cell[:60]!r}"
+            f"{where}: answers must be a JSON list of [source, number, log-probability, tokens], not {cell[:60]!r}"
         ) from error
-    if not draws:
-        raise UserError(f'{where}: a candidate without a draw: name at least one, such as [["mine", 1, 0, 1]]')
-    return draws
+    if not answers:
+        raise UserError(f'{where}: a candidate without an answer: name at least one, such as [["mine", 1, 0, 1]]')
+    return answers

@@ -13,7 +13,7 @@ _LETTERS = 22
 
 
 def correlations(found: Mapping[tuple[str, str], Interval]) -> bytes:
-    """A matrix of sources; each cell is the correlation of two draws' scores."""
+    """A matrix of sources; each cell is the correlation of two answers' scores."""
     import numpy as np
 
     names = list(dict.fromkeys(name for pair in found for name in pair))
@@ -28,7 +28,7 @@ def correlations(found: Mapping[tuple[str, str], Interval]) -> bytes:
         axes.set_xticks(range(len(names)), shown, rotation=30, ha="right")
         axes.set_yticks(range(len(names)), shown)
         for i, j in np.ndindex(matrix.shape):
-            text = f"{matrix[i, j]:.2f}" if matrix[i, j] == matrix[i, j] else "one draw"
+            text = f"{matrix[i, j]:.2f}" if matrix[i, j] == matrix[i, j] else "one answer"
             dark = abs(matrix[i, j]) > 0.6
             axes.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
         axes.figure.colorbar(image, ax=axes, label="correlation over rows")
@@ -36,13 +36,13 @@ def correlations(found: Mapping[tuple[str, str], Interval]) -> bytes:
 
 
 def headroom(curve: Curve, names: Sequence[str]) -> bytes:
-    """Mean score of the choice against the number of draws."""
+    """Mean score of the choice against the number of answers."""
     with canvas(4.2) as (axes, png):
         counts = range(1, len(curve.independent) + 1)
         for number, name in enumerate(["oracle", *names]):
             axes.plot(counts, curve.chosen[name], marker=".", label=one_line(name, _LETTERS), **style(number))
-        axes.plot(counts, curve.independent, color="#444444", linestyle=":", label="oracle, independent draws")
-        axes.set_xlabel("draws a row")
+        axes.plot(counts, curve.independent, color="#444444", linestyle=":", label="oracle, independent answers")
+        axes.set_xlabel("answers a row")
         axes.set_ylabel("mean score of the choice")
         legend(axes)
     return png.getvalue()

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ensemble.candidates import Candidate, CandidateRow, Draw
+from ensemble.candidates import Answer, Candidate, CandidateRow
 from ensemble.selectors import Selector
 from ensemble.selectors.asking import ask_ahead
 from submission.calls.likelihoods import Likelihoods, Question
@@ -125,9 +125,9 @@ def answer_of(row: CandidateRow, scores: Sequence[float], concat: int = 1, const
 
 def or_fallback(row: CandidateRow) -> CandidateRow:
     """The row, with the default prompt as its candidate if it has none."""
-    return (
-        row if row.candidates else CandidateRow(row.pair, (Candidate(DEFAULT_PROMPT, (Draw("fallback", 0, 0.0, 1),)),))
-    )
+    if row.candidates:
+        return row
+    return CandidateRow(row.pair, (Candidate(DEFAULT_PROMPT, (Answer("fallback", 0, 0.0, 1),)),))
 
 
 def _sentence(text: str) -> str:

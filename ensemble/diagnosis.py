@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _FEWEST = 3  # candidates of a row whose order tells something
-_MOST_DRAWS = 64
+_MOST_ANSWERS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Variance:
-    """Variance components of the draws' true scores.
+    """Variance components of the answers' true scores.
 
     Attributes:
-        between: variance of rows' means: some rows are hard for every draw.
-        within: variance of the draws of a row: what a choice can use.
-        correlation: of two draws of one row; between / (between + within).
+        between: variance of rows' means: some rows are hard for every answer.
+        within: variance of the answers of a row: what a choice can use.
+        correlation: of two answers of one row; between / (between + within).
     """
 
     between: Interval
@@ -37,17 +37,17 @@ class Variance:
     correlation: Interval
 
 
-def variance(draws: Sequence[Sequence[float]], clusters: NDArray[np.integer] | None = None) -> Variance:
-    """Split the variance of draws' scores by the one-way analysis of variance (Fisher, 1925).
+def variance(answers: Sequence[Sequence[float]], clusters: NDArray[np.integer] | None = None) -> Variance:
+    """Split the variance of answers' scores by the one-way analysis of variance (Fisher, 1925).
 
     Args:
-        draws: true score of each draw of each row; rows may have different numbers.
+        answers: true score of each answer of each row; rows may have different numbers.
         clusters: label of each row.
     """
     import numpy as np
 
-    rows = [np.array(row, float) for row in draws if len(row)]
-    kept = None if clusters is None else np.array([c for c, row in zip(clusters, draws, strict=True) if len(row)])
+    rows = [np.array(row, float) for row in answers if len(row)]
+    kept = None if clusters is None else np.array([c for c, row in zip(clusters, answers, strict=True) if len(row)])
     sums = np.array([[1, len(r), len(r) ** 2, r.sum(), len(r) * r.mean() ** 2, ((r - r.mean()) ** 2).sum()]
                      for r in rows])  # fmt: skip
 
@@ -65,14 +65,14 @@ def variance(draws: Sequence[Sequence[float]], clusters: NDArray[np.integer] | N
 def correlations(
     by_source: Mapping[str, Sequence[Sequence[float]]], clusters: NDArray[np.integer] | None = None
 ) -> dict[tuple[str, str], Interval]:
-    """Correlation over rows of the true scores of two single draws, for every two sources.
+    """Correlation over rows of the true scores of two single answers, for every two sources.
 
     Args:
-        by_source: true score of each draw of each row, by source. Rows in which a source has no draw are left out.
+        by_source: true score of each answer of each row, by source. Rows in which a source has no answer are left out.
         clusters: label of each row.
 
     Returns:
-        by pair of sources; a source beside itself stands for two different draws, and is NaN if no row has two.
+        by pair of sources; a source beside itself stands for two different answers, and is NaN if no row has two.
     """
     import numpy as np
 
@@ -90,7 +90,7 @@ def correlations(
 
 
 def _products(a: Sequence[float], b: Sequence[float], *, same: bool) -> list[float]:
-    """Weight, and means over pairs of draws of x, y, xx, yy, xy."""
+    """Weight, and means over pairs of answers of x, y, xx, yy, xy."""
     if not same:
         x, y = sum(a) / len(a), sum(b) / len(b)
         return [1.0, x, y, sum(v * v for v in a) / len(a), sum(v * v for v in b) / len(b), x * y]
@@ -112,42 +112,42 @@ def _pearson(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Mean score of the choice among k draws, for each k from 1.
+    """Mean score of the choice among k answers, for each k from 1.
 
     Attributes:
         chosen: by selector; "oracle" among them.
-        independent: of the oracle, were draws of a row no more alike than those of any two rows.
+        independent: of the oracle, were answers of a row no more alike than those of any two rows.
     """
 
     chosen: dict[str, list[float]]
     independent: list[float]
 
 
-def curve(draws: Sequence[Sequence[float]], said: Mapping[str, Sequence[Sequence[float]]]) -> Curve:
-    """Expected scores over all subsets of k draws, computed exactly.
+def curve(answers: Sequence[Sequence[float]], said: Mapping[str, Sequence[Sequence[float]]]) -> Curve:
+    """Expected scores over all subsets of k answers, computed exactly.
 
     Args:
-        draws: true score of each draw of each row.
-        said: what each selector says of each draw; for those that compare, of all of them together.
+        answers: true score of each answer of each row.
+        said: what each selector says of each answer; for those that compare, of all of them together.
     """
     import numpy as np
 
-    longest = min(_MOST_DRAWS, max(len(row) for row in draws))
+    longest = min(_MOST_ANSWERS, max(len(row) for row in answers))
     counts = range(1, longest + 1)
-    chosen = {name: _means_of_best(draws, scores, counts) for name, scores in {"oracle": draws, **said}.items()}
-    pool = np.sort(np.concatenate([np.array(row, float) for row in draws if len(row)]))
+    chosen = {name: _means_of_best(answers, scores, counts) for name, scores in {"oracle": answers, **said}.items()}
+    pool = np.sort(np.concatenate([np.array(row, float) for row in answers if len(row)]))
     shares = np.arange(len(pool) + 1) / len(pool)
     return Curve(chosen, [float(pool @ np.diff(shares**k)) for k in counts])
 
 
 def _means_of_best(
-    draws: Sequence[Sequence[float]], said: Sequence[Sequence[float]], counts: Sequence[int]
+    answers: Sequence[Sequence[float]], said: Sequence[Sequence[float]], counts: Sequence[int]
 ) -> list[float]:
-    """Mean over rows of the expected true score of the draw of k with the highest score, for each k."""
+    """Mean over rows of the expected true score of the answer of k with the highest score, for each k."""
     import numpy as np
 
     rows = []
-    for truth, scores in zip(draws, said, strict=True):
+    for truth, scores in zip(answers, said, strict=True):
         if not truth:
             continue
         known = np.nan_to_num(np.array(scores, float), nan=-np.inf)
@@ -161,11 +161,11 @@ def _means_of_best(
 
 
 @cache
-def _ways(draws: int, size: int) -> NDArray[np.float64]:
-    """How probably the i-th lowest of some draws is the best of a subset: the others come from those below it."""
+def _ways(answers: int, size: int) -> NDArray[np.float64]:
+    """How probably the i-th lowest of some answers is the best of a subset: the others come from those below it."""
     import numpy as np
 
-    return np.array([math.comb(i, size - 1) for i in range(draws)], float) / math.comb(draws, size)
+    return np.array([math.comb(i, size - 1) for i in range(answers)], float) / math.comb(answers, size)
 
 
 @dataclass(frozen=True, slots=True)

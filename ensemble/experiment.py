@@ -41,7 +41,7 @@ POSTERIOR, SEARCH = "posterior", "search"
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """What is compared; see `experiment --help`. With `proposals` a search goes on from the draws."""
+    """What is compared; see `experiment --help`. With `proposals` a search goes on from the answers."""
 
     candidates: Path
     truth: Path
@@ -105,7 +105,7 @@ class Experiment:
             "encoder": self.encoder.name, "rows": len(self.rows), "without_candidates": self.without,
             "clusters": self.truth.number_of_clusters,
             "candidates": sum(len(row.candidates) for row in self.rows),
-            "draws": sum(len(row.draws) for row in self.rows),
+            "answers": sum(len(row.answers) for row in self.rows),
             "chance_of_the_best": self.chance,
             "selectors": {line.name: line.figures() for line in self.lines},
             "joined": {line.name: line.figures() for line in self.joined},
@@ -154,14 +154,14 @@ def run_experiment(config: ExperimentConfig, encoder: Encoder) -> Experiment:
         lines = [replace(line, tokens=searched.tokens, seconds=searched.seconds) if line.name == SEARCH else line
                  for line in lines]  # fmt: skip
     by_source = _by_source(rows, truths)
-    draws = [[row[place] for _, place in r.draws] for r, row in zip(rows, truths, strict=True)]
-    said = {name: [[values[place] for _, place in r.draws] for r, values in zip(rows, s.values, strict=True)]
+    answers = [[row[place] for _, place in r.answers] for r, row in zip(rows, truths, strict=True)]
+    said = {name: [[values[place] for _, place in r.answers] for r, values in zip(rows, s.values, strict=True)]
             for name, s in scores.items() if name != FIRST}  # fmt: skip
     experiment = Experiment(
         rows, truths, truth, encoder, scores, [line for line in lines if line.name not in joined],
         [line for line in lines if line.name in joined], chance(truths), sum(not row.candidates for row in given),
-        diagnosis.variance(draws, truth.clusters), diagnosis.correlations(by_source, truth.clusters),
-        diagnosis.curve(draws, said),
+        diagnosis.variance(answers, truth.clusters), diagnosis.correlations(by_source, truth.clusters),
+        diagnosis.curve(answers, said),
         {name: known for name, s in scores.items() if (known := diagnosis.knowledge(truths, s, truth.clusters))},
         truth.kinds or kinds_of_prompt(truth.prompts, encoder),
     )  # fmt: skip
@@ -233,16 +233,16 @@ def sentences(experiment: Experiment) -> Iterator[str]:
     if e.without:
         yield f"{e.without} of {len(e.rows)} pairs had no candidate: the default prompt stands for them."
     yield (
-        f"Headroom: the best of {len(e.curve.independent)} draws scores {oracle.over_first.mean:.4f} more than the "
-        f"first answer ({first.mean.mean:.4f}); were draws of a row no more alike than those of any rows, it would be "
-        f"{e.curve.independent[-1] - first.mean.mean:.4f}."
+        f"Headroom: the best of {len(e.curve.independent)} answers scores {oracle.over_first.mean:.4f} more than the "
+        f"first answer ({first.mean.mean:.4f}); were answers of a row no more alike than those of any rows, it would "
+        f"be {e.curve.independent[-1] - first.mean.mean:.4f}."
     )
     yield (
-        f"Correlation of two draws of one row: {e.variance.correlation}; of the variance of scores, "
+        f"Correlation of two answers of one row: {e.variance.correlation}; of the variance of scores, "
         f"{e.variance.between.mean:.4f} lies between rows, {e.variance.within.mean:.4f} within them, where a choice "
         "works."
     )
-    yield f"A candidate drawn blindly is a best one in {e.chance:.0%} of rows."
+    yield f"A candidate taken blindly is a best one in {e.chance:.0%} of rows."
     best = e.best_selector
     if best is not None:
         if best.over_first.low > 0:
@@ -281,9 +281,11 @@ def _in_order(candidates: Path, truth: Truth) -> list[CandidateRow]:
 
 
 def _by_source(rows: Sequence[CandidateRow], truths: Sequence[Sequence[float]]) -> dict[str, list[list[float]]]:
-    names = list(dict.fromkeys(draw.source for row in rows for draw, _ in row.draws if draw.source != "fallback"))
+    names = list(
+        dict.fromkeys(answer.source for row in rows for answer, _ in row.answers if answer.source != "fallback")
+    )
     return {
-        name: [[scores[place] for draw, place in row.draws if draw.source == name]
+        name: [[scores[place] for answer, place in row.answers if answer.source == name]
                for row, scores in zip(rows, truths, strict=True)]
         for name in names
     } or {"fallback": [list(scores) for scores in truths]}  # fmt: skip

@@ -59,7 +59,7 @@ class SelectorResult:
 
 
 def chance(truths: Sequence[Sequence[float]]) -> float:
-    """Share of rows in which a candidate that is drawn blindly is a best one."""
+    """Share of rows in which a candidate that is taken blindly is a best one."""
     return sum(len(best_places(row)) / len(row) for row in truths) / len(truths)
 
 

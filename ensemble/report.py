@@ -82,16 +82,16 @@ def sections(experiment: Experiment) -> Iterator[Section]:
     figures = []
     if any(value.mean == value.mean for value in e.correlations.values()):
         figures.append(Figure("correlations", charts.correlations(e.correlations),
-                              "Correlation over rows of the true scores of two draws, by their sources."))  # fmt: skip
+                              "Correlation over rows of the true scores of two answers, by source."))  # fmt: skip
     shown = [line.name for line in e.lines if line.name in e.curve.chosen and line.name != "oracle"][:_CURVES]
     figures.append(Figure("headroom", charts.headroom(e.curve, shown),
-                          "Mean score of the choice among so many draws; the dotted line is the oracle's if draws of a "
-                          "row were independent."))  # fmt: skip
+                          "Mean score of the choice among so many answers; the dotted line is the oracle's if answers "
+                          "of a row were independent."))  # fmt: skip
     rows = [(f"{a} - {b}", value.shown()) for (a, b), value in e.correlations.items()]
     yield Section(
         "Are errors correlated?",
         [f"Variance of scores between rows: {e.variance.between}; within rows: "
-         f"{e.variance.within}; correlation of two draws of a row: {e.variance.correlation}."],
+         f"{e.variance.within}; correlation of two answers of a row: {e.variance.correlation}."],
         [Table(("sources", "correlation [95 %]"), rows)] if rows else [],
         figures,
     )  # fmt: skip
@@ -117,10 +117,10 @@ def sections(experiment: Experiment) -> Iterator[Section]:
 
 def _opening(e: Experiment) -> Iterator[str]:
     """What was done and what came out, in three sentences."""
-    draws = sum(len(row.draws) for row in e.rows) / len(e.rows)
+    answers = sum(len(row.answers) for row in e.rows) / len(e.rows)
     oracle, first, best_one = e.line(ORACLE), e.line(FIRST), e.best_selector
     yield (
-        f'{len(e.rows)} pairs were answered {draws:.0f} times each. "first" is the answer that a model gives on its '
+        f'{len(e.rows)} pairs were answered {answers:.0f} times each. "first" is the answer that a model gives on its '
         'own; the others choose among all answers. The "oracle" knows the truth: no choice among them can be better.'
     )
     yield f"The first answer scores {first.mean.mean:.3f}, the best possible choice {oracle.mean.mean:.3f}."
@@ -184,8 +184,8 @@ def _examples(e: Experiment, name: str) -> Iterator[ReportExample]:
                 candidate = e.rows[row].candidates[place]
                 mark = "chosen" if place == best(said) else "first" if place == 0 else ""
                 answers.append((mark, candidate.text, f"{e.truths[row][place]:.3f}", f"{said[place]:.3f}",
-                                str(len(candidate.draws))))  # fmt: skip
-            head = ("", "prompt", "true score", f"by {name}", "draws")
+                                str(len(candidate.answers))))  # fmt: skip
+            head = ("", "prompt", "true score", f"by {name}", "answers")
             yield ReportExample(f"{title}: id {e.truth.ids[row]}", texts, Table(head, answers))
 
 

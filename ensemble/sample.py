@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ensemble.candidates import CandidateRow, Draw, merge, write_candidates
+from ensemble.candidates import Answer, CandidateRow, merge, write_candidates
 from ensemble.sources import CandidateSource
 from eval.encoders import Encoder
 from submission.backends.hardware import ALONE, Placement
@@ -22,8 +22,8 @@ from submission.types import Completion, Pair, Request, Triplet
 
 LOG = logging.getLogger(__name__)
 
-Drawn = dict[str, list[tuple[str, Draw]]]
-"""Answers with their draws, by id of the pair."""
+ByPair = dict[str, list[tuple[str, Answer]]]
+"""Texts of answers with what is known of each, by id of the pair."""
 
 
 def sample(
@@ -36,7 +36,7 @@ def sample(
     placement: Placement = ALONE,
     fresh: bool = False,
 ) -> list[CandidateRow]:
-    """Draw from all sources and write the candidates; what the log knows is not drawn again.
+    """Ask all sources and write the candidates; what the log knows is not asked again.
 
     Args:
         pairs: to be answered.
@@ -48,11 +48,11 @@ def sample(
         fresh: forget what the log holds.
 
     Raises:
-        UserError: something is missing or wrong; said before anything is drawn.
+        UserError: something is missing or wrong; said before any model is asked.
     """
     check_output(output)
     prepared = [(source, source.spec().held_by(placement), source.layout()) for source in sources]
-    drawn: Drawn = {pair.id: [] for pair in pairs}
+    found: ByPair = {pair.id: [] for pair in pairs}
     # A rewrite of blanks tells nothing of its prompt: such a pair has no candidate.
     asked = [pair for pair in pairs if has_text(pair.rewritten_text)]
     with session(output, {source.name: spec for source, spec, _ in prepared}, fresh=fresh) as models:
@@ -63,16 +63,16 @@ def sample(
             answers = answer(models[source.name], list(requests(asked, source, template, shots)))
             for key, completions in answers.completions.items():
                 row_id, answers_read = read(key, completions, source, template)
-                drawn[row_id] += answers_read
+                found[row_id] += answers_read
             if answers.failed:
                 LOG.info(f"{source.name}: {len(answers.failed)} requests failed: {next(iter(answers.failed.values()))}")
-    rows = [CandidateRow(pair, tuple(merge(drawn[pair.id], encoder, near))) for pair in pairs]
+    rows = [CandidateRow(pair, tuple(merge(found[pair.id], encoder, near))) for pair in pairs]
     with made_files(output, [output], {"sources": [source.name for source in sources], "rows": len(rows)}):
         write_candidates(output, rows)
-    draws = sum(len(row.draws) for row in rows)
+    total = sum(len(row.answers) for row in rows)
     none = sum(not row.candidates for row in rows)
     LOG.info(
-        f"written to {output}: {draws} answers to {len(rows)} pairs, {sum(len(r.candidates) for r in rows)} of them "
+        f"written to {output}: {total} answers to {len(rows)} pairs, {sum(len(r.candidates) for r in rows)} of them "
         f"distinct{f'; {none} pairs have none' if none else ''}"
     )
     return rows
@@ -90,8 +90,8 @@ def requests(
 
 def read(
     key: str, completions: Sequence[Completion], source: CandidateSource, template: Template
-) -> tuple[str, list[tuple[str, Draw]]]:
-    """The id of the pair that a request of `requests` was about, and its parsed answers with their draws.
+) -> tuple[str, list[tuple[str, Answer]]]:
+    """The id of the pair that a request of `requests` was about, and its answers with what is known of each.
 
     Those that are blank or read as null are left out.
     """
@@ -100,5 +100,5 @@ def read(
     for number, completion in enumerate(completions, start=int(first)):
         text = strip_invalid_utf8(template.parse(completion.text))
         if not is_blank(text):
-            found.append((text, Draw(source.name, number, completion.logprob, completion.tokens)))
+            found.append((text, Answer(source.name, number, completion.logprob, completion.tokens)))
     return row_id, found

@@ -1,4 +1,4 @@
-"""A search for the prompt, as a strategy: draw, score, say the likeliest intents in other words, score again, answer.
+"""A search for the prompt, as a strategy: sample answers, score them, say the likeliest in other words, score these.
 
     python -m submission predict test.csv -o submission.csv --recover search --recover-config s.toml
 
@@ -10,10 +10,10 @@ with s.toml, where every line may be left out:
     [target]
     model = "embedded"
 
-What the recoverer draws is of few words: it has learned what to ask for, not how it was worded. So each draw is read
-as an intent (kind and style, see `submission.prompts.grammar`); the likeliest are rendered in the phrasings of the
-grammar, which the target model scores as it scored the draws. The answer has the highest expected score by the metric
-under the noisy channel (see `ensemble.selectors.posterior`).
+What the recoverer answers is of few words: it has learned what to ask for, not how it was worded. So each answer is
+read as an intent (kind and style, see `submission.prompts.grammar`); the likeliest are rendered in the phrasings of the
+grammar, which the target model scores as it scored the answers. The one with the highest expected score by the metric
+under the noisy channel is taken (see `ensemble.selectors.posterior`).
 
 It is for rewrites whose model is at hand; on those of another one it has not been measured.
 """
@@ -29,7 +29,7 @@ from itertools import islice
 from pathlib import Path
 
 from ensemble.best_of import BestOfOptions, Kit, best_of
-from ensemble.candidates import Candidate, CandidateRow, Draw
+from ensemble.candidates import Answer, Candidate, CandidateRow
 from ensemble.choose import answer_of, ask_together, score_rows
 from ensemble.selectors.asking import softmax
 from ensemble.selectors.likelihood import Likelihood
@@ -48,7 +48,7 @@ LOG = logging.getLogger(__name__)
 Intent = tuple[PromptKind, str]
 
 SOURCE = "rendering"
-_LEAST_READ = 0.5  # of the posterior of a row's draws that the grammar must read
+_LEAST_READ = 0.5  # of the posterior of a row's answers that the grammar must read
 _FIRST_SHARE = 0.65  # of the renderings that the likeliest intent has, the next one the same share of the rest
 
 
@@ -56,7 +56,7 @@ _FIRST_SHARE = 0.65  # of the renderings that the likeliest intent has, the next
 class SearchOptions(BestOfOptions):
     """Settings beside [[source]] and [target], and those of `best_of` that are not about choosing.
 
-    proposals: draws and renderings that the target model scores for a row, at most.
+    proposals: answers and renderings that the target model scores for a row, at most.
     intents: of a row that are rendered, at most.
     likelihood: power of P(rewrite | prompt) among renderings; see `ensemble.selectors.posterior.Evidence`.
     grammar: TOML; "" for the project's own.
@@ -94,16 +94,16 @@ class search(best_of):
         assert isinstance(options, SearchOptions)
         assert kit.target is not None
         assert kit.encoder is not None
-        drawn = super().choose(rows, kit)  # asks about all draws together
+        chosen = super().choose(rows, kit)  # asks about all answers together
         try:
-            return said_otherwise(drawn, kit.target, kit.encoder, options, self._grammar)
-        except LostError as error:  # the choice among the draws is there
+            return said_otherwise(chosen, kit.target, kit.encoder, options, self._grammar)
+        except LostError as error:  # the choice among the answers is there
             LOG.error("nothing is said in other words: %s", error)
-            return drawn
+            return chosen
 
 
 def said_otherwise(
-    drawn: Sequence[tuple[CandidateRow, Sequence[float]]],
+    scored: Sequence[tuple[CandidateRow, Sequence[float]]],
     model: Likelihoods,
     encoder: Encoder,
     options: SearchOptions,
@@ -112,13 +112,13 @@ def said_otherwise(
     """The rows with renderings of their likeliest intents, and the expected scores of all candidates.
 
     Args:
-        drawn: rows with the scores of what was drawn, which stay where nothing can be said in other words.
+        scored: rows with the scores of the answers, which stay where nothing can be said in other words.
         model: the target.
         encoder: of the metric.
         options: of the search.
-        grammar: that draws are read by, and renderings made from.
+        grammar: that answers are read by, and renderings made from.
     """
-    rows = [row for row, _ in drawn]
+    rows = [row for row, _ in scored]
     target = Likelihood(model)
     plans = [_plan(row, options, grammar, target) for row in rows]
     asked: list[Question] = []
@@ -127,7 +127,7 @@ def said_otherwise(
     ask_together(model, asked, "in other words", "likelihoods", nested=True)
     encoder.embed([text for row, plan in zip(rows, plans, strict=True) for text in _texts(row, plan)])
     found: list[tuple[CandidateRow, Sequence[float]]] = []
-    for (row, scores), plan in zip(drawn, plans, strict=True):
+    for (row, scores), plan in zip(scored, plans, strict=True):
         more = _expected(row, plan, options, target, encoder)
         found.append((CandidateRow(row.pair, (*row.candidates, *plan.candidates)), more) if more else (row, scores))
     return found
@@ -139,7 +139,7 @@ class Searched:
 
     Attributes:
         answers: of the rows.
-        tokens, seconds: of the target model, a row, draws included; shared beginnings count each time.
+        tokens, seconds: of the target model, a row, answers included; shared beginnings count each time.
     """
 
     answers: list[str]
@@ -148,21 +148,21 @@ class Searched:
 
 
 def search_rows(rows: Sequence[CandidateRow], model: Likelihoods, encoder: Encoder, proposals: int) -> Searched | None:
-    """Search on from candidates that were drawn; None if no row has a rendering.
+    """Search on from answers; None if no row has a rendering.
 
     Args:
-        rows: with what was drawn.
+        rows: with their answers.
         model: the target.
         encoder: of the metric.
-        proposals: that the target scores for a row at most, what was drawn included.
+        proposals: that the target scores for a row at most, answers included.
     """
     channel = Posterior(encoder, model)
-    drawn = list(zip(rows, score_rows(rows, {"it": channel})["it"].values, strict=True))
-    found = said_otherwise(drawn, model, encoder, SearchOptions(proposals=proposals), read_grammar(GRAMMAR))
+    scored = list(zip(rows, score_rows(rows, {"it": channel})["it"].values, strict=True))
+    found = said_otherwise(scored, model, encoder, SearchOptions(proposals=proposals), read_grammar(GRAMMAR))
     if all(len(row.candidates) == len(before.candidates) for (row, _), before in zip(found, rows, strict=True)):
         LOG.warning(
-            "the search is left out: draws take all %d proposals, no draw is read by the grammar, or all likelihoods "
-            "of renderings failed", proposals,
+            "the search is left out: answers take all %d proposals, the grammar reads none, or all likelihoods of "
+            "renderings failed", proposals,
         )  # fmt: skip
         return None
     known = [one for row, _ in found for one in channel.answers(row.pair, row.candidates)]
@@ -189,19 +189,19 @@ def _plan(row: CandidateRow, options: SearchOptions, grammar: Grammar, target: L
     for place, ((kind, style), prior) in enumerate(intents[: options.intents]):
         last = place + 1 == min(options.intents, len(intents))
         wanted = left if last else round(left * _FIRST_SHARE)
-        draw = random.Random(key_of(f"{row.pair.id} {kind.name} {style}"))  # another run has the same ones
+        rng = random.Random(key_of(f"{row.pair.id} {kind.name} {style}"))  # another run has the same ones
         said = {candidate.text for candidate in (*row.candidates, *candidates)}
-        made = [one.text for one in islice(renderings(kind, style, draw), max(0, wanted)) if one.text not in said]
+        made = [one.text for one in islice(renderings(kind, style, rng), max(0, wanted)) if one.text not in said]
         if not made:
             continue
-        candidates += [Candidate(text, (Draw(SOURCE, place, 0.0, 1),)) for text in made]
+        candidates += [Candidate(text, (Answer(SOURCE, place, 0.0, 1),)) for text in made]
         priors += [prior - math.log(len(made))] * len(made)
         left -= len(made)
     return _Plan(tuple(candidates), tuple(priors))
 
 
 def _intents(row: CandidateRow, grammar: Grammar, target: Likelihood) -> list[tuple[Intent, float]]:
-    """What the draws ask for, the likeliest by the posterior first, each with the recoverer's log-probability of it."""
+    """What the answers ask for, the likeliest by the posterior first, with its log-probability by the recoverer."""
     import numpy as np
 
     if not row.candidates:
@@ -216,7 +216,7 @@ def _intents(row: CandidateRow, grammar: Grammar, target: Likelihood) -> list[tu
             mass[intent] = mass.get(intent, 0.0) + float(weight)
             prior[intent] = float(np.logaddexp(prior.get(intent, -math.inf), logprob))
     if sum(mass.values()) < _LEAST_READ:
-        return []  # what is likely has no intent: the draws are what there is
+        return []  # what is likely has no intent: the answers are what there is
     return [(intent, prior[intent]) for intent in sorted(mass, key=lambda one: -mass[one])]
 
 
@@ -227,7 +227,7 @@ def _texts(row: CandidateRow, plan: _Plan) -> list[str]:
 def _expected(
     row: CandidateRow, plan: _Plan, options: SearchOptions, target: Likelihood, encoder: Encoder
 ) -> list[float]:
-    """Expected scores of draws and renderings under the renderings' posterior; none if that is not known."""
+    """Expected scores of answers and renderings under the renderings' posterior; none if that is not known."""
     import numpy as np
 
     sums = np.array([known.sum for known in target.answers(row.pair, plan.candidates)])

@@ -32,7 +32,7 @@ from submission.types import Sampling, Triplet
 
 @dataclass(frozen=True, slots=True)
 class CandidateSource:
-    """One way of drawing candidates.
+    """One way of getting candidates.
 
     Attributes:
         name: as shown; "" takes the model's.
@@ -81,7 +81,7 @@ class CandidateSource:
         return template, shots
 
     def samplings(self) -> dict[int, Sampling]:
-        """How answers are drawn, by the number of the first one: 0 is greedy, samples count from 1."""
+        """How answers are sampled, by the number of the first one: 0 is greedy, samples count from 1."""
         found = {0: Sampling(max_new_tokens=self.max_new_tokens)} if self.greedy else {}
         if self.n:
             found[1] = Sampling(
@@ -118,9 +118,9 @@ def parse_sources(entries: Any, where: str, settings: Sequence[str] = ()) -> lis
         except UserError as error:
             raise UserError(f"{where}: source {number}: {error}") from None
         if not (source.n or source.greedy):
-            raise UserError(f"{where}: source {number} draws nothing: n = 0 and no greedy answer")
+            raise UserError(f"{where}: source {number} asks for nothing: n = 0 and no greedy answer")
         if source.n > 1 and source.temperature == 0:
-            raise UserError(f"{where}: source {number} draws {source.n} samples at temperature 0, which are all alike")
+            raise UserError(f"{where}: source {number}: {source.n} samples at temperature 0, which are all alike")
         sources.append(dataclasses.replace(source, name=source.name or _name(source)))
     names = [source.name for source in sources]
     odd = next((name for name in names if "/" in name or "\\" in name), "")

@@ -238,8 +238,8 @@ class _Bench:
         rows = [count / self._time(lambda n=count: self._one_by_one(self._load(chats[:n]))) for count in counts]  # type: ignore[misc]
         _lines(by_rows, counts, {OURS: ours, "llama-cpp-python, row by row": rows}, "rows", "rows/s")
         numbers = (1, 2, 4, 8)
-        drawn = [Sampling(n=n, temperature=0.8, max_new_tokens=self._config.new_tokens) for n in numbers]
-        times = [self._time(lambda s=sampling: self._answer(self._ours, chats, s)) for sampling in drawn]  # type: ignore[misc]
+        samplings = [Sampling(n=n, temperature=0.8, max_new_tokens=self._config.new_tokens) for n in numbers]
+        times = [self._time(lambda s=sampling: self._answer(self._ours, chats, s)) for sampling in samplings]  # type: ignore[misc]
         speed = {"rows/s": [len(chats) / t for t in times],
                  "answers/s": [n * len(chats) / t for n, t in zip(numbers, times, strict=True)]}  # fmt: skip
         _lines(by_samples, numbers, speed, "samples a row", "per second")

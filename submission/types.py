@@ -83,7 +83,7 @@ class Chat(_Travels):
 
 @dataclass(frozen=True, slots=True)
 class Sampling(_Travels):
-    """How answers are drawn. `temperature` 0 means greedy; lengths are in tokens of the model."""
+    """How answers are sampled. `temperature` 0 means greedy; lengths are in tokens of the model."""
 
     n: int = 1
     temperature: float = 0.0

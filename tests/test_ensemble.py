@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ensemble import diagnosis
-from ensemble.candidates import Candidate, CandidateRow, Draw, merge, read_candidates, write_candidates
+from ensemble.candidates import Answer, Candidate, CandidateRow, merge, read_candidates, write_candidates
 from ensemble.choose import SelectorScores, answer_of, best, score_rows
 from ensemble.experiment import ALL
 from ensemble.measure import measure
@@ -40,7 +40,7 @@ def run(tmp_path: Path) -> Cli:
 
 
 def candidates(*texts: str) -> tuple[Candidate, ...]:
-    return tuple(Candidate(text, (Draw("s", n, -float(n + 1), 2),)) for n, text in enumerate(texts))
+    return tuple(Candidate(text, (Answer("s", n, -float(n + 1), 2),)) for n, text in enumerate(texts))
 
 
 class Knows(Scripted):
@@ -75,11 +75,14 @@ def test_a_source_with_a_sampling_that_means_nothing_is_refused(wrong: str) -> N
     assert wrong.split("=")[0] in str(refused.value)
 
 
-def test_candidates_are_merged_with_their_draws_and_come_back(tmp_path: Path, encoder: Encoder) -> None:
-    drawn = [("Make it rhyme", Draw("a", 0, -1.0, 3)), ("make it rhyme.", Draw("a", 1, -2.0, 3)),
-             ("  ", Draw("a", 2, -2.0, 1)), ("Write a poem", Draw("b", 1, -3.5, 4))]  # fmt: skip
+def test_candidates_are_merged_with_their_answers_and_come_back(tmp_path: Path, encoder: Encoder) -> None:
+    drawn = [("Make it rhyme", Answer("a", 0, -1.0, 3)), ("make it rhyme.", Answer("a", 1, -2.0, 3)),
+             ("  ", Answer("a", 2, -2.0, 1)), ("Write a poem", Answer("b", 1, -3.5, 4))]  # fmt: skip
     merged = merge(drawn)
-    assert [(c.text, [d.number for d in c.draws]) for c in merged] == [("Make it rhyme", [0, 1]), ("Write a poem", [1])]
+    assert [(c.text, [d.number for d in c.answers]) for c in merged] == [
+        ("Make it rhyme", [0, 1]),
+        ("Write a poem", [1]),
+    ]
     assert len(merge(drawn, encoder, near=0.95)) == 2
     rows = [CandidateRow(PAIR, tuple(merged)), CandidateRow(Pair("2", "", ""), ())]
     write_candidates(tmp_path / "c.parquet", rows)
@@ -89,8 +92,8 @@ def test_candidates_are_merged_with_their_draws_and_come_back(tmp_path: Path, en
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([("1", "a", "b", "c", "[]")], "a candidate without a draw"),
-        ([("1", "a", "b", "c", "nonsense")], "draws must be a JSON list"),
+        ([("1", "a", "b", "c", "[]")], "a candidate without an answer"),
+        ([("1", "a", "b", "c", "nonsense")], "answers must be a JSON list"),
         ([("1", "a", "b", "c", '[["s",1,-1,1]]'), ("1", "x", "b", "d", '[["s",1,-1,1]]')], "other texts"),
         ([("1", "a", "b", "c", '[["s",1,-1,1]]'), ("1", "a", "b", "c", '[["s",1,-1,1]]')], "repeats a candidate"),
         ([("", "a", "b", "c", '[["s",1,-1,1]]')], "null id"),
@@ -98,7 +101,7 @@ def test_candidates_are_merged_with_their_draws_and_come_back(tmp_path: Path, en
     ],
 )
 def test_candidates_that_cannot_be_meant_are_refused(rows: list[Sequence[str]], said: str, tmp_path: Path) -> None:
-    header = ("id", "original_text", "rewritten_text", "candidate", "draws")
+    header = ("id", "original_text", "rewritten_text", "candidate", "answers")
     with pytest.raises(UserError, match=said):
         read_candidates(write_csv(tmp_path / "c.csv", rows, header))
 
@@ -156,10 +159,10 @@ class Never(Scripted):
             yield key, LogLikelihood(-math.inf, 1, 10)
 
 
-def test_consensus_is_the_medoid_and_counts_draws(encoder: Encoder) -> None:
+def test_consensus_is_the_medoid_and_counts_answers(encoder: Encoder) -> None:
     some = candidates("Write it as a sea shanty", "Turn this into a sea shanty", "List the main points as bullets")
     assert best(Consensus(encoder)(PAIR, some)) in (0, 1)
-    often = (*some[:2], Candidate(some[2].text, tuple(Draw("s", n, -1.0, 2) for n in range(9))))
+    often = (*some[:2], Candidate(some[2].text, tuple(Answer("s", n, -1.0, 2) for n in range(9))))
     assert best(Consensus(encoder)(PAIR, often)) == 2
 
 
@@ -298,8 +301,8 @@ def test_candidates_of_a_model_become_a_submission_and_a_report(run: Cli, shallo
     assert done.code == 0, done.err
     rows = read_candidates(tmp_path / "c.parquet")
     assert len(rows) == 5
-    assert {draw.source for row in rows for draw, _ in row.draws} == {"short", "warm"}
-    assert rows[0].candidates[0].draws[0].number == 0  # the greedy answer is first
+    assert {answer.source for row in rows for answer, _ in row.answers} == {"short", "warm"}
+    assert rows[0].candidates[0].answers[0].number == 0  # the greedy answer is first
     content = (tmp_path / "c.parquet").read_bytes()
     assert run(*drawn).code == 0
     assert (tmp_path / "c.parquet").read_bytes() == content
@@ -383,7 +386,7 @@ def test_weights_are_refused_for_the_rows_that_they_were_fitted_on(run: Cli, tmp
     ],
 )
 def test_what_cannot_be_meant_is_said(arguments: tuple[str, ...], said: str, run: Cli, tmp_path: Path) -> None:
-    header = ("id", "original_text", "rewritten_text", "candidate", "draws")
+    header = ("id", "original_text", "rewritten_text", "candidate", "answers")
     write_csv(tmp_path / "c.csv", [("1", "a", "b", "Make it rhyme", '[["s", 1, -1.0, 3]]')], header)
     write_csv(tmp_path / "t.csv", [("1", "Make it rhyme")], ("id", "rewrite_prompt"))
     write_csv(tmp_path / "other.csv", [("2", "Make it rhyme")], ("id", "rewrite_prompt"))
@@ -421,7 +424,7 @@ def test_likelihoods_that_fail_are_said(run: Cli, tmp_path: Path) -> None:
     done = predict("predict", EXAMPLES / "test.csv", "-o", "s.csv", *way)
     assert done.code == 0, done.err
     assert "questions to a model failed" in done.err
-    header = ("id", "original_text", "rewritten_text", "candidate", "draws")
+    header = ("id", "original_text", "rewritten_text", "candidate", "answers")
     rows = [("1", "a", "b", text, f'[["s", {n}, -1.0, 3]]') for n, text in enumerate(("As a poem", "Make it formal"))]
     write_csv(tmp_path / "c.csv", rows, header)
     write_csv(tmp_path / "t.csv", [("1", "As a poem")], ("id", "rewrite_prompt"))
@@ -448,7 +451,7 @@ def test_best_of_needs_no_configuration_and_no_encoder(
     log = tmp_path / "calls.jsonl"
     found = recover(pairs, model=str(shallow_gguf), strategy="best_of", config=target, log=log)
     assert [(one.id, one.status) for one in found] == [(pair.id, "ok") for pair in pairs]
-    assert all("of 9 draws" in one.raw for one in found)
+    assert all("of 9 answers" in one.raw for one in found)
     before = log.read_bytes()
     assert recover(pairs, model=str(shallow_gguf), strategy="best-of", config=target, log=log) == found
     assert log.read_bytes() == before

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ensemble.candidates import Candidate, CandidateRow, Draw, write_candidates
+from ensemble.candidates import Answer, Candidate, CandidateRow, write_candidates
 from ensemble.selectors import Tools, entry_of, make_selectors
 from eval.head import Head, learn_head, read_head, write_head
 from submission.errors import UserError
@@ -75,8 +75,8 @@ def test_a_choice_weighs_it_against_the_recoverer(encoder: Any, triplets: list[T
     selector = make_selectors([name], Tools(encoder))[name]
 
     def chosen(logprob: float) -> int:
-        wrong = Candidate("Rewrite as other other", (Draw("s", 0, -1.0, 5),))
-        right = Candidate("Rewrite as new7 new7", (Draw("s", 1, logprob, 5),))
+        wrong = Candidate("Rewrite as other other", (Answer("s", 0, -1.0, 5),))
+        right = Candidate("Rewrite as new7 new7", (Answer("s", 1, logprob, 5),))
         return int(np.argmax(selector(_triplet(7, "new7").pair, [wrong, right])))
 
     assert chosen(-3.0) == 1
@@ -136,7 +136,7 @@ def test_it_is_learned_and_used_by_commands(tmp_path: Path) -> None:
     assert learned.code == 0, learned.err
     assert "over the mean embedding of all prompts" in learned.err
     texts = [row[3] for row in short[:2]]
-    candidates = tuple(Candidate(text, (Draw("s", n, -2.0, 5),)) for n, text in enumerate(texts))
+    candidates = tuple(Candidate(text, (Answer("s", n, -2.0, 5),)) for n, text in enumerate(texts))
     for name, some in (("new", short[60:]), ("old", short[:8])):
         write_candidates(tmp_path / f"{name}.parquet", [CandidateRow(Pair(*row[:3]), candidates) for row in some])
         write_csv(tmp_path / f"{name}.csv", [row[:4] for row in some], header[:4])

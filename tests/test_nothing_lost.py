@@ -166,7 +166,7 @@ def test_experiment_and_report_refuse_what_is_in_the_way(tmp_path: Path) -> None
     (tmp_path / "s.csv").write_text("id,rewrite_prompt\n1,Make it.\n2,Turn it.\n")
     draws = '"[[""x"", 0, -1.0, 2]]"'
     (tmp_path / "c.csv").write_text(
-        f"id,original_text,rewritten_text,candidate,draws\n1,a,b,Make it.,{draws}\n2,a,b,Turn it.,{draws}\n"
+        f"id,original_text,rewritten_text,candidate,answers\n1,a,b,Make it.,{draws}\n2,a,b,Turn it.,{draws}\n"
     )
     for room, foreign, arguments in (
         ("eval", "report.html", ("report", "s.csv", "--truth", "t.csv")),
@@ -536,7 +536,7 @@ def test_a_rewrite_longer_than_the_context_fails_alone(tmp_path: Path, shallow_g
     rows = [("1", "a", "b"), ("2", "a", "word " * 3000), ("3", "a", "c")]
     draws = json.dumps([["x", 0, -1.0, 2]])
     cells = [(*row, text, draws) for row in rows for text in ("Make it.", "Turn it into a song.")]
-    write_table(tmp_path / "c.csv", ("id", "original_text", "rewritten_text", "candidate", "draws"), cells)
+    write_table(tmp_path / "c.csv", ("id", "original_text", "rewritten_text", "candidate", "answers"), cells)
     write_table(tmp_path / "t.csv", ("id", "rewrite_prompt"), [(row[0], "Make it.") for row in rows])
     for _ in range(2):
         done = ensemble("select", "c.csv", "--selector", "likelihood", "-o", "s.csv", *models[:2])
@@ -659,7 +659,7 @@ def test_odd_json_is_one_line(content: bytes, cli: Cli, pairs_csv: Path, tmp_pat
     (tmp_path / "kernel-metadata.json").write_bytes(content)
     (tmp_path / "a.json").write_bytes(content)
     (tmp_path / "c.csv").write_text(
-        'id,original_text,rewritten_text,candidate,draws\n1,a,b,c,"[[""x"", 0, -1.0, 2]]"\n', encoding="utf-8"
+        'id,original_text,rewritten_text,candidate,answers\n1,a,b,c,"[[""x"", 0, -1.0, 2]]"\n', encoding="utf-8"
     )
     odd = [
         cli("inspect", "03", "--run", "s.csv"),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ensemble.candidates import Candidate, CandidateRow, Draw
+from ensemble.candidates import Answer, Candidate, CandidateRow
 from ensemble.fitting import fit_evidence
 from ensemble.selectors import Asking, Tools, entry_of, make_selectors
 from ensemble.selectors.posterior import Evidence, Posterior, weights
@@ -43,7 +43,7 @@ class _Encoder:
 
 
 def _candidates(*told: tuple[str, float, int]) -> list[Candidate]:
-    return [Candidate(text, tuple(Draw("s", number, logprob, 5) for number in range(draws)))
+    return [Candidate(text, tuple(Answer("s", number, logprob, 5) for number in range(draws)))
             for text, logprob, draws in told]  # fmt: skip
 
 
@@ -109,8 +109,11 @@ def test_what_is_not_known_decides_nothing() -> None:
     assert _choice(THREE, {"style 0": -90.0, "style 60": None, "style 65": -10.0}) == "style 0"
     odd = _candidates(("style 0", 0.0, 1), ("style 60", -3.0, 1), ("style 65", math.nan, 1))
     assert weights(odd, [-1.0, -1.0, -1.0], Evidence()) == pytest.approx([1 / 3] * 3)
-    both = [Candidate("style 0", (Draw("mine", 1, 0.0, 1), Draw("s", 1, -4.0, 5))), *_candidates(("style 60", -1.0, 1))]
-    assert weights(both, [-1.0, -1.0], Evidence())[0] == pytest.approx(1 / (1 + math.exp(3)))  # its known draw counts
+    both = [
+        Candidate("style 0", (Answer("mine", 1, 0.0, 1), Answer("s", 1, -4.0, 5))),
+        *_candidates(("style 60", -1.0, 1)),
+    ]
+    assert weights(both, [-1.0, -1.0], Evidence())[0] == pytest.approx(1 / (1 + math.exp(3)))  # its known answer counts
     assert weights(THREE, [-1e6, -2e6, -3e6], Evidence()) == pytest.approx([1, 0, 0])
     one = _candidates(("style 7", -3.0, 1))
     assert _choice(one, {"style 7": -5.0}) == "style 7"
@@ -130,7 +133,7 @@ def test_the_noisy_channel_asks_only_about_what_may_win() -> None:
     assert asked(best) == asked(best + far) == 0  # there is nothing to choose
     assert asked(best + near + far) == 2
     assert asked(best + far + unknown) == 2  # of what is not known nothing is said against it
-    other = [Candidate("style 4", (Draw("another model", 1, -30.0, 5),))]
+    other = [Candidate("style 4", (Answer("another model", 1, -30.0, 5),))]
     assert asked(best + far + other) == 2  # log-probabilities of two models are not compared
     assert asked(far + unknown) == 2
     assert asked(unknown) == 0
@@ -139,8 +142,8 @@ def test_the_noisy_channel_asks_only_about_what_may_win() -> None:
 def test_the_best_answers_of_two_models_count_alike() -> None:
     brief = _candidates(("style 0", -2.0, 1), ("style 20", -3.0, 1))
     wordy = [
-        Candidate("style 60", (Draw("wordy", 0, -30.0, 20),)),
-        Candidate("style 80", (Draw("wordy", 1, -34.0, 20),)),
+        Candidate("style 60", (Answer("wordy", 0, -30.0, 20),)),
+        Candidate("style 80", (Answer("wordy", 1, -34.0, 20),)),
     ]
     both = [*brief, *wordy]
     assert weights(both, [-1.0] * 4, Evidence()) == pytest.approx(np.exp([0, -1, 0, -4]) / np.exp([0, -1, 0, -4]).sum())

@@ -108,7 +108,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
 
 
-class Draw:
+class Sampler:
     """Each number of a sample draws in its own way; a multiple of 6 ends an answer."""
 
     def begin(self, prompt: QueuedPrompt, number: int) -> Answer:
@@ -126,10 +126,10 @@ class Draw:
 
 def alone(prompt: QueuedPrompt, number: int) -> list[int]:
     """What one answer is when nothing else runs."""
-    state = Draw().begin(prompt, number)
+    state = Sampler().begin(prompt, number)
     content = prompt.ids.tolist()
     while True:
-        (token,) = Draw().extend([state], follows(content)[None])
+        (token,) = Sampler().extend([state], follows(content)[None])
         if token is None:
             return state.tokens
         content.append(token)
@@ -163,7 +163,7 @@ def test_every_sample_is_answered_once_as_if_it_were_alone(
     prompts = [
         QueuedPrompt(np.array(ids, np.int32), new, copies) for ids, (new, copies) in zip(rows, wanted, strict=False)
     ]
-    answers = list(Scheduler(contexts, limits).generate(iter(prompts), Draw()))
+    answers = list(Scheduler(contexts, limits).generate(iter(prompts), Sampler()))
     assert Counter((id(a.prompt), a.number) for a in answers) == Counter(
         (id(prompt), number) for prompt in prompts for number in range(prompt.copies)
     )
@@ -199,7 +199,7 @@ def test_a_context_that_fails_costs_streams_and_no_answer(
     contexts = FakeContexts(fail_at=fail_at)
     rows = 8 * [[1, 2], *rows]  # enough for eight streams, which three failures bring down to one
     prompts = [QueuedPrompt(np.array(ids, np.int32), 5, copies) for ids in rows]
-    answers = list(Scheduler(contexts, ContextLimits(9000, 8)).generate(iter(prompts), Draw()))
+    answers = list(Scheduler(contexts, ContextLimits(9000, 8)).generate(iter(prompts), Sampler()))
     assert len(answers) == len(prompts) * copies
     assert all(answer.tokens == alone(answer.prompt, answer.number) for answer in answers)
     texts = [QueuedText(prompt.ids, 1) for prompt in prompts if len(prompt.ids) > 1]
@@ -218,9 +218,9 @@ def test_a_single_stream_that_fails_is_an_error_and_the_limits_come_back() -> No
     contexts = FakeContexts(fail_at=set(range(1, 5)))
     scheduler = Scheduler(contexts, ContextLimits(9000, 8))
     with pytest.raises(ContextFailed, match="told to fail"):
-        list(scheduler.generate(prompts_of(*range(40, 60)), Draw()))
+        list(scheduler.generate(prompts_of(*range(40, 60)), Sampler()))
     assert [context.shape.streams for context in contexts.made] == [8, 4, 2, 1]
-    assert len(list(scheduler.generate(prompts_of(*range(40, 60)), Draw()))) == 20
+    assert len(list(scheduler.generate(prompts_of(*range(40, 60)), Sampler()))) == 20
     assert contexts.made[-1].shape.streams == 8
 
 
@@ -232,7 +232,7 @@ def test_no_memory_for_a_single_stream_is_an_error_at_once() -> None:
         raise ContextFailed(f"no context for {shape.streams} streams")
 
     with pytest.raises(UserError, match="no context for 1 streams\nAsk for less"):
-        list(Scheduler(none, ContextLimits(9000, 8)).generate(prompts_of(*range(40, 60)), Draw()))
+        list(Scheduler(none, ContextLimits(9000, 8)).generate(prompts_of(*range(40, 60)), Sampler()))
     assert [shape.streams for shape in asked] == [8, 4, 2, 1]
     with pytest.raises(UserError):
         list(Scheduler(none, ContextLimits(9000, 8)).score([QueuedText(np.arange(9, dtype=np.int32), 3)], score))
@@ -243,7 +243,7 @@ def test_what_all_prompts_share_is_computed_once() -> None:
     shared = list(range(20)) * 10
     rows = [[*shared, *[number % 7] * 40, number] for number in range(50)]
     prompts = [QueuedPrompt(np.array(ids, np.int32), 1) for ids in rows]
-    assert len(list(Scheduler(contexts, ContextLimits(20_000, 10)).generate(prompts, Draw()))) == 50
+    assert len(list(Scheduler(contexts, ContextLimits(20_000, 10)).generate(prompts, Sampler()))) == 50
     (context,) = contexts.made
     assert context.computed <= 200 + 50 * 41
 
@@ -251,7 +251,7 @@ def test_what_all_prompts_share_is_computed_once() -> None:
 def test_samples_share_one_prompt_even_when_they_outnumber_the_streams() -> None:
     contexts = FakeContexts()
     prompt = QueuedPrompt(np.arange(100, dtype=np.int32) % 9, 1, copies=20)
-    assert len(list(Scheduler(contexts, ContextLimits(2000, 4)).generate([prompt], Draw()))) == 20
+    assert len(list(Scheduler(contexts, ContextLimits(2000, 4)).generate([prompt], Sampler()))) == 20
     assert contexts.made[0].computed == 100
 
 
@@ -265,7 +265,7 @@ def test_candidates_about_one_pair_share_it() -> None:
 
 def test_a_long_row_does_not_take_streams_from_the_short_ones_for_ever() -> None:
     contexts = FakeContexts(batch=512)
-    answers = list(Scheduler(contexts, ContextLimits(6 * 512, 6)).generate(prompts_of(1500, *[300] * 30), Draw()))
+    answers = list(Scheduler(contexts, ContextLimits(6 * 512, 6)).generate(prompts_of(1500, *[300] * 30), Sampler()))
     assert len(answers) == 31
     assert [context.shape for context in contexts.made] == [Shape(2, 1536), Shape(6, 512)]
 
@@ -279,7 +279,7 @@ def test_requests_are_taken_as_they_are_needed() -> None:
             taken += 1
             yield prompts_of(50)[0]
 
-    stream = Scheduler(FakeContexts(), ContextLimits(4000, 4)).generate(source(), Draw())
+    stream = Scheduler(FakeContexts(), ContextLimits(4000, 4)).generate(source(), Sampler())
     for _ in range(1000):
         next(stream)
     assert taken < 1000 + 300
@@ -292,7 +292,7 @@ def test_an_error_of_the_source_comes_after_the_answers_to_what_it_gave() -> Non
 
     answers: list[Any] = []
     with pytest.raises(ValueError, match="no more"):
-        answers.extend(Scheduler(FakeContexts(), ContextLimits(4000, 4)).generate(source(), Draw()))
+        answers.extend(Scheduler(FakeContexts(), ContextLimits(4000, 4)).generate(source(), Sampler()))
     assert len(answers) == 3
 
 

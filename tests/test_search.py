@@ -1,4 +1,4 @@
-"""The search: a grammar read in both directions, and a strategy that renders what was drawn."""
+"""The search: a grammar read in both directions, and a strategy that rewords what was answered."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_likely_intents_are_said_in_other_words_and_a_second_run_asks_nothing(cl
     first, second, other = (row[1] for row in read_csv(tmp_path / "s.csv")[1:])
     assert "a sea shanty" in first
     assert "a sea shanty" in second
-    assert other == "Nothing like it"  # it has no intent: the draws are what there is
+    assert other == "Nothing like it"  # it has no intent: the answers are what there is
     lines = (tmp_path / "s.csv.calls.jsonl").read_bytes()
     content = (tmp_path / "s.csv").read_bytes()
     again = cli("predict", PAIRS, "-o", "s.csv", *WAY, "--limit", 3, "--json")
@@ -89,7 +89,7 @@ def test_likely_intents_are_said_in_other_words_and_a_second_run_asks_nothing(cl
 
 
 @pytest.mark.parametrize("proposals", [1, 2])
-def test_few_proposals_leave_the_draws(proposals: int, cli: Cli, tmp_path: Path) -> None:
+def test_few_proposals_leave_the_answers(proposals: int, cli: Cli, tmp_path: Path) -> None:
     ids = [row[0] for row in read_csv(PAIRS)[1:3]]
     answers = {f"{row_id}/{n}": f"Rewrite this text as a {word}." for row_id in ids
                for n, word in enumerate(("haiku", "limerick", "sonnet"))}  # fmt: skip

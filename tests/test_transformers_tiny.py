@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from submission.backends import model_spec
-from submission.backends.transformers.sampling import TransformersSampler, draw
+from submission.backends.transformers.sampling import TransformersSampler, sample_tokens
 from submission.errors import DeviceLostError
 from submission.types import Chat, Completion, Failure, Message, Part, Request, Sampling
 from tests.conftest import generated, scored
@@ -109,7 +109,7 @@ def test_no_index_is_made_of_logits_that_are_not_numbers(value: float, way: tupl
     chosen = sampler(None, broken).argmax(dim=-1)
     assert chosen.tolist() == [int(expected[0]), 7, int(expected[2])], "it ends, and its neighbours go on"
     assert sampler.logprobs[0].isfinite().tolist() == [True, False, True]
-    indices = draw(broken, torch.full((3, 1), 0.5, dtype=torch.float64), *way)
+    indices = sample_tokens(broken, torch.full((3, 1), 0.5, dtype=torch.float64), *way)
     assert ((indices >= 0) & (indices < 50)).all()
 
 
@@ -301,7 +301,7 @@ def test_a_temperature_near_zero_draws_the_most_probable_token() -> None:
 
     scores, half = torch.tensor([[3.0, -50.0, 2.0, -50.0]]), torch.tensor([[0.5]], dtype=torch.float64)
     for top_p in (1.0, 0.9):
-        assert int(draw(scores, half, 1e-40, top_p, 0.0)) == 0
+        assert int(sample_tokens(scores, half, 1e-40, top_p, 0.0)) == 0
 
 
 @pytest.mark.parametrize(
@@ -314,11 +314,11 @@ def test_draws_have_the_distribution_of_a_full_sort(flat_and_steep: Any, way: tu
     points = 4_000
     uniform = (torch.arange(points, dtype=torch.float64) + 0.5)[:, None] / points
     for row in flat_and_steep:
-        drawn = draw(torch.from_numpy(row).expand(points, -1)[:1], uniform[:1], *way, top=256)
+        drawn = sample_tokens(torch.from_numpy(row).expand(points, -1)[:1], uniform[:1], *way, top=256)
         assert drawn.shape == (1, 1)
         counts = np.zeros(len(row))
         for part in torch.split(uniform, 2000):
-            chosen = draw(torch.from_numpy(row).expand(len(part), -1), part, *way, top=256)
+            chosen = sample_tokens(torch.from_numpy(row).expand(len(part), -1), part, *way, top=256)
             counts += np.bincount(chosen[:, 0].numpy(), minlength=len(row))
         assert np.abs(counts / points - kept(row, *way)).max() <= 1.5 / points
 
@@ -330,7 +330,7 @@ def test_a_nucleus_beyond_those_that_were_sorted_is_sorted_whole(flat_and_steep:
     for value in np.linspace(0, 1, 50, endpoint=False):
         uniform = torch.full((2, 1), float(value), dtype=torch.float64)
         for top_p in (0.5, 0.99):
-            some, every = (draw(scores, uniform, 1.0, top_p, 0.0, top=top) for top in (64, 3000))
+            some, every = (sample_tokens(scores, uniform, 1.0, top_p, 0.0, top=top) for top in (64, 3000))
             assert some.tolist() == every.tolist()
 
 
@@ -343,8 +343,8 @@ def test_nothing_is_sorted_where_all_tokens_count(flat_and_steep: Any, monkeypat
     monkeypatch.setattr(torch.Tensor, "sort", sorts)
     monkeypatch.setattr(torch.Tensor, "topk", sorts)
     uniform = torch.full((2, 1), 0.5, dtype=torch.float64)
-    assert draw(torch.from_numpy(flat_and_steep), uniform, 0.8, 1.0, 0.0).shape == (2, 1)
-    assert draw(torch.from_numpy(flat_and_steep), uniform, 0.8, 1.0, 0.1).shape == (2, 1)
+    assert sample_tokens(torch.from_numpy(flat_and_steep), uniform, 0.8, 1.0, 0.0).shape == (2, 1)
+    assert sample_tokens(torch.from_numpy(flat_and_steep), uniform, 0.8, 1.0, 0.1).shape == (2, 1)
 
 
 # -- quantised folders --------------------------------------------------------------------------------------

@@ -50,12 +50,12 @@ def questions(triplets: Sequence[Triplet], encoder: Encoder, hard: float, seed: 
     """
     prompts = list(dict.fromkeys(triplet.rewrite_prompt for triplet in triplets))
     place = {prompt: number for number, prompt in enumerate(prompts)}
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     wrong = _Wrong(prompts, encoder)
     found = []
     for triplet in triplets:
         true = place[triplet.rewrite_prompt]
-        other = wrong.near(true, draw) if draw.random() < hard else wrong.any(true, draw)
+        other = wrong.near(true, rng) if rng.random() < hard else wrong.any(true, rng)
         found.append(Question(triplet.pair, triplet.rewrite_prompt, True))
         found.append(Question(triplet.pair, prompts[other], False))
     return found
@@ -97,15 +97,15 @@ class _Wrong:
         self._same = least_cosine(encoder)  # from here on, a prompt is a near-duplicate
         self._vectors: NDArray[np.float32] = unit_vectors(encoder.embed(prompts))
 
-    def any(self, true: int, draw: random.Random) -> int:
+    def any(self, true: int, rng: random.Random) -> int:
         """One at random."""
         for _ in range(100):
-            other = draw.randrange(len(self._prompts))
+            other = rng.randrange(len(self._prompts))
             if other != true and self._vectors[true] @ self._vectors[other] < self._same:
                 return other
-        return self.near(true, draw)  # where nearly all are alike, all are looked at
+        return self.near(true, rng)  # where nearly all are alike, all are looked at
 
-    def near(self, true: int, draw: random.Random) -> int:
+    def near(self, true: int, rng: random.Random) -> int:
         """One of the nearest."""
         import numpy as np
 
@@ -114,4 +114,4 @@ class _Wrong:
         others = [int(number) for number in nearest if number != true and likeness[number] < self._same]
         if not others:
             raise UserError(f"a judge needs wrong candidates, and no prompt is unlike {self._prompts[true]!r}")
-        return draw.choice(others[:_NEAREST])
+        return rng.choice(others[:_NEAREST])

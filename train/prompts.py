@@ -115,10 +115,10 @@ class _Filter:
 
 
 def _of_kind(kind: PromptKind, seed: int) -> Iterator[MadePrompt]:
-    draw = random.Random(f"{seed} {kind.name}")
+    rng = random.Random(f"{seed} {kind.name}")
     styles = list(kind.styles)
-    draw.shuffle(styles)
-    turns = [renderings(kind, style, random.Random(draw.getrandbits(64))) for style in styles]
+    rng.shuffle(styles)
+    turns = [renderings(kind, style, random.Random(rng.getrandbits(64))) for style in styles]
     while turns:
         left = []
         for turn in turns:

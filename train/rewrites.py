@@ -77,10 +77,10 @@ def pair_up(prompts: Sequence[MadePrompt], texts: Sequence[str], *, size: int = 
     texts = list(dict.fromkeys(texts))
     if not texts:
         raise UserError("there is no text to rewrite")
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     styles = list(dict.fromkeys(prompt.style or prompt.text for prompt in prompts))
-    draw.shuffle(styles)
-    draw.shuffle(texts)
+    rng.shuffle(styles)
+    rng.shuffle(texts)
     blocks = min(_BLOCKS, len(styles), len(texts))
     block_of = {style: number % blocks for number, style in enumerate(styles)}
     shares = [texts[number::blocks] for number in range(blocks)]
@@ -111,7 +111,7 @@ def requests(
     Args:
         tasks: texts and prompts.
         seen: each text as the model sees it, by the task's id; see `submission.calls.models.encode`.
-        sampling: how rewrites are drawn.
+        sampling: how rewrites are sampled.
         length: bounds.
 
     Raises:

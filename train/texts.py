@@ -120,7 +120,7 @@ def requests(count: int, topics: Path, sampling: Sampling) -> list[Request]:
     Args:
         count: texts.
         topics: a TOML file with lists of topics and genres, such as `TOPICS`.
-        sampling: how they are drawn; its seed shuffles topics and genres too.
+        sampling: how they are sampled; its seed shuffles topics and genres too.
 
     Raises:
         UserError: the file lacks topics or genres, or there are fewer pairs of them than texts asked for.
@@ -131,9 +131,9 @@ def requests(count: int, topics: Path, sampling: Sampling) -> list[Request]:
         if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
             raise UserError(f"{topics}: {name} must be a list of texts")
     about, genres = (list(dict.fromkeys(words or [])) for words in lists)
-    draw = random.Random(sampling.seed)
-    draw.shuffle(about)
-    draw.shuffle(genres)
+    rng = random.Random(sampling.seed)
+    rng.shuffle(about)
+    rng.shuffle(genres)
     if count > len(about) * len(genres):
         raise UserError(
             f"{topics} has {len(about) * len(genres)} pairs of topic and genre, {count} texts were asked for"

@@ -256,7 +256,7 @@ def many_answers() -> None:
 
 
 def best_of_default() -> None:
-    """Nine answers of the model that comes with the package, as `ensemble sample` draws them with nothing named."""
+    """Nine answers of the model that comes with the package, as `ensemble sample` samples them with nothing named."""
     choose("best-of", TEST, "", (), CHEAP)
 
 
@@ -272,7 +272,7 @@ def small_generator() -> None:
 
 
 def choose(name: str, pairs: Path, sources: str, models: Sequence[str], selectors: Sequence[str]) -> None:
-    """Draw answers, let the selectors choose, and score the choices."""
+    """Sample answers, let the selectors choose, and score the choices."""
     made(*models)
     candidates = RUNS / f"{name}.parquet"
     named = ("--sources", HERE / sources) if sources else ()

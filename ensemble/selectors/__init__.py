@@ -103,14 +103,14 @@ def _judge(tools: Tools) -> Likelihoods:
 
 
 SELECTORS: dict[str, SelectorEntry] = {
-    "first": SelectorEntry("the first draw of the first source, greedy where it has one", lambda _: simple.first),
+    "first": SelectorEntry("the first answer of the first source, greedy where it has one", lambda _: simple.first),
     "random": SelectorEntry("any, by a hash of the id", lambda _: simple.random_choice),
     "longest": SelectorEntry("most words", lambda _: simple.longest),
-    "most_frequent": SelectorEntry("most draws", lambda _: simple.most_frequent),
+    "most_frequent": SelectorEntry("most answers", lambda _: simple.most_frequent),
     "logprob": SelectorEntry("the generator's own log-probability of a token", lambda _: simple.logprob),
     "logprob_total": SelectorEntry("the generator's own log-probability of the answer", lambda _: simple.logprob_total),
     "consensus": SelectorEntry(
-        "the medoid of the draws: least expected loss by the metric",
+        "the medoid of the answers: least expected loss by the metric",
         lambda tools: consensus.Consensus(_encoder(tools)),
         embeds=True,
     ),

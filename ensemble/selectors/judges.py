@@ -96,7 +96,7 @@ class YesNo(Asker):
 
 def shown_together(candidates: Sequence[Candidate]) -> list[int]:
     """Places of up to `MOST` candidates, the most frequent ones, in their order."""
-    order = sorted(range(len(candidates)), key=lambda place: (-len(candidates[place].draws), place))
+    order = sorted(range(len(candidates)), key=lambda place: (-len(candidates[place].answers), place))
     return sorted(order[:MOST])
 
 

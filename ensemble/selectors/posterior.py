@@ -30,17 +30,17 @@ class Evidence:
 
     Attributes:
         likelihood: of P(rewrite | candidate, original) by the target model.
-        logprob: of P(candidate | pair) by the recoverer that drew it.
-        draws: of the number of draws. They are drawn by P(candidate | pair) already, so it is one or the other.
+        logprob: of P(candidate | pair) by the recoverer that gave it.
+        answers: of the number of answers. They are sampled by P(candidate | pair) already, so it is one or the other.
     """
 
     likelihood: float = 1.0
     logprob: float = 1.0
-    draws: float = 0.0
+    answers: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> Evidence:
-        """Powers as `1/0.5/0`: of likelihood, log-probability and draws.
+        """Powers as `1/0.5/0`: of likelihood, log-probability and answers.
 
         Raises:
             UserError: they are not three numbers from 0.
@@ -56,7 +56,7 @@ class Evidence:
         return cls(*powers)
 
     def __str__(self) -> str:
-        return f"{self.likelihood:g}/{self.logprob:g}/{self.draws:g}"
+        return f"{self.likelihood:g}/{self.logprob:g}/{self.answers:g}"
 
 
 NOISY_CHANNEL = Evidence(likelihood=0.5)
@@ -121,29 +121,30 @@ class NoisyChannel(Likelihood):
 
 
 def _rivals(candidates: Sequence[Candidate]) -> list[int]:
-    """Places of candidates that have a draw nearly as likely as the best of its source, or of unknown likelihood."""
+    """Places of candidates that have an answer nearly as likely as the best of its source, or of unknown likelihood."""
     return [place for place, below in enumerate(_below_best(candidates)) if not all(nats < -_WITHIN for nats in below)]
 
 
 def _below_best(candidates: Sequence[Candidate]) -> list[list[float]]:
-    """By candidate, log P of each draw less that of the likeliest of its source, nats; NaN where it is not known."""
+    """By candidate, log P of each answer less that of the likeliest of its source, nats; NaN where it is not known."""
     best: dict[str, float] = {}
-    for draw in (draw for candidate in candidates for draw in candidate.draws):
-        best[draw.source] = max(best.get(draw.source, -math.inf), draw.logprob if draw.logprob < 0 else -math.inf)
-    return [[d.logprob - best[d.source] if d.logprob < 0 else math.nan for d in one.draws] for one in candidates]
+    for answer in (answer for candidate in candidates for answer in candidate.answers):
+        found = answer.logprob if answer.logprob < 0 else -math.inf
+        best[answer.source] = max(best.get(answer.source, -math.inf), found)
+    return [[d.logprob - best[d.source] if d.logprob < 0 else math.nan for d in one.answers] for one in candidates]
 
 
 def weights(candidates: Sequence[Candidate], sums: Sequence[float], evidence: Evidence) -> NDArray[np.float64]:
     """The probability of each candidate among them, shape (candidates,).
 
     Args:
-        candidates: with their draws.
+        candidates: with their answers.
         sums: log P(rewrite | candidate, original) in nats; NaN where it is not known.
         evidence: how much each kind counts.
     """
     import numpy as np
 
-    logs = evidence.draws * np.log([len(candidate.draws) for candidate in candidates])
+    logs = evidence.answers * np.log([len(candidate.answers) for candidate in candidates])
     if all(math.isfinite(value) for value in sums):
         logs = logs + evidence.likelihood * np.array(sums)
     logs = logs + evidence.logprob * logprobs(candidates)
@@ -153,7 +154,7 @@ def weights(candidates: Sequence[Candidate], sums: Sequence[float], evidence: Ev
 
 
 def logprobs(candidates: Sequence[Candidate]) -> NDArray[np.float64]:
-    """log P of each candidate by the source that drew it, nats, less that of the source's best.
+    """log P of each candidate by the source that gave it, nats, less that of the source's best.
 
     So the best answers of several models count alike, whatever words each of them likes. A candidate of other origin,
     noted as 0, is as the least of the others.

@@ -62,7 +62,7 @@ def recover(
         settings: options of the backend, such as `context=2048`.
         template: layout of the prompt; "" takes what the model was trained on.
         shots: solved examples that are shown before each pair.
-        sampling: how answers are drawn.
+        sampling: how answers are sampled.
         strategy: zero_shot (one answer), few_shot, constant, best_of, search, or `module:object`; "" for few_shot with
             shots, best_of for the default model, else zero_shot.
         config: options of the strategy.

@@ -45,7 +45,7 @@ class Setup:
         model: the model of `--model`, with its adapter, options and workers; nothing is loaded.
         template: layout of the prompts.
         shots: solved examples.
-        sampling: how answers are drawn.
+        sampling: how answers are sampled.
         config: the content of `--recover-config`.
         placement: copies of each model, and where they are.
     """

@@ -108,11 +108,11 @@ def read_grammar(path: Path = GRAMMAR, only: Sequence[str] = ()) -> Grammar:
     return Grammar(tuple(kind for kind in kinds if kind.name in only) if only else kinds)
 
 
-def renderings(kind: PromptKind, style: str, draw: random.Random) -> Iterator[MadePrompt]:
+def renderings(kind: PromptKind, style: str, rng: random.Random) -> Iterator[MadePrompt]:
     """Prompts that ask for a style in the words of a kind; each pattern has its turn."""
     patterns = list(kind.patterns)
-    draw.shuffle(patterns)
-    turns = [_of_pattern(pattern, kind, style, draw) for pattern in patterns]
+    rng.shuffle(patterns)
+    turns = [_of_pattern(pattern, kind, style, rng) for pattern in patterns]
     while turns:
         left = []
         for turn in turns:
@@ -123,12 +123,12 @@ def renderings(kind: PromptKind, style: str, draw: random.Random) -> Iterator[Ma
         turns = left
 
 
-def _of_pattern(pattern: str, kind: PromptKind, style: str, draw: random.Random) -> Iterator[str]:
+def _of_pattern(pattern: str, kind: PromptKind, style: str, rng: random.Random) -> Iterator[str]:
     """Every combination of the slots once, in the order of a linear congruence."""
     names = _slots(pattern)
     words = [kind.slots[name] for name in names]
     count = math.prod(len(choice) for choice in words)
-    step, number = draw.randrange(count) | 1, draw.randrange(count)
+    step, number = rng.randrange(count) | 1, rng.randrange(count)
     while math.gcd(step, count) != 1:
         step += 2
     for _ in range(count):

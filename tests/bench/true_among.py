@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ensemble.candidates import Candidate, CandidateRow, Draw
+from ensemble.candidates import Answer, Candidate, CandidateRow
 from ensemble.choose import best, score_rows
 from ensemble.models import open_models, read_models, roles_needed, tools
 from ensemble.selectors import make_selectors
@@ -42,7 +42,7 @@ def rows_of(
         draw.shuffle(chosen)
         places.append(chosen.index(number))
         rows.append(CandidateRow(triplet.pair, tuple(
-            Candidate(triplets[place].rewrite_prompt, (Draw("given", n, 0.0, 1),)) for n, place in enumerate(chosen)
+            Candidate(triplets[place].rewrite_prompt, (Answer("given", n, 0.0, 1),)) for n, place in enumerate(chosen)
         )))  # fmt: skip
     return rows, places
 

@@ -94,7 +94,7 @@ def toml_case(draw: random.Random, folder: Path) -> Callable[[], object]:
         )
     if kind == "models":
         (folder / "candidates.csv").write_text(
-            'id,original_text,rewritten_text,candidate,draws\n1,a,b,Make it.,"[[""x"", 0, -1.0, 2]]"\n'
+            'id,original_text,rewritten_text,candidate,answers\n1,a,b,Make it.,"[[""x"", 0, -1.0, 2]]"\n'
         )
         selector = draw.choice(("likelihood", "judge_pick", "first"))
         return invoke("ensemble", "select", "candidates.csv", "--selector", selector, "-o", out, "--models", "c.toml")
@@ -264,7 +264,7 @@ def _draws(draw: random.Random, folder: Path) -> Callable[[], object]:
 def _candidates(folder: Path, draws: str) -> None:
     quoted = draws.replace('"', '""')
     (folder / "candidates.csv").write_text(
-        f'id,original_text,rewritten_text,candidate,draws\n1,a,b,Make it.,"{quoted}"\n',
+        f'id,original_text,rewritten_text,candidate,answers\n1,a,b,Make it.,"{quoted}"\n',
         encoding="utf-8",
         errors="replace",
     )

@@ -1,4 +1,4 @@
-"""Draws tokens for many answers at once, in several threads."""
+"""Samples tokens for many answers at once, in several threads."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class LlamaSampler:
 
     def extend(self, states: Sequence[PendingAnswer], logits: NDArray[np.float32]) -> list[int | None]:
         """See `submission.backends.llama.schedule.AnswerSampler`."""
-        drawn = self._in_parts(lambda part: _sample(states[part], logits[part]), len(states))
+        sampled = self._in_parts(lambda part: _sample(states[part], logits[part]), len(states))
         tokens: list[int | None] = []
-        for answer, (token, logprob) in zip(states, (pair for part in drawn for pair in part), strict=True):
+        for answer, (token, logprob) in zip(states, (pair for part in sampled for pair in part), strict=True):
             tokens.append(None if answer.add(token, logprob) else token)
         return tokens
 

@@ -131,14 +131,14 @@ class QueuedText:
 
 
 class AnswerSampler(Protocol):
-    """Draws tokens; a state is whatever it keeps of one answer."""
+    """Samples tokens; a state is whatever it keeps of one answer."""
 
     def begin(self, prompt: QueuedPrompt, number: int) -> Any:
         """The state of the answer of that number to a prompt."""
         ...
 
     def extend(self, states: Sequence[Any], logits: NDArray[np.float32]) -> list[int | None]:
-        """Draw a token for each state from its row of logits; None for an answer that is complete with it."""
+        """Sample a token for each state from its row of logits; None for an answer that is complete with it."""
         ...
 
 
@@ -449,7 +449,7 @@ def _admit(
     answers: AnswerSampler,
     finished: list[Any],
 ) -> None:
-    """Compute prompts into all free streams and draw the first token of each answer."""
+    """Compute prompts into all free streams and sample the first token of each answer."""
     together: list[tuple[int, QueuedPrompt, int, int]] = []  # stream, prompt, number, start
 
     def begin(stream: int, prompt: QueuedPrompt, number: int, logits: NDArray[np.float32]) -> None:

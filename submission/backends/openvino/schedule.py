@@ -247,7 +247,7 @@ class Scheduler:
         yield from done
 
     def _sampled(self, pieces: list[tuple[_Sequence, Piece]], stepped: Stepped) -> list[int]:
-        """A token for each sampled piece; those of prompts are drawn when their answers begin."""
+        """A token for each sampled piece; those of prompts are sampled when their answers begin."""
         rows = [one.answer for one, piece in pieces if piece.sampled]
         asked = [(answer, stepped.logits[row]) for row, answer in enumerate(rows) if answer is not None]
         found = iter(self._in_parts(_sample, asked))

@@ -1,4 +1,4 @@
-"""Answers by transformers: a prompt is computed once, whatever is drawn from it."""
+"""Answers by transformers: a prompt is computed once, whatever is sampled from it."""
 
 from __future__ import annotations
 

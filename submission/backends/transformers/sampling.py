@@ -1,4 +1,4 @@
-"""How transformers' `generate` draws tokens here: hooks that it calls after every step.
+"""How transformers' `generate` samples tokens here: hooks that it calls after every step.
 
 Each answer has a random stream of its own, which depends on seed, key and number of the sample only, so the same
 seed gives the same samples in whatever batch. Log-probabilities are taken step by step: keeping the logits of all
@@ -18,13 +18,13 @@ _TOP = 1024  # tokens that nearly always hold the nucleus of top-p
 
 
 class TransformersSampler:
-    """A logits processor that draws the tokens and leaves only them to be picked.
+    """A logits processor that samples the tokens and leaves only them to be picked.
 
     An answer whose logits are not numbers ends at once, with a log-probability that is not finite: no index is ever
     made of such logits, which would end the process on a GPU.
 
     Args:
-        answers: how each answer of the batch is drawn, and the seed of its random stream; all of one length.
+        answers: how each answer of the batch is sampled, and the seed of its random stream; all of one length.
         end: token that ends an answer.
     """
 
@@ -42,29 +42,29 @@ class TransformersSampler:
                 self._uniform[row] = np.random.Generator(np.random.Philox(seed)).random(sampling.max_new_tokens)
             self._groups.setdefault(way, []).append(row)
         self.logprobs: list[Any] = []
-        """By step: log-probability of each drawn token at temperature 1 over the whole vocabulary, (answers,)."""
+        """By step: log-probability of each sampled token at temperature 1 over the whole vocabulary, (answers,)."""
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """Scores, shape (answers, vocabulary), in which the drawn token has the highest."""
+        """Scores, shape (answers, vocabulary), in which the sampled token has the highest."""
         import torch
 
         if not self.logprobs:
             self._uniform = torch.as_tensor(self._uniform, device=scores.device)
         uniform = self._uniform[:, len(self.logprobs), None]
-        drawn = torch.empty((len(scores), 1), dtype=torch.long, device=scores.device)
+        sampled = torch.empty((len(scores), 1), dtype=torch.long, device=scores.device)
         for way, rows in self._groups.items():
             if len(rows) == len(scores):
-                drawn = draw(scores, uniform, *way)
+                sampled = sample_tokens(scores, uniform, *way)
             else:
-                drawn[rows] = draw(scores[rows], uniform[rows], *way)
-        logprobs = scores.gather(1, drawn) - scores.logsumexp(dim=-1, keepdim=True)
+                sampled[rows] = sample_tokens(scores[rows], uniform[rows], *way)
+        logprobs = scores.gather(1, sampled) - scores.logsumexp(dim=-1, keepdim=True)
         self.logprobs.append(logprobs[:, 0])
-        drawn = drawn.where(logprobs.isfinite(), self._end)
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+        sampled = sampled.where(logprobs.isfinite(), self._end)
+        return torch.full_like(scores, -torch.inf).scatter_(1, sampled, 0.0)
 
 
-def draw(scores: Any, uniform: Any, temperature: float, top_p: float, min_p: float, top: int = _TOP) -> Any:
-    """Draw a token for each row by inverting the distribution function.
+def sample_tokens(scores: Any, uniform: Any, temperature: float, top_p: float, min_p: float, top: int = _TOP) -> Any:
+    """Sample a token for each row by inverting the distribution function.
 
     Args:
         scores: logits, (rows, vocabulary).
@@ -85,18 +85,18 @@ def draw(scores: Any, uniform: Any, temperature: float, top_p: float, min_p: flo
             probabilities = probabilities * (probabilities >= min_p * probabilities.amax(dim=-1, keepdim=True))
         return _invert(probabilities.double(), uniform)
     highest, order = probabilities.topk(min(top, probabilities.shape[-1]), dim=-1)
-    drawn = _of_nucleus(highest.double(), order, uniform, top_p, min_p)
+    sampled = _of_nucleus(highest.double(), order, uniform, top_p, min_p)
     if highest.shape[-1] < probabilities.shape[-1]:
         # Where the nucleus may go on behind those that were sorted.
         short = (highest.double().sum(dim=-1) < top_p) & (highest[:, -1] >= min_p * highest[:, 0])
         if bool(short.any()):
             everything, order = probabilities[short].sort(dim=-1, descending=True)
-            drawn[short] = _of_nucleus(everything.double(), order, uniform[short], top_p, min_p)
-    return drawn
+            sampled[short] = _of_nucleus(everything.double(), order, uniform[short], top_p, min_p)
+    return sampled
 
 
 def _of_nucleus(highest: Any, order: Any, uniform: Any, top_p: float, min_p: float) -> Any:
-    """Draw of probabilities in descending order, (rows, tokens), the tokens `order`."""
+    """Sample from probabilities in descending order, (rows, tokens), the tokens `order`."""
     before = highest.cumsum(dim=-1) - highest
     kept = (before < top_p) & (highest >= min_p * highest[:, :1])
     return order.gather(1, _invert(highest * kept, uniform))

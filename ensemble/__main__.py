@@ -144,7 +144,9 @@ def experiment(
     weights: WeightsOption = None,
     rotations: RotationsOption = 0,
     constant: Annotated[str, typer.Option(help="The constant prompt to compare with.")] = DEFAULT_PROMPT,
-    concat_by: Annotated[str, typer.Option(help="Selector whose best candidates are joined.")] = "consensus",
+    concat_by: Annotated[
+        str, typer.Option(help="Selector whose best candidates are joined. Default: consensus if compared, else first.")
+    ] = "",
     by: Annotated[str, typer.Option(help="Column of the truth with the kind of prompt.")] = "",
     proposals: Annotated[
         int,

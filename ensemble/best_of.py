@@ -34,7 +34,7 @@ from ensemble.sample import read, requests
 from ensemble.selectors import SELECTORS, Selector, entry_of, make_selectors
 from ensemble.selectors.combine import parts_of
 from ensemble.selectors.predicted import head_files
-from ensemble.sources import CandidateSource, parse_sources
+from ensemble.sources import CandidateSource, model_name, parse_sources
 from eval.encoders import Encoder, find_encoder
 from eval.head import read_head
 from submission.backends import ModelSpec
@@ -49,6 +49,9 @@ from submission.types import Budget, Failure, Model, Pair, Prediction
 
 LOG = logging.getLogger(__name__)
 
+UNCHOSEN = "first answer only: nothing was chosen"
+SHORT = "fewer answers than asked for: time was short"
+_OWN_MODEL = frozenset({"backend", "model", "adapter", "settings", "workers"})  # keys of a source
 _SELECTION = 0.05  # of the time, for a selector that asks no model; one that does has the share of a source
 
 
@@ -76,6 +79,14 @@ class BestOfOptions:
     untuned: bool = True
     near: float = 0.0
     rotations: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.near <= 1:
+            raise UserError(f"near={self.near:g} must be a number from 0 to 1")
+
+
+ScoredRow = tuple[CandidateRow, Sequence[float]]
+"""A row with the scores of its candidates."""
 
 
 class best_of:
@@ -106,8 +117,10 @@ class best_of:
         given = "source" in setup.config
         self._options, _, self._models = self.parse(setup.config)
         entries = setup.config["source"] if given else self._default_sources(setup)
+        if not all(map(_has_model, entries)):
+            entries = _named(entries, setup.model())
         sources = parse_sources(entries, self.what)
-        plain = _without_a_model(sources, entries)
+        plain = {source.name for source, entry in zip(sources, entries, strict=True) if not _has_model(entry)}
         self._sources = _with_run_sampling(sources, entries, setup)
         self._layouts = {
             source.name: (setup.template, [])
@@ -142,7 +155,9 @@ class best_of:
 
     def _default_sources(self, setup: Setup) -> list[dict[str, Any]]:
         """The tables of the sources where none is named."""
-        wanted = self._options.untuned and ("untuned" in setup.config or setup.model().model == TUNED)
+        spec = setup.model()
+        itself = spec.model == EMBEDDED and not spec.adapter
+        wanted = self._options.untuned and ("untuned" in setup.config or spec.model == TUNED) and not itself
         return [{}, {"name": "untuned", "model": EMBEDDED, "n": 0}] if wanted else [{}]
 
     @classmethod
@@ -152,7 +167,7 @@ class best_of:
         options = from_mapping(cls.options_type, rest, cls.what)
         if {"source", "untuned"} <= config.keys():
             raise UserError(f"{cls.what}: `untuned` is for where no [[source]] is named; write it as one of them")
-        sources = parse_sources(config.get("source", [{}]), cls.what)
+        sources = parse_sources(_named(config.get("source", [{}]), None), cls.what)
         models = parse_models({role: config[role] for role in ("target", "judge", "gate") if role in config})
         return options, sources, models
 
@@ -235,12 +250,14 @@ class best_of:
         waiting = {f"{row.pair.id}/{first}": row for row in wave for first in source.samplings()}  # keys of `requests`
         for key, completions in model.generate(requests([row.pair for row in wave], source, template, shots)):
             row = waiting.pop(key)
-            if not isinstance(completions, Failure):
+            if isinstance(completions, Failure):
+                row.failure = row.failure or completions.reason
+            else:
                 _, answers = read(key, completions, source, template)
                 row.answers += answers
                 if answers and len(row.answers) == len(answers):
                     (text, answer), *_ = answers
-                    yield row.predict(self._options, (Candidate(text, (answer,)),), [0.0])
+                    yield row.predict(self._options, (Candidate(text, (answer,)),), [0.0], UNCHOSEN)
             if optional and pace.left == 0:
                 _were_short(waiting.values())
                 return  # the call is given up; what it had computed is in the log
@@ -252,33 +269,40 @@ class best_of:
         while start < len(todo):
             some = slice(start, start + pace.wave(len(todo) - start))
             began = time.monotonic()
-            chosen = self.choose(candidates[some], kit)
-            for row, (found, scores) in zip(todo[some], chosen, strict=True):
-                yield row.predict(self._options, found.candidates, scores)
+            for missing, chosen in self.choose(candidates[some], kit):
+                for row, (found, scores) in zip(todo[some], chosen, strict=True):
+                    yield row.predict(self._options, found.candidates, scores, missing)
             pace.took(time.monotonic() - began, some.stop - start, 1.0)
             start = some.stop
 
-    def choose(self, rows: Sequence[CandidateRow], kit: Kit) -> list[tuple[CandidateRow, Sequence[float]]]:
-        """The rows with the scores of their candidates; the highest is the answer."""
+    def choose(self, rows: Sequence[CandidateRow], kit: Kit) -> Iterator[tuple[str, list[ScoredRow]]]:
+        """What a better choice, which comes next, will have, "" for none; and the rows with the scores of their
+        candidates, of which the highest is the answer.
+        """
         scores = score_rows(rows, {"it": kit.selector}, nested=True)["it"].values
-        return list(zip(rows, scores, strict=True))
+        yield "", list(zip(rows, scores, strict=True))
 
 
 @dataclass(slots=True, eq=False)
 class _Row:
-    """A pair, its answers so far in the order in which they came, and whether it had fewer than asked for."""
+    """A pair, its answers so far in the order in which they came, whether it had fewer than asked for, and why a
+    request failed; "" if none did.
+    """
 
     pair: Pair
     answers: list[tuple[str, Answer]] = field(default_factory=list)
     short: bool = False
+    failure: str = ""
 
-    def predict(self, options: BestOfOptions, candidates: tuple[Candidate, ...], scores: Sequence[float]) -> Prediction:
-        """The best answer so far, from candidates and their scores."""
+    def predict(
+        self, options: BestOfOptions, candidates: tuple[Candidate, ...], scores: Sequence[float], missing: str = ""
+    ) -> Prediction:
+        """The best answer so far, from candidates and their scores; `missing` is what was not done for it."""
         if not candidates:
-            return Prediction(self.pair.id, "", "failed", "no candidate")
+            return Prediction(self.pair.id, "", "failed", self.failure or "empty answer")
         text = answer_of(CandidateRow(self.pair, candidates), scores, options.concat, options.constant)
         raw = f"{len(candidates)} candidates of {len(self.answers)} answers; chosen: {best(scores) + 1}"
-        reason = f"time was short: {len(self.answers)} answers" if self.short else ""
+        reason = missing or (SHORT if self.short else "")
         return Prediction(self.pair.id, text, reason=reason, raw=raw)
 
 
@@ -352,7 +376,16 @@ def _with_run_sampling(
     ]
 
 
-def _without_a_model(sources: Sequence[CandidateSource], entries: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Names of the sources that leave the model to `predict`."""
-    return {source.name for source, entry in zip(sources, entries, strict=True)
-            if not {"backend", "model", "adapter", "settings", "workers"} & set(entry)}  # fmt: skip
+def _has_model(entry: Any) -> bool:
+    """Whether the table of a source names a model, instead of leaving it to `predict`."""
+    return isinstance(entry, dict) and bool(_OWN_MODEL & set(entry))
+
+
+def _named(entries: Any, spec: ModelSpec | None) -> Any:
+    """Tables of sources; those that leave the model to `predict` have its name, unless they have one. None: it is not
+    known yet.
+    """
+    name = "the model of predict" if spec is None else model_name(spec.model, spec.adapter)
+    if not isinstance(entries, list):
+        return entries
+    return [{"name": name, **one} if isinstance(one, dict) and not _has_model(one) else one for one in entries]

@@ -9,6 +9,7 @@ pair without any candidate has one row whose candidate is blank and whose answer
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ class CandidateRow:
 
     @property
     def answers(self) -> list[tuple[Answer, int]]:
-        """Every answer with the place of its candidate, sources and numbers in order of their first answer."""
+        """Every answer with the place of its candidate."""
         return [(answer, place) for place, candidate in enumerate(self.candidates) for answer in candidate.answers]
 
 
@@ -97,7 +98,7 @@ def _cells(rows: Iterable[CandidateRow]) -> Iterator[tuple[str, ...]]:
     for row in rows:
         pair = (row.pair.id, row.pair.original_text, row.pair.rewritten_text)
         for candidate in row.candidates or (Candidate("", ()),):
-            answers = [[d.source, d.number, d.logprob, d.tokens] for d in candidate.answers]
+            answers = [[one.source, one.number, one.logprob, one.tokens] for one in candidate.answers]
             yield (*pair, candidate.text, json.dumps(answers, ensure_ascii=False))
 
 
@@ -129,13 +130,20 @@ def read_candidates(path: Path) -> list[CandidateRow]:
 
 def _answers(cell: str, where: str) -> tuple[Answer, ...]:
     try:
-        answers = tuple(
-            Answer(str(s), int(n), float(logprob), int(tokens)) for s, n, logprob, tokens in json.loads(cell)
-        )
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        answers = tuple(_answer(*entry) for entry in json.loads(cell))
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"{where}: answers must be a JSON list of [source, number, log-probability, tokens], not {cell[:60]!r}"
         ) from error
     if not answers:
         raise UserError(f'{where}: a candidate without an answer: name at least one, such as [["mine", 1, 0, 1]]')
     return answers
+
+
+def _answer(source: object, number: object, logprob: object, tokens: object) -> Answer:
+    """Raises ValueError: something is of another kind, below zero or infinite. A log-probability may be NaN."""
+    if not (isinstance(source, str) and isinstance(logprob, int | float) and not math.isinf(logprob)):
+        raise ValueError
+    if not (isinstance(number, int) and isinstance(tokens, int) and 0 <= number < 2**63 > tokens >= 0):
+        raise ValueError
+    return Answer(source, number, float(logprob), tokens)

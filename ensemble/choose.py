@@ -11,6 +11,7 @@ from ensemble.candidates import Answer, Candidate, CandidateRow
 from ensemble.selectors import Selector
 from ensemble.selectors.asking import ask_ahead
 from submission.calls.likelihoods import Likelihoods, Question
+from submission.calls.models import NOT_IN_LOG
 from submission.errors import UserError
 from submission.predict.strategies import DEFAULT_PROMPT
 from submission.progress import show_progress
@@ -73,7 +74,7 @@ def ask_together(
     """
     with show_progress(len(questions), 0, doing=doing, unit=unit, nested=nested) as progress:
         found = model.of(questions, progress.advance)
-    if failures := [known.failure for known in found if known.failure]:
+    if failures := [known.failure for known in found if known.failure not in ("", NOT_IN_LOG)]:  # nothing was asked
         LOG.warning(
             "%d of %d questions to a model failed, the first with: %s; other evidence decides in those rows",
             len(failures), len(found), failures[0],

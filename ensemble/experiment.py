@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 ALL = tuple(name for name, entry in SELECTORS.items() if not entry.file)
 FIGURES, REPORT = "experiment.json", "report.html"
-POSTERIOR, SEARCH = "posterior", "search"
+CONSENSUS, POSTERIOR, SEARCH = "consensus", "posterior", "search"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ExperimentConfig:
     models: Mapping[str, RoleModel] = field(default_factory=dict)
     constant: str = DEFAULT_PROMPT
     concat: Sequence[int] = (2, 3)
-    concat_by: str = "consensus"
+    concat_by: str = ""
     weights: Sequence[Path] = ()
     rotations: int = 0
     by: str = ""
@@ -134,6 +134,10 @@ def run_experiment(config: ExperimentConfig, encoder: Encoder) -> Experiment:
     rows = [or_fallback(row) for row in given]
     weights = fitting.read(config.weights, rows, truth)
     names = list(dict.fromkeys([FIRST, *config.selectors, *weights]))
+    if config.concat_by and config.concat_by not in names:
+        raise UserError(
+            f"--concat-by {config.concat_by} is none of the selectors that are compared: {', '.join(names)}"
+        )
     parts = [part for name in names for part in weights.get(name, {name: 1.0})]
     _check_heads(parts, rows, truth)
     config.output.mkdir(parents=True, exist_ok=True)
@@ -252,12 +256,13 @@ def sentences(experiment: Experiment) -> Iterator[str]:
                 f"no selector is shown to be better than the first answer; {best.name} comes nearest: "
                 f"{best.over_first:+.4f}"
             )
-        yield f"{verdict}; it captures {best.headroom.mean:.0%} of the headroom."
+        share = best.headroom.mean  # not a number where the first answer is the best of all rows
+        yield f"{verdict}; it captures {share:.0%} of the headroom." if share == share else f"{verdict}."
     for line in e.lines:
         if line.name == SEARCH:
             yield f"A search that goes on from there, in other words: {line.over_first:+.4f} over the first answer."
     for name, known in e.knowledge.items():
-        if ((entry := entry_of(name)) and entry.needs) or name == "consensus":
+        if ((entry := entry_of(name)) and entry.needs) or name == CONSENSUS:
             sees = "knows" if known.rank_correlation.low > 0 else "does not know"
             yield f"{name} {sees} within rows which is better: rank correlation {known.rank_correlation}."
     for line in e.lines:
@@ -299,7 +304,7 @@ def _joined(
     scores: Mapping[str, SelectorScores],
 ) -> dict[str, NDArray[np.float64]]:
     """Scores of answers that join several candidates, or put the constant behind one, by name."""
-    by = config.concat_by if config.concat_by in scores else FIRST
+    by = config.concat_by or (CONSENSUS if CONSENSUS in scores else FIRST)
     found = {}
     for count in (1, *config.concat):
         for suffix in ("", config.constant):

@@ -20,7 +20,7 @@ from submission.data.outputs import made_files
 from submission.errors import UserError
 
 _RIDGE = 1e-3
-_LIKELIHOODS, _LOGPROBS, _DRAWS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0), (0.0, 0.25, 0.5, 1.0, 2.0), (0.0, 1.0)
+_LIKELIHOODS, _LOGPROBS, _ANSWERS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0), (0.0, 0.25, 0.5, 1.0, 2.0), (0.0, 1.0)
 
 
 def fit(truths: Sequence[Sequence[float]], scores: Mapping[str, SelectorScores]) -> dict[str, float]:
@@ -58,7 +58,7 @@ def fit_evidence(
         truths: true score of each candidate of each row.
         posterior: over them; its own powers do not matter.
     """
-    grid = [Evidence(*powers) for powers in product(_LIKELIHOODS, _LOGPROBS, _DRAWS)]
+    grid = [Evidence(*powers) for powers in product(_LIKELIHOODS, _LOGPROBS, _ANSWERS)]
     totals = [0.0] * len(grid)
     for row, true in zip(rows, truths, strict=True):
         for number, scores in enumerate(posterior.under(grid, row.pair, row.candidates)):

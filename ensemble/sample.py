@@ -72,8 +72,8 @@ def sample(
     total = sum(len(row.answers) for row in rows)
     none = sum(not row.candidates for row in rows)
     LOG.info(
-        f"written to {output}: {total} answers to {len(rows)} pairs, {sum(len(r.candidates) for r in rows)} of them "
-        f"distinct{f'; {none} pairs have none' if none else ''}"
+        f"written to {output}: {total} answers to {len(rows)} pairs, {sum(len(r.candidates) for r in rows)} distinct"
+        f"{f'; pairs without an answer: {none}' if none else ''}"
     )
     return rows
 

@@ -23,12 +23,12 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from ensemble.best_of import BestOfOptions, Kit, best_of
+from ensemble.best_of import BestOfOptions, Kit, ScoredRow, best_of
 from ensemble.candidates import Answer, Candidate, CandidateRow
 from ensemble.choose import answer_of, ask_together, score_rows
 from ensemble.selectors.asking import softmax
@@ -48,6 +48,7 @@ LOG = logging.getLogger(__name__)
 Intent = tuple[PromptKind, str]
 
 SOURCE = "rendering"
+UNSEARCHED = "chosen among the answers: other words were not scored"
 _LEAST_READ = 0.5  # of the posterior of a row's answers that the grammar must read
 _FIRST_SHARE = 0.65  # of the renderings that the likeliest intent has, the next one the same share of the rest
 
@@ -56,7 +57,8 @@ _FIRST_SHARE = 0.65  # of the renderings that the likeliest intent has, the next
 class SearchOptions(BestOfOptions):
     """Settings beside [[source]] and [target], and those of `best_of` that are not about choosing.
 
-    proposals: answers and renderings that the target model scores for a row, at most.
+    proposals: answers and renderings of a row, which the target model scores; all answers are, and renderings take
+        what they leave.
     intents: of a row that are rendered, at most.
     likelihood: power of P(rewrite | prompt) among renderings; see `ensemble.selectors.posterior.Evidence`.
     grammar: TOML; "" for the project's own.
@@ -70,6 +72,7 @@ class SearchOptions(BestOfOptions):
     grammar: str = ""
 
     def __post_init__(self) -> None:
+        BestOfOptions.__post_init__(self)
         if self.selector != "posterior" or self.weights or self.concat != 1:
             raise UserError("selector, weights and concat are not for a search: it chooses one by the posterior")
         if self.proposals < 1 or self.intents < 1 or not 0 <= self.likelihood <= 100:
@@ -88,27 +91,27 @@ class search(best_of):
         path = self._options.grammar
         self._grammar = read_grammar(Path(path).expanduser() if path else GRAMMAR)
 
-    def choose(self, rows: Sequence[CandidateRow], kit: Kit) -> list[tuple[CandidateRow, Sequence[float]]]:
-        """The rows with their renderings, and the expected scores of all."""
+    def choose(self, rows: Sequence[CandidateRow], kit: Kit) -> Iterator[tuple[str, list[ScoredRow]]]:
+        """The rows with the expected scores of their answers, then with renderings and the expected scores of all."""
         options = self._options
         assert isinstance(options, SearchOptions)
         assert kit.target is not None
         assert kit.encoder is not None
-        chosen = super().choose(rows, kit)  # asks about all answers together
+        ((_, chosen),) = super().choose(rows, kit)  # asks about all answers together
+        yield UNSEARCHED, chosen
         try:
-            return said_otherwise(chosen, kit.target, kit.encoder, options, self._grammar)
+            yield "", said_otherwise(chosen, kit.target, kit.encoder, options, self._grammar)
         except LostError as error:  # the choice among the answers is there
             LOG.error("nothing is said in other words: %s", error)
-            return chosen
 
 
 def said_otherwise(
-    scored: Sequence[tuple[CandidateRow, Sequence[float]]],
+    scored: Sequence[ScoredRow],
     model: Likelihoods,
     encoder: Encoder,
     options: SearchOptions,
     grammar: Grammar,
-) -> list[tuple[CandidateRow, Sequence[float]]]:
+) -> list[ScoredRow]:
     """The rows with renderings of their likeliest intents, and the expected scores of all candidates.
 
     Args:
@@ -125,8 +128,9 @@ def said_otherwise(
     for row, plan in zip(rows, plans, strict=True):
         asked += target.ask(row.pair, plan.candidates)
     ask_together(model, asked, "in other words", "likelihoods", nested=True)
-    encoder.embed([text for row, plan in zip(rows, plans, strict=True) for text in _texts(row, plan)])
-    found: list[tuple[CandidateRow, Sequence[float]]] = []
+    if texts := [text for row, plan in zip(rows, plans, strict=True) if plan.candidates for text in _texts(row, plan)]:
+        encoder.embed(texts)
+    found: list[ScoredRow] = []
     for (row, scores), plan in zip(scored, plans, strict=True):
         more = _expected(row, plan, options, target, encoder)
         found.append((CandidateRow(row.pair, (*row.candidates, *plan.candidates)), more) if more else (row, scores))
@@ -191,7 +195,8 @@ def _plan(row: CandidateRow, options: SearchOptions, grammar: Grammar, target: L
         wanted = left if last else round(left * _FIRST_SHARE)
         rng = random.Random(key_of(f"{row.pair.id} {kind.name} {style}"))  # another run has the same ones
         said = {candidate.text for candidate in (*row.candidates, *candidates)}
-        made = [one.text for one in islice(renderings(kind, style, rng), max(0, wanted)) if one.text not in said]
+        texts = dict.fromkeys(one.text for one in islice(renderings(kind, style, rng), max(0, wanted)))
+        made = [text for text in texts if text not in said]
         if not made:
             continue
         candidates += [Candidate(text, (Answer(SOURCE, place, 0.0, 1),)) for text in made]

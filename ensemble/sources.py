@@ -121,7 +121,7 @@ def parse_sources(entries: Any, where: str, settings: Sequence[str] = ()) -> lis
             raise UserError(f"{where}: source {number} asks for nothing: n = 0 and no greedy answer")
         if source.n > 1 and source.temperature == 0:
             raise UserError(f"{where}: source {number}: {source.n} samples at temperature 0, which are all alike")
-        sources.append(dataclasses.replace(source, name=source.name or _name(source)))
+        sources.append(dataclasses.replace(source, name=source.name or model_name(source.model, source.adapter)))
     names = [source.name for source in sources]
     odd = next((name for name in names if "/" in name or "\\" in name), "")
     if odd:
@@ -132,5 +132,6 @@ def parse_sources(entries: Any, where: str, settings: Sequence[str] = ()) -> lis
     return sources
 
 
-def _name(source: CandidateSource) -> str:
-    return Path(source.adapter or source.model).stem
+def model_name(model: str, adapter: Path | str | None) -> str:
+    """What a model is called: its file or folder, or its adapter's."""
+    return Path(adapter or model).name.removesuffix(".gguf")

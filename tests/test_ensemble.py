@@ -93,7 +93,10 @@ def test_candidates_are_merged_with_their_answers_and_come_back(tmp_path: Path, 
     ("rows", "said"),
     [
         ([("1", "a", "b", "c", "[]")], "a candidate without an answer"),
-        ([("1", "a", "b", "c", "nonsense")], "answers must be a JSON list"),
+        *(
+            ([("1", "a", "b", "c", cell)], "answers must be a JSON list")
+            for cell in ("nonsense", '["a123"]', '[["m", -5.9, 3, 7]]', '[["m", 0, -1, -7]]', '[["m", 0, Infinity, 7]]')
+        ),
         ([("1", "a", "b", "c", '[["s",1,-1,1]]'), ("1", "x", "b", "d", '[["s",1,-1,1]]')], "other texts"),
         ([("1", "a", "b", "c", '[["s",1,-1,1]]'), ("1", "a", "b", "c", '[["s",1,-1,1]]')], "repeats a candidate"),
         ([("", "a", "b", "c", '[["s",1,-1,1]]')], "null id"),

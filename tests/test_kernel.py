@@ -551,6 +551,7 @@ def test_strategies_have_the_same_short_names_in_a_kernel(tmp_path: Path) -> Non
 
 
 BEST = 'recover = "best_of"\nrecover_config = "best.toml"\n'
+SEARCH = BEST.replace('"best_of"', '"search"')
 UNUSED = "nothing uses the adapter one"
 
 
@@ -574,6 +575,9 @@ UNUSED = "nothing uses the adapter one"
         (BEST, "source = 3\n", "each as"),
         (BEST, 'selector = "firstt"\n', "unknown selector 'firstt'"),
         (BEST, "weigths = []\n", "unknown option 'weigths'"),
+        (SEARCH, 'grammar = "g.toml"\n', "only as 'find:g.toml'"),
+        (SEARCH, 'grammar = "find:kernel.toml"\n', "has no"),
+        (SEARCH, 'grammar = "find:nowhere.toml"\n', "leads nowhere"),
         (BEST, '[[source]]\nmodel = "find:7b-it/3"\n', UNUSED),
         ('recover_config = "best.toml"\n', "x = 1\n", "unknown option 'x'"),
     ],

@@ -165,8 +165,19 @@ def test_the_untuned_model_is_asked_beside_any_model_that_is_told_so(named: str)
     assert len(roles(strategy, setup)) == 1
     asked = roles(strategy, replace(setup, config={"untuned": True}))
     assert [spec.model for spec in asked] == [str(embedded_gguf()), EMBEDDED]
+    itself = Setup(lambda: checked_model(replace(config, model=EMBEDDED)), setup.template, config={"untuned": True})
+    assert len(roles(strategy, itself)) == 1
     with pytest.raises(UserError, match="untuned"):
         strategy.make(replace(setup, config={"untuned": True, "source": [{}]}))
+
+
+def test_a_source_has_the_name_of_its_model() -> None:
+    config = RunConfig(Path(), Path(), model=str(embedded_gguf()))
+    tables = [{"n": 2}, {"model": TUNED, "n": 0}]
+    setup = Setup(lambda: checked_model(config), get_template("brief"), config={"source": tables})
+    made: Any = find_recover("best_of").make(setup)
+    assert embedded_gguf() is not None
+    assert list(made.answers) == [f"source {Path(config.model).stem}", f"source {TUNED}"]
 
 
 def roles(strategy: Any, setup: Setup) -> list[ModelSpec]:

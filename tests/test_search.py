@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
+import ensemble.best_of
+import ensemble.search
+from ensemble.best_of import UNCHOSEN
+from ensemble.search import UNSEARCHED
+from submission import UserError
+from submission.calls.supervisor import DeadlineReached, LostError
+from submission.predict.estimate import estimate
+from submission.predict.plan import RunConfig
+from submission.predict.run import predict
 from submission.prompts.grammar import read_grammar, renderings
 from tests.conftest import ROOT, Cli, read_csv
 
@@ -111,6 +122,7 @@ def test_few_proposals_leave_the_answers(proposals: int, cli: Cli, tmp_path: Pat
         ('selector = "first"', "chooses one by the posterior"),
         ('grammar = "nowhere.toml"', "nowhere.toml does not exist"),
         ("rounds = 3", "rounds"),
+        ("near = 7", "from 0 to 1"),
     ],
 )
 def test_what_cannot_be_searched_is_said(more: str, said: str, cli: Cli, tmp_path: Path) -> None:
@@ -118,3 +130,90 @@ def test_what_cannot_be_searched_is_said(more: str, said: str, cli: Cli, tmp_pat
     done = cli("predict", PAIRS, "-o", "s.csv", *WAY)
     assert (done.code, "Traceback" in done.err) == (2, False), done.err
     assert said in done.err
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("Rewrite this as {style!x}", "write each slot"),
+        ("Rewrite this as {style:>9999999}", "write each slot"),
+        ("Rewrite this {} as {style}", "write each slot"),
+        ("Rewrite this as {style", "expected '}'"),
+        ("Rewrite {what} as {style}", "uses {what}"),
+        ("{style} " * 40, "at most 12"),
+    ],
+)
+def test_a_bad_pattern_is_refused_before_a_model_is_asked(pattern: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "g.toml").write_text(f'[[kind]]\nname = "a"\nstyles = ["x"]\npatterns = [{json.dumps(pattern)}]\n')
+    with pytest.raises(UserError, match=re.escape(said)) as raised:
+        read_grammar(tmp_path / "g.toml")
+    assert "g.toml" in str(raised.value)
+
+
+@pytest.mark.parametrize("content", ["kind = 5", "kind = []", "kind = [5]", "[[kind]]\nname = 3"])
+def test_a_grammar_of_another_shape_is_refused_by_its_name(content: str, tmp_path: Path) -> None:
+    (tmp_path / "g.toml").write_text(content)
+    with pytest.raises(UserError, match=r"g\.toml"):
+        read_grammar(tmp_path / "g.toml")
+
+
+def config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """A search of three rows, each with three answers of two intents."""
+    monkeypatch.chdir(folder)
+    ids = [row[0] for row in read_csv(PAIRS)[1:4]]
+    texts = ("Rewrite this text as a haiku.", "Rewrite this text as a limerick.", "Rewrite this text as a limerick")
+    answers = {f"{row_id}/{number}": text for row_id in ids for number, text in enumerate(texts)}
+    configure(folder, answers, "proposals = 12")
+    return RunConfig(PAIRS, folder / "s.csv", recover="search", recover_config=folder / "s.toml", limit=3)
+
+
+@pytest.mark.parametrize("trouble", [DeadlineReached(), LostError("no worker is left"), ValueError("a fault")])
+def test_the_choice_among_the_answers_stands_if_the_search_ends_there(
+    trouble: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise trouble
+
+    monkeypatch.setattr(ensemble.search, "said_otherwise", fail)
+    summary = predict(config(tmp_path, monkeypatch))
+    assert (summary.rows, summary.fallbacks, summary.short) == (3, 0, {UNSEARCHED: 3})
+    assert f"3 x {UNSEARCHED}" in summary.as_text()
+    (tmp_path / "b.toml").write_text(
+        (tmp_path / "s.toml").read_text().replace("proposals = 12", "selector = 'posterior'")
+    )
+    chosen = replace(
+        config(tmp_path, monkeypatch), output=tmp_path / "b.csv", recover="best_of", recover_config=tmp_path / "b.toml"
+    )
+    assert predict(chosen).short == {}
+    assert read_csv(tmp_path / "s.csv") == read_csv(tmp_path / "b.csv")
+
+
+def test_rows_that_nothing_was_chosen_for_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise DeadlineReached
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ensemble.best_of, "score_rows", fail)
+        summary = predict(config(tmp_path, monkeypatch))
+    assert (summary.fallbacks, summary.short) == (0, {UNCHOSEN: 3})
+    done = predict(config(tmp_path, monkeypatch))  # goes on from there
+    assert (done.computed, done.short) == (0, {})
+    assert done.calls > 0
+    assert f"{done.calls} further calls" in done.as_text()
+
+
+def test_a_dry_run_needs_no_finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert estimate(config(tmp_path, monkeypatch))["rows_left"] == 3
+    predict(config(tmp_path, monkeypatch))
+    log = tmp_path / "s.csv.calls.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[: len(lines) // 2]))
+    assert estimate(config(tmp_path, monkeypatch))["rows_left"] == 3
+
+
+def test_a_row_without_an_answer_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = config(tmp_path, monkeypatch)
+    row = read_csv(PAIRS)[1][0]
+    content = (tmp_path / "s.toml").read_text()
+    (tmp_path / "s.toml").write_text(content.replace("json']", f"json', 'fail_ids={row}/0,{row}/1']", 1))
+    assert predict(given).reasons == {"BackendError: scripted failure": 1}

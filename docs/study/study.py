@@ -24,6 +24,7 @@ HERE = Path("docs/study")
 RUNS = Path("runs/study")
 SETS = HERE / "sets"
 TEST = SETS / "test.parquet"
+FRESH = SETS / "fresh.parquet"
 
 PLAINLY = ("rank=8", "alpha=16", f"train={RUNS}/plain-train.parquet", f"validation={RUNS}/plain-validation.parquet")
 # What is trained, beside docs/study/tune.toml: settings of [sft].
@@ -86,6 +87,8 @@ SHOWN = {
 # The nine answers of the tuned model; `predict` with nothing named asks the untuned one too.
 TUNED_ALONE = ("--recover", "best_of", "--recover-config", HERE / "best-of-nine.toml")
 LONGEST = "epochs-10"  # of which the curve is shown
+FREE_OR_LIKELIHOOD = ("first", "most_frequent", "logprob", "logprob_total", "consensus", "likelihood", "noisy_channel",
+                      "posterior")  # fmt: skip
 CHEAP = ("first", "random", "longest", "most_frequent", "logprob", "consensus", "likelihood", "consensus+likelihood")
 EVERY = (*CHEAP, "judge_pick", "judge_rate", "judge_yes_no")
 BASELINES = ("constant", "constant_fitted", "nearest", "zero_shot", "few_shot")
@@ -118,6 +121,10 @@ def stages() -> list[Stage]:
         Stage("ensemble", HERE / "ensemble.json", many_answers),
         Stage("best-of", HERE / "best-of.json", best_of_default),
         Stage("small", HERE / "small.json", small_generator),
+        Stage("more-answers", HERE / "more-answers.json", more_answers("more-answers", TEST)),
+        Stage("fresh-sets", FRESH, fresh_sets),
+        Stage("more-answers-fresh", HERE / "more-answers-fresh.json", more_answers("more-answers-fresh", FRESH)),
+        Stage("search-fresh", HERE / "search-fresh.json", search_fresh),
         Stage("speed", HERE / "speed.json", speed),
     ]
     for name, systems in COMPARED.items():
@@ -256,8 +263,40 @@ def many_answers() -> None:
 
 
 def best_of_default() -> None:
-    """Nine answers of the model that comes with the package, as `ensemble sample` samples them with nothing named."""
+    """Nine answers of the model that comes with the package, as `ensemble sample` gives them with nothing named."""
     choose("best-of", TEST, "", (), CHEAP)
+
+
+def more_answers(name: str, pairs: Path) -> Callable[[], None]:
+    """A greedy answer and 64 samples: does a choice get worse when there is more to choose from?"""
+
+    def work() -> None:
+        choose(name, pairs, "", (), FREE_OR_LIKELIHOOD, "--set", "n=64")
+
+    return work
+
+
+def fresh_sets() -> None:
+    """Rows of another seed that share no style, prompt or text with what the default learned."""
+    import pandas as pd
+
+    from eval.encoders import find_encoder
+    from eval.grouping import NEAR, NEAR_TEXTS, near_pairs
+
+    run("train", "run", HERE / "fresh.toml")
+    rows = pd.read_parquet(RUNS / "fresh/sets/test.parquet")
+    known = pd.concat([pd.read_parquet(SETS / f"{part}.parquet") for part in ("train", "validation")])
+    shared = rows["style"].str.casefold().isin(set(known["style"].str.casefold())).to_numpy()
+    encoder = find_encoder("")
+    for column, near in (("rewrite_prompt", NEAR), ("original_text", NEAR_TEXTS), ("rewritten_text", NEAR_TEXTS)):
+        ours, _ = near_pairs(list(rows[column]), list(known[column]), encoder, near)
+        shared[ours] = True
+    rows[~shared].to_parquet(FRESH, index=False)
+
+
+def search_fresh() -> None:
+    """Nine answers to the fresh rows, and a search that goes on from them."""
+    choose("search-fresh", FRESH, "", (), FREE_OR_LIKELIHOOD, more=("--proposals", 32))
 
 
 def small_generator() -> None:
@@ -271,14 +310,26 @@ def small_generator() -> None:
     choose("small", some, "small-sources.toml", ("half",), EVERY)
 
 
-def choose(name: str, pairs: Path, sources: str, models: Sequence[str], selectors: Sequence[str]) -> None:
-    """Sample answers, let the selectors choose, and score the choices."""
+def choose(
+    name: str, pairs: Path, sources: str, models: Sequence[str], selectors: Sequence[str], *sampling: str,
+    more: Sequence[object] = (),
+) -> None:  # fmt: skip
+    """Sample answers, let the selectors choose, and score the choices.
+
+    Args:
+        name: of the stage.
+        pairs: with their true prompts.
+        sources: file of [[source]] tables; "" for the default's.
+        models: of the study that the sources name.
+        selectors: that choose.
+        sampling, more: further options of `ensemble sample` and of `ensemble experiment`.
+    """
     made(*models)
     candidates = RUNS / f"{name}.parquet"
     named = ("--sources", HERE / sources) if sources else ()
-    run("ensemble", "sample", pairs, "-o", candidates, *named)
+    run("ensemble", "sample", pairs, "-o", candidates, *named, *sampling)
     run("ensemble", "experiment", candidates, "--truth", pairs, "-o", RUNS / name, "--models", HERE / "models.toml",
-        "--by", "kind", "--rotations", 3, "--selectors", ",".join(selectors))  # fmt: skip
+        "--by", "kind", "--rotations", 3, "--selectors", ",".join(selectors), *more)  # fmt: skip
     for file, kept in (("experiment.json", f"{name}.json"), ("report-headroom.png", f"{name}-headroom.png")):
         shutil.copyfile(RUNS / name / file, HERE / kept)
 

@@ -31,7 +31,7 @@ class Evidence:
     Attributes:
         likelihood: of P(rewrite | candidate, original) by the target model.
         logprob: of P(candidate | pair) by the recoverer that gave it.
-        answers: of the number of answers. They are sampled by P(candidate | pair) already, so it is one or the other.
+        answers: of the number of answers that say it. Samples follow P(candidate | pair) already: give one of the two.
     """
 
     likelihood: float = 1.0
@@ -131,7 +131,10 @@ def _below_best(candidates: Sequence[Candidate]) -> list[list[float]]:
     for answer in (answer for candidate in candidates for answer in candidate.answers):
         found = answer.logprob if answer.logprob < 0 else -math.inf
         best[answer.source] = max(best.get(answer.source, -math.inf), found)
-    return [[d.logprob - best[d.source] if d.logprob < 0 else math.nan for d in one.answers] for one in candidates]
+    return [
+        [answer.logprob - best[answer.source] if answer.logprob < 0 else math.nan for answer in one.answers]
+        for one in candidates
+    ]
 
 
 def weights(candidates: Sequence[Candidate], sums: Sequence[float], evidence: Evidence) -> NDArray[np.float64]:

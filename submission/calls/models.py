@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
+NOT_IN_LOG = "not in the log"  # of a call that is only looked up
 _LEAST_FAILED = 8  # items of a call that make a model suspect, if not all failed
 _GLANCE = 256  # known answers between two looks at the clock
 
@@ -360,7 +361,7 @@ class _Answering:
                 self._keys[self._first[digest]].append(key)
             elif not self._run.compute:
                 self._run.missing += 1
-                yield key, Failure("not in the log")
+                yield key, Failure(NOT_IN_LOG)
             elif self._model.hopeless:
                 self._run.failed += 1
                 yield key, Failure(self._model.hopeless)

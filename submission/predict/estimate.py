@@ -23,7 +23,7 @@ from submission.calls.log import Log, log_path
 from submission.calls.models import Models, encode, open_models
 from submission.data.files import read_json
 from submission.data.tables import has_text
-from submission.errors import UserError
+from submission.errors import PromptRecoveryError, UserError
 from submission.predict.asking import answer_all
 from submission.predict.capacity import MACHINES, Fit, ModelShape, Precision, Work, fit, shown, together
 from submission.predict.plan import Plan, RunConfig, plan
@@ -140,7 +140,10 @@ def _too_large(made: Plan) -> str:
 def _known(made: Plan) -> set[str]:
     """Rows whose answers are in the log."""
     with open_models(made.roles, Log(log_path(made.config.output), read_only=True), compute=False) as models:
-        status = _answer(made, made.pairs, models)
+        try:
+            status = _answer(made, made.pairs, models)
+        except PromptRecoveryError:  # of a strategy that cannot do without an answer
+            return set()
         # Only where a row is one call does an answer tell that nothing of it is missing.
         whole = isinstance(made.strategy, Ask) or not models.missing
         return {row for row, of in status.items() if of == "ok"} if whole else set()

@@ -61,7 +61,7 @@ def inspect_row(row_id: str, output: Path) -> str:
     if not has_text(pair.rewritten_text):
         sections.append(("status", f"failed: {BLANK_INPUT}"))
     elif answer is None:
-        sections.append(("status", "not all of its calls are in the log: it was not finished, or time was short"))
+        sections.append(("status", "not all of its calls are in the log: some failed, or time was short"))
     else:
         sections.append(("parsed answer", answer.text))
         sections.append(("status", answer.status + (f": {answer.reason}" if answer.reason else "")))

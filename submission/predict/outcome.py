@@ -33,8 +33,10 @@ class Summary:
         rows: of the output.
         fallbacks: rows that took the fallback, for whatever reason.
         reasons: how many for which reason, most frequent first.
+        short: rows with an answer that the strategy had less for than was asked, by what was missing.
         truncated: rows whose texts were cut to fit the model.
-        computed: rows computed by this process; the others were in the log.
+        computed: rows answered by this process; the answers of the others were in the log.
+        calls: of models, made by this process.
         seconds: since the process started.
         degraded: how models were loaded after trouble, in words; usually nothing.
         rows_per_second: computed rows per second, the loading of models included; 0 if none was computed.
@@ -44,8 +46,10 @@ class Summary:
     rows: int
     fallbacks: int
     reasons: Mapping[str, int]
+    short: Mapping[str, int]
     truncated: int
     computed: int
+    calls: int
     seconds: float
     rows_per_second: float
     output: Path
@@ -64,8 +68,10 @@ class Summary:
                 "rows": self.rows,
                 "fallbacks": self.fallbacks,
                 "reasons": dict(self.reasons),
+                "short": dict(self.short),
                 "truncated": self.truncated,
                 "computed": self.computed,
+                "calls": self.calls,
                 "seconds": round(self.seconds, 3),
                 "rows_per_second": round(self.rows_per_second, 4),
                 "degraded": list(self.degraded),
@@ -77,9 +83,11 @@ class Summary:
 
     def as_text(self) -> str:
         """The lines that end a run on the terminal."""
-        lines = [f"rows       {self.rows} ({self.computed} computed now)"]
+        further = f", {self.calls} further calls made" if self.calls and not self.computed else ""
+        lines = [f"rows       {self.rows} ({self.computed} computed now{further})"]
         lines.append(f"fallbacks  {self.fallbacks}")
         lines += [f"           {count} x {reason}" for reason, count in self.reasons.items()]
+        lines += [f"short      {count} x {missing}" for missing, count in self.short.items()]
         lines += [f"models     loaded {words} after trouble" for words in self.degraded]
         lines.append(f"truncated  {self.truncated}")
         pace = f", {self.rows_per_second:.2f} rows/s" if self.computed else ""
@@ -100,6 +108,7 @@ def finish(
     fallback: str,
     max_failures: float,
     computed: int,
+    calls: int,
     seconds: float,
     computing_seconds: float,
     late: bool,
@@ -130,8 +139,10 @@ def finish(
         rows=count.written,
         fallbacks=sum(count.reasons.values()),
         reasons=dict(count.reasons.most_common()),
+        short=dict(count.short.most_common()),
         truncated=count.truncated,
         computed=computed,
+        calls=calls,
         seconds=seconds,
         rows_per_second=computed / computing_seconds if computed and computing_seconds > 0 else 0.0,
         output=output,
@@ -146,6 +157,7 @@ class _Count:
     def __init__(self, finished: Mapping[str, Prediction], fallback: str, *, late: bool, lost: str) -> None:
         self._finished, self._fallback, self._late, self._lost = finished, fallback, late, lost
         self.reasons: Counter[str] = Counter()
+        self.short: Counter[str] = Counter()
         self.written = self.truncated = self.asked = self.failed = 0
 
     def rows(self, ids: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -166,6 +178,8 @@ class _Count:
                 self.failed += failed
             if failed:
                 self.reasons[prediction.reason] += 1
+            elif prediction.reason:
+                self.short[prediction.reason] += 1
             yield row_id, self._fallback if failed else prediction.text
 
 

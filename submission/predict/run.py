@@ -247,6 +247,7 @@ class _Run:
             fallback=self._config.fallback,
             max_failures=self._config.max_failures,
             computed=self._computed,
+            calls=self._models.computed if self._models else 0,
             seconds=time.monotonic() - self._started,
             computing_seconds=self._computing_seconds,
             late=late,

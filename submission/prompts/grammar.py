@@ -21,6 +21,7 @@ from submission.errors import UserError
 
 GRAMMAR = Path(__file__).with_name("grammar.toml")
 _ENDS = "?.!"
+_MOST_SLOTS = 12  # of a pattern: reading one takes longer with each, and endlessly with forty
 _QUESTIONS = ("could you", "what", "how", "can you", "would you", "why")
 
 
@@ -95,12 +96,12 @@ def read_grammar(path: Path = GRAMMAR, only: Sequence[str] = ()) -> Grammar:
     Raises:
         UserError: something is missing or of the wrong type; names the kind, the pattern or the slot.
     """
-    content = read_toml(path, "--grammar")
+    content = read_toml(path, "grammar")
     shared = _words(content.get("slots", {}), f"{path}: [slots]")
-    kinds = tuple(_kind(entry, shared, f"{path}: kind {number}") for number, entry in
-                  enumerate(content.get("kind", []), start=1))  # fmt: skip
-    if not kinds:
+    entries = content.get("kind", [])
+    if not isinstance(entries, list) or not entries:
         raise UserError(f"{path} has no [[kind]]: see {GRAMMAR} for an example")
+    kinds = tuple(_kind(entry, shared, f"{path}: kind {number}") for number, entry in enumerate(entries, start=1))
     unknown = [name for name in only if name not in {kind.name for kind in kinds}]
     if unknown:
         known = ", ".join(dict.fromkeys(kind.name for kind in kinds))
@@ -186,13 +187,23 @@ def _kind(entry: Any, shared: Mapping[str, tuple[str, ...]], where: str) -> Prom
         raise UserError(f"{where}: weight={weight!r} must be a whole number from 1")
     slots = {**shared, **_words(own, where)}
     for pattern in lists["patterns"]:
-        try:
-            unknown = [name for name in _slots(pattern) if name not in slots]
-        except ValueError as error:
-            raise UserError(f"{where}: pattern {pattern!r}: {error}") from None
-        if unknown:
-            raise UserError(f"{where}: pattern {pattern!r} uses {{{unknown[0]}}}; there are: style, {', '.join(slots)}")
+        _check_pattern(pattern, slots, where)
     return PromptKind(entry["name"], lists["patterns"], tuple(dict.fromkeys(lists["styles"])), slots, weight)
+
+
+def _check_pattern(pattern: str, slots: Mapping[str, Sequence[str]], where: str) -> None:
+    where = f"{where}: pattern {pattern[:80]!r}"
+    try:
+        fields = [part[1:] for part in string.Formatter().parse(pattern) if part[1] is not None]
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    for name, form, conversion in fields:
+        if not name or form or conversion:
+            raise UserError(f"{where}: write each slot as {{name}} alone, and a brace as {{{{ or }}}}")
+        if name != "style" and name not in slots:
+            raise UserError(f"{where} uses {{{name}}}; there are: style, {', '.join(slots)}")
+    if len(fields) > _MOST_SLOTS:
+        raise UserError(f"{where} has {len(fields)} slots; at most {_MOST_SLOTS}")
 
 
 def _words(content: Any, where: str) -> dict[str, tuple[str, ...]]:

@@ -17,6 +17,7 @@ from submission.backends.models import PACKAGED
 from submission.config import read_toml
 from submission.errors import UserError
 from submission.predict.strategies import RECOVERS, Setup, find_recover
+from submission.prompts.grammar import read_grammar
 from submission.prompts.templates import INSTRUCT, get_template, read_template
 
 LOG = logging.getLogger(__name__)
@@ -132,10 +133,20 @@ def _check_config(settings: kernel.Settings, config: Mapping[str, Any], folder: 
         _check_name(f"{name}: {where}", value, folder, handles)
     if not config:
         return
+    if isinstance(grammar := config.get("grammar"), str) and grammar:
+        _check_grammar(f"{name}: grammar", grammar, folder)
     if ":" not in settings.recover:
         find_recover(settings.recover).make(Setup(model_spec, get_template(INSTRUCT), config=config))
     elif _is_ours(settings.recover):
         find_recover(settings.recover).check(config)
+
+
+def _check_grammar(where: str, value: str, folder: Path) -> None:
+    if not value.startswith(_FIND) and not Path(value).is_absolute():
+        raise UserError(f"{where} = {value!r} is found on Kaggle only as {_FIND + value!r}, with --include {value}")
+    file = folder / value.removeprefix(_FIND)
+    if file.is_file():
+        read_grammar(file)
 
 
 def _named_places(content: Any, where: str = "", key: str = "") -> Iterator[tuple[str, str]]:

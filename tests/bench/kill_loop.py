@@ -54,7 +54,7 @@ model = "embedded"
 backend = "scripted"
 settings = ["seconds_per_row=0.01", "batch=2"]
 """
-# The default draws; two layers of the embedded model are the target.
+# The default model answers; two layers of the embedded model are the target.
 _SEARCH = """
 proposals = 12
 [[source]]

@@ -111,7 +111,7 @@ def manifest_case(draw: random.Random, folder: Path) -> Callable[[], object]:
     """Something in JSON that a command reads again, altered or damaged."""
     (folder / "pairs.csv").write_text(_PAIRS)
     kind = draw.choice(
-        ("run", "rerun", "stage", "bundle", "kernel", "weights", "draws", "note", "sets", "report", "kaggle")
+        ("run", "rerun", "stage", "bundle", "kernel", "weights", "answers", "note", "sets", "report", "kaggle")
     )
     return _KINDS[kind](draw, folder)
 
@@ -255,14 +255,14 @@ def _weights(draw: random.Random, folder: Path) -> Callable[[], object]:
     return invoke("ensemble", "select", "candidates.csv", "--selector", "w", "-o", "out.csv", "--weights", "w.json")
 
 
-def _draws(draw: random.Random, folder: Path) -> Callable[[], object]:
+def _answers(draw: random.Random, folder: Path) -> Callable[[], object]:
     cell = mutate.json_bytes(draw, [["x", 0, -1.0, 2], ["y", 1, -2.0, 3]]).decode("utf-8", "replace")
     _candidates(folder, cell.replace("\r", " "))
     return invoke("ensemble", "select", "candidates.csv", "--selector", "logprob", "-o", "out.csv")
 
 
-def _candidates(folder: Path, draws: str) -> None:
-    quoted = draws.replace('"', '""')
+def _candidates(folder: Path, answers: str) -> None:
+    quoted = answers.replace('"', '""')
     (folder / "candidates.csv").write_text(
         f'id,original_text,rewritten_text,candidate,answers\n1,a,b,Make it.,"{quoted}"\n',
         encoding="utf-8",
@@ -316,7 +316,7 @@ _KINDS: dict[str, Callable[[random.Random, Path], Callable[[], object]]] = {
     "bundle": _bundle,
     "kernel": _kernel,
     "weights": _weights,
-    "draws": _draws,
+    "answers": _answers,
     "note": _note,
     "sets": _sets,
     "kaggle": _kaggle,

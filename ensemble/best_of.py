@@ -108,14 +108,14 @@ class best_of:
         Raises:
             UserError: an unknown key or selector, a bad value, or no source.
         """
-        options, _, _ = cls.parse(config)
+        options, _ = cls.parse(config)
         unknown = [part for part in parts_of(options.selector) if entry_of(part) is None]
         if unknown and not options.weights:  # the names in their files are selectors too
             raise UserError(f"unknown selector {unknown[0]!r}; there are: {', '.join(SELECTORS)}, and sums of ranks")
 
     def __init__(self, setup: Setup) -> None:
         given = "source" in setup.config
-        self._options, _, self._models = self.parse(setup.config)
+        self._options, self._models = self.parse(setup.config)
         entries = setup.config["source"] if given else self._default_sources(setup)
         if not all(map(_has_model, entries)):
             entries = _named(entries, setup.model())
@@ -161,15 +161,14 @@ class best_of:
         return [{}, {"name": "untuned", "model": EMBEDDED, "n": 0}] if wanted else [{}]
 
     @classmethod
-    def parse(cls, config: Mapping[str, Any]) -> tuple[BestOfOptions, list[CandidateSource], dict[str, RoleModel]]:
-        """Options, sources and models of a configuration."""
+    def parse(cls, config: Mapping[str, Any]) -> tuple[BestOfOptions, dict[str, RoleModel]]:
+        """Options and models of a configuration, whose sources are checked but for what depends on `predict`."""
         rest = {key: value for key, value in config.items() if key not in ("source", "target", "judge", "gate")}
         options = from_mapping(cls.options_type, rest, cls.what)
         if {"source", "untuned"} <= config.keys():
             raise UserError(f"{cls.what}: `untuned` is for where no [[source]] is named; write it as one of them")
-        sources = parse_sources(_named(config.get("source", [{}]), None), cls.what)
-        models = parse_models({role: config[role] for role in ("target", "judge", "gate") if role in config})
-        return options, sources, models
+        parse_sources(_named(config.get("source", [{}]), None), cls.what)
+        return options, parse_models({role: config[role] for role in ("target", "judge", "gate") if role in config})
 
     def __call__(self, pairs: Iterable[Pair], models: Mapping[str, Model], budget: Budget) -> Iterator[Prediction]:
         """See `submission.types.Recover`."""

@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ensemble import fitting
 from ensemble.candidates import NEAR, Answer, Candidate, CandidateRow, merge
@@ -52,6 +52,7 @@ LOG = logging.getLogger(__name__)
 UNCHOSEN = "first answer only: nothing was chosen"
 SHORT = "fewer answers than asked for: time was short"
 _OWN_MODEL = frozenset({"backend", "model", "adapter", "settings", "workers"})  # keys of a source
+_REFINEMENT = 2.0  # times what the selection has, for a strategy that goes on from there
 _SELECTION = 0.05  # of the time, for a selector that asks no model; one that does has the share of a source
 
 
@@ -87,6 +88,8 @@ class BestOfOptions:
 
 ScoredRow = tuple[CandidateRow, Sequence[float]]
 """A row with the scores of its candidates."""
+_Steps = Generator[Prediction, None, list[ScoredRow]]
+T = TypeVar("T")
 
 
 class best_of:
@@ -100,6 +103,8 @@ class best_of:
 
     what = "recover ensemble.best_of:best_of"
     options_type = BestOfOptions
+    unrefined = ""
+    """What a row lacks that was chosen for and not refined; "" where there is nothing to refine."""
 
     @classmethod
     def check_config(cls, config: Mapping[str, Any]) -> None:
@@ -177,7 +182,8 @@ class best_of:
         kit = Kit(self._options, encoder, likelihoods(models, self._judges), self._weights)
         weights = [float(_answers(source)) for source in self._sources]
         asks = bool(self._judges)
-        turns = Turns(budget, [*weights, max(weights) if asks else _SELECTION * sum(weights)])
+        selection = max(weights) if asks else _SELECTION * sum(weights)
+        turns = Turns(budget, [*weights, selection, _REFINEMENT * selection if self.unrefined else 0.0])
         lost: list[PromptRecoveryError] = []
         for source in self._sources:
             pace = turns.next(source.name, max(1, source.n))
@@ -188,10 +194,16 @@ class best_of:
                 lost.append(error)
             # Should the time end in the next source's turn, the best of these answers count.
             if source is not self._sources[-1] and not asks and budget.remaining() < float("inf"):
-                yield from self._select(todo, kit, Pace(budget, float("inf"), "selection"))
+                yield from self._choose_all(todo, kit, Pace(budget, float("inf"), "selection"))
         if lost and not any(row.answers for row in todo):
             raise lost[0]
-        yield from self._select(todo, kit, turns.next("selection"))
+        chosen = yield from self._choose_all(todo, kit, turns.next("selection"))
+        if self.unrefined:
+            try:
+                refine = turns.next("refinement")
+                yield from self._in_waves(todo, chosen, lambda rows: self.refine(rows, kit), "", refine)
+            except LostError as error:  # the choices are there
+                LOG.error("%s: %s", self.unrefined, error)
 
     def _sample(self, full: CandidateSource, todo: list[_Row], model: Model, pace: Pace) -> Iterator[Prediction]:
         """Ask one source about all rows, those without an answer first; yields the first answer of each row.
@@ -261,25 +273,35 @@ class best_of:
                 _were_short(waiting.values())
                 return  # the call is given up; what it had computed is in the log
 
-    def _select(self, todo: list[_Row], kit: Kit, pace: Pace) -> Iterator[Prediction]:
-        """Choose for all rows; yields better answers."""
+    def _choose_all(self, todo: list[_Row], kit: Kit, pace: Pace) -> _Steps:
+        """Choose for all rows."""
         candidates = kit.rows(todo, [source.name for source in self._sources])
-        start = 0
-        while start < len(todo):
-            some = slice(start, start + pace.wave(len(todo) - start))
-            began = time.monotonic()
-            for missing, chosen in self.choose(candidates[some], kit):
-                for row, (found, scores) in zip(todo[some], chosen, strict=True):
-                    yield row.predict(self._options, found.candidates, scores, missing)
-            pace.took(time.monotonic() - began, some.stop - start, 1.0)
-            start = some.stop
+        return self._in_waves(todo, candidates, lambda rows: self.choose(rows, kit), self.unrefined, pace)
 
-    def choose(self, rows: Sequence[CandidateRow], kit: Kit) -> Iterator[tuple[str, list[ScoredRow]]]:
-        """What a better choice, which comes next, will have, "" for none; and the rows with the scores of their
-        candidates, of which the highest is the answer.
-        """
+    def _in_waves(
+        self, todo: list[_Row], given: list[T], step: Callable[[list[T]], list[ScoredRow]], missing: str, pace: Pace
+    ) -> _Steps:
+        """Take a step for all rows, as many together as the pace allows; yields better answers, returns the choices."""
+        done: list[ScoredRow] = []
+        while len(done) < len(todo):
+            some = slice(len(done), len(done) + pace.wave(len(todo) - len(done)))
+            began = time.monotonic()
+            found = step(given[some])
+            for row, (known, scores) in zip(todo[some], found, strict=True):
+                yield row.predict(self._options, known.candidates, scores, missing)
+            done += found
+            pace.took(time.monotonic() - began, len(found), 1.0)
+        return done
+
+    def choose(self, rows: list[CandidateRow], kit: Kit) -> list[ScoredRow]:
+        """The rows with the scores of their candidates; the highest is the answer."""
         scores = score_rows(rows, {"it": kit.selector}, nested=True)["it"].values
-        yield "", list(zip(rows, scores, strict=True))
+        return list(zip(rows, scores, strict=True))
+
+    def refine(self, scored: list[ScoredRow], kit: Kit) -> list[ScoredRow]:
+        """The rows with a better choice, once all have one; only asked where `unrefined` says what they lack."""
+        del kit
+        return scored
 
 
 @dataclass(slots=True, eq=False)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -37,7 +37,6 @@ from ensemble.selectors.posterior import Evidence, Posterior, logprobs, weights
 from eval.encoders import Encoder
 from eval.metric import sharpened_cosines
 from submission.calls.likelihoods import Likelihoods, Question
-from submission.calls.supervisor import LostError
 from submission.data.scratch import key_of
 from submission.errors import UserError
 from submission.predict.strategies import Setup
@@ -84,6 +83,7 @@ class search(best_of):
 
     what = "recover ensemble.search:search"
     options_type = SearchOptions
+    unrefined = UNSEARCHED
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -91,18 +91,12 @@ class search(best_of):
         path = self._options.grammar
         self._grammar = read_grammar(Path(path).expanduser() if path else GRAMMAR)
 
-    def choose(self, rows: Sequence[CandidateRow], kit: Kit) -> Iterator[tuple[str, list[ScoredRow]]]:
-        """The rows with the expected scores of their answers, then with renderings and the expected scores of all."""
-        options = self._options
-        assert isinstance(options, SearchOptions)
+    def refine(self, scored: list[ScoredRow], kit: Kit) -> list[ScoredRow]:
+        """The rows with renderings, and the expected scores of all."""
+        assert isinstance(self._options, SearchOptions)
         assert kit.target is not None
         assert kit.encoder is not None
-        ((_, chosen),) = super().choose(rows, kit)  # asks about all answers together
-        yield UNSEARCHED, chosen
-        try:
-            yield "", said_otherwise(chosen, kit.target, kit.encoder, options, self._grammar)
-        except LostError as error:  # the choice among the answers is there
-            LOG.error("nothing is said in other words: %s", error)
+        return said_otherwise(scored, kit.target, kit.encoder, self._options, self._grammar)
 
 
 def said_otherwise(

@@ -15,7 +15,8 @@ read as an intent (kind and style, see `submission.prompts.grammar`); the likeli
 grammar, which the target model scores as it scored the answers. The one with the highest expected score by the metric
 under the noisy channel is taken (see `ensemble.selectors.posterior`).
 
-It is for rewrites whose model is at hand; on those of another one it has not been measured.
+It is for rewrites whose model is at hand; on those of another one it is worse than a choice among the answers
+(docs/STUDY.md, question 8).
 """
 
 from __future__ import annotations

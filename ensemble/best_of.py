@@ -52,6 +52,7 @@ LOG = logging.getLogger(__name__)
 UNCHOSEN = "first answer only: nothing was chosen"
 SHORT = "fewer answers than asked for: time was short"
 _OWN_MODEL = frozenset({"backend", "model", "adapter", "settings", "workers"})  # keys of a source
+_REFINED = 8  # rows that are refined together at least: each has a score of questions
 _REFINEMENT = 2.0  # times what the selection has, for a strategy that goes on from there
 _SELECTION = 0.05  # of the time, for a selector that asks no model; one that does has the share of a source
 
@@ -200,7 +201,7 @@ class best_of:
         chosen = yield from self._choose_all(todo, kit, turns.next("selection"))
         if self.unrefined:
             try:
-                refine = turns.next("refinement")
+                refine = turns.next("refinement", least=_REFINED)
                 yield from self._in_waves(todo, chosen, lambda rows: self.refine(rows, kit), "", refine)
             except LostError as error:  # the choices are there
                 LOG.error("%s: %s", self.unrefined, error)

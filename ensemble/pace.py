@@ -34,15 +34,10 @@ class Turns:
     def __init__(self, budget: Budget, weights: Sequence[float]) -> None:
         self._budget, self._weights = budget, list(weights)
 
-    def next(self, name: str, most: int = 1) -> Pace:
-        """The pace of the next turn.
-
-        Args:
-            name: of the turn, for messages.
-            most: answers of a row at most.
-        """
+    def next(self, name: str, most: int = 1, least: int = WAVE) -> Pace:
+        """The pace of the next turn; see `Pace`."""
         left, total = self._budget.remaining(), sum(self._weights)
-        return Pace(self._budget, left * self._weights.pop(0) / total, name, most)
+        return Pace(self._budget, left * self._weights.pop(0) / total, name, most, least)
 
 
 class Pace:
@@ -53,10 +48,11 @@ class Pace:
         seconds: of the turn; infinite without a deadline.
         name: of the turn, for messages.
         most: answers of a row at most.
+        least: rows that are asked together at least, once it is known how long they take.
     """
 
-    def __init__(self, budget: Budget, seconds: float, name: str, most: int = 1) -> None:
-        self._budget, self._name, self._most = budget, name, max(1, most)
+    def __init__(self, budget: Budget, seconds: float, name: str, most: int = 1, least: int = WAVE) -> None:
+        self._budget, self._name, self._most, self._least = budget, name, max(1, most), least
         self._after = max(0.0, budget.remaining() - seconds) if math.isfinite(seconds) else 0.0
         self._limited = math.isfinite(seconds)
         self._each: float | None = None  # seconds that a row takes with all its samples
@@ -76,7 +72,7 @@ class Pace:
             return min(rows, 1)  # it loads the model, and tells nothing of the pace
         if self._each is None:
             return min(rows, max(_FIRST[0], min(_FIRST[1], rows // _FIRST_SHARE)))
-        return min(rows, max(WAVE, int(_WAVE_SHARE * self.left / max(self._each, 1e-9))))
+        return min(rows, max(self._least, int(_WAVE_SHARE * self.left / max(self._each, 1e-9))))
 
     def share(self, rows: int, least: float = 0.0) -> float:
         """The share of the samples that the next rows may have, from `least`; 0 for greedy answers alone."""

@@ -44,6 +44,7 @@ from submission.calls.models import Spec
 from submission.calls.supervisor import LostError
 from submission.config import from_mapping
 from submission.errors import PromptRecoveryError, UserError
+from submission.kernel import OWN_MODEL
 from submission.predict.strategies import Setup
 from submission.types import Budget, Failure, Model, Pair, Prediction
 
@@ -51,7 +52,6 @@ LOG = logging.getLogger(__name__)
 
 UNCHOSEN = "first answer only: nothing was chosen"
 SHORT = "fewer answers than asked for: time was short"
-_OWN_MODEL = frozenset({"backend", "model", "adapter", "settings", "workers"})  # keys of a source
 _REFINED = 8  # rows that are refined together at least: each has a score of questions
 _REFINEMENT = 2.0  # times what the selection has, for a strategy that goes on from there
 _SELECTION = 0.05  # of the time, for a selector that asks no model; one that does has the share of a source
@@ -115,6 +115,7 @@ class best_of:
             UserError: an unknown key or selector, a bad value, or no source.
         """
         options, _ = cls.parse(config)
+        parse_sources(_named(config.get("source", [{}]), lambda: "the model of predict"), cls.what)
         unknown = [part for part in parts_of(options.selector) if entry_of(part) is None]
         if unknown and not options.weights:  # the names in their files are selectors too
             raise UserError(f"unknown selector {unknown[0]!r}; there are: {', '.join(SELECTORS)}, and sums of ranks")
@@ -123,9 +124,7 @@ class best_of:
         given = "source" in setup.config
         self._options, self._models = self.parse(setup.config)
         entries = setup.config["source"] if given else self._default_sources(setup)
-        if not all(map(_has_model, entries)):
-            entries = _named(entries, setup.model())
-        sources = parse_sources(entries, self.what)
+        sources = parse_sources(_named(entries, lambda: _name_of(setup.model())), self.what)
         plain = {source.name for source, entry in zip(sources, entries, strict=True) if not _has_model(entry)}
         self._sources = _with_run_sampling(sources, entries, setup)
         self._layouts = {
@@ -168,12 +167,11 @@ class best_of:
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> tuple[BestOfOptions, dict[str, RoleModel]]:
-        """Options and models of a configuration, whose sources are checked but for what depends on `predict`."""
+        """Options and models of a configuration; its sources may depend on `predict`."""
         rest = {key: value for key, value in config.items() if key not in ("source", "target", "judge", "gate")}
         options = from_mapping(cls.options_type, rest, cls.what)
         if {"source", "untuned"} <= config.keys():
             raise UserError(f"{cls.what}: `untuned` is for where no [[source]] is named; write it as one of them")
-        parse_sources(_named(config.get("source", [{}]), None), cls.what)
         return options, parse_models({role: config[role] for role in ("target", "judge", "gate") if role in config})
 
     def __call__(self, pairs: Iterable[Pair], models: Mapping[str, Model], budget: Budget) -> Iterator[Prediction]:
@@ -400,14 +398,15 @@ def _with_run_sampling(
 
 def _has_model(entry: Any) -> bool:
     """Whether the table of a source names a model, instead of leaving it to `predict`."""
-    return isinstance(entry, dict) and bool(_OWN_MODEL & set(entry))
+    return isinstance(entry, dict) and bool(OWN_MODEL & set(entry))
 
 
-def _named(entries: Any, spec: ModelSpec | None) -> Any:
-    """Tables of sources; those that leave the model to `predict` have its name, unless they have one. None: it is not
-    known yet.
-    """
-    name = "the model of predict" if spec is None else model_name(spec.model, spec.adapter)
+def _name_of(spec: ModelSpec) -> str:
+    return model_name(spec.model, spec.adapter)
+
+
+def _named(entries: Any, name: Callable[[], str]) -> Any:
+    """Tables of sources; those that leave the model to `predict` have its name, unless they have one."""
     if not isinstance(entries, list):
         return entries
-    return [{"name": name, **one} if isinstance(one, dict) and not _has_model(one) else one for one in entries]
+    return [one if _has_model(one) or not isinstance(one, dict) else {"name": name(), **one} for one in entries]

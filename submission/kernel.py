@@ -49,8 +49,8 @@ IN_4_BITS, NOT_IN_4_BITS = "load_in_4bit=true", "load_in_4bit=false"
 # Keys of a recover_config whose "find:NAME" must lead somewhere, and those whose text is an answer's.
 PLACES = ("model", "adapter", "template", "shots", "weights", "config", "encoder", "grammar", "head")
 _TEXTS = ("constant",)
-# Keys with which a [[source]] has a model of its own, as `ensemble.best_of` has it.
-_OWN_MODEL = {"backend", "model", "adapter", "settings", "workers"}
+# Keys with which a [[source]] has a model of its own.
+OWN_MODEL = {"backend", "model", "adapter", "settings", "workers"}
 _NAMED_ADAPTER = re.compile(r"([A-Za-z0-9_-]+)\.lora\.(.+)")  # files of one of several adapters: a dataset is flat
 _GPU_CODE = ("libggml-cuda", "libggml-hip", "libggml-vulkan")  # in a wheel of llama-cpp-python that uses GPUs
 
@@ -372,7 +372,7 @@ def named_adapters(bundle: Path) -> list[str]:
 def has_own_models(config: Mapping[str, Any]) -> bool:
     """Whether every [[source]] of a configuration has a model of its own, so that none takes the kernel's."""
     sources = config.get("source")
-    return isinstance(sources, list) and all(isinstance(one, dict) and _OWN_MODEL & set(one) for one in sources)
+    return isinstance(sources, list) and all(isinstance(one, dict) and OWN_MODEL & set(one) for one in sources)
 
 
 def lay_out_adapters(bundle: Path, folder: Path) -> Path:

@@ -28,7 +28,9 @@ NearOption = Annotated[
 ]
 ModelsOption = Annotated[
     Path | None,
-    typer.Option("--models", help="TOML with [target], [judge], [gate]: model, backend, adapter, settings."),
+    typer.Option(
+        "--models", help="TOML with [target] (or several), [judge], [gate]: model, backend, adapter, settings."
+    ),
 ]
 TargetOption = Annotated[str, typer.Option(help="Model that made the rewrites, for likelihood. Default: embedded.")]
 JudgeOption = Annotated[str, typer.Option(help="Model that judges. Default: embedded.")]

@@ -22,13 +22,14 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ensemble import fitting
 from ensemble.candidates import NEAR, Answer, Candidate, CandidateRow, merge
 from ensemble.choose import answer_of, best, score_rows
-from ensemble.models import RoleModel, embeds, likelihoods, parse_models, roles_needed, tools, with_gate
+from ensemble.models import RoleModel, asked_for, embeds, kind_of, likelihoods, parse_models, roles_needed, tools
 from ensemble.pace import Pace, Turns
 from ensemble.sample import read, requests
 from ensemble.selectors import SELECTORS, Selector, entry_of, make_selectors
@@ -59,7 +60,7 @@ _SELECTION = 0.05  # of the time, for a selector that asks no model; one that do
 
 @dataclass(frozen=True, slots=True)
 class BestOfOptions:
-    """Settings beside [[source]], [target], [judge] and [gate].
+    """Settings beside [[source]], [target] or several [[target]], [judge] and [gate].
 
     selector: as `python -m ensemble select` takes it; the default asks the target model, and no encoder.
     weights: files of `python -m ensemble fit`, whose names are selectors too.
@@ -106,6 +107,8 @@ class best_of:
     options_type = BestOfOptions
     unrefined = ""
     """What a row lacks that was chosen for and not refined; "" where there is nothing to refine."""
+    rounds = 1
+    """How often choices are refined at most, each time with more; once without a deadline."""
 
     @classmethod
     def check_config(cls, config: Mapping[str, Any]) -> None:
@@ -140,13 +143,16 @@ class best_of:
             if embeds(selectors) or self._options.encoder or 0 < self._options.near < 1
             else None
         )
-        self._judges = sorted(with_gate(roles_needed(selectors)) & set(self._models))
+        self._judges = sorted(asked_for(self._models, roles_needed(selectors)))
         self.roles: dict[str, Spec | None] = {  # None: the model of `predict`
             **{
                 f"source {one.name}": None if one.name in plain else _held(one.spec(), setup, described=given)
                 for one in self._sources
             },
-            **{role: _held(self._models[role].spec(), setup, described=role in setup.config) for role in self._judges},
+            **{
+                role: _held(self._models[role].spec(), setup, described=kind_of(role) in setup.config)
+                for role in self._judges
+            },
             **({"encoder": self._encoder.spec} if self._encoder is not None else {}),
         }
         first = self._sources[0]
@@ -199,8 +205,7 @@ class best_of:
         chosen = yield from self._choose_all(todo, kit, turns.next("selection"))
         if self.unrefined:
             try:
-                refine = turns.next("refinement", least=_REFINED)
-                yield from self._in_waves(todo, chosen, lambda rows: self.refine(rows, kit), "", refine)
+                yield from self._refine_all(todo, chosen, kit, turns.next("refinement", least=_REFINED), budget)
             except LostError as error:  # the choices are there
                 LOG.error("%s: %s", self.unrefined, error)
 
@@ -277,6 +282,22 @@ class best_of:
         candidates = kit.rows(todo, [source.name for source in self._sources])
         return self._in_waves(todo, candidates, lambda rows: self.choose(rows, kit), self.unrefined, pace)
 
+    def _refine_all(
+        self, todo: list[_Row], chosen: list[ScoredRow], kit: Kit, pace: Pace, budget: Budget
+    ) -> Iterator[Prediction]:
+        """Refine the choices of all rows; under a deadline again with more, until its time or the rounds are over."""
+        timed = budget.remaining() < float("inf")
+        before = chosen
+        for number in range(self.rounds if timed else 1):
+            began = time.monotonic()
+            step = partial(self.refine, kit=kit, number=number)
+            found = yield from self._in_waves(todo, chosen, step, "", pace)
+            changed = sum(_said(one) != _said(other) for one, other in zip(found, before, strict=True))
+            if timed:
+                LOG.info(f"time: round {number + 1} of {self.rounds} took {time.monotonic() - began:.0f} s and changed "
+                         f"{changed} of {len(found)} answers; {budget.remaining():.0f} s are left")  # fmt: skip
+            before, pace = found, Pace(budget, budget.remaining(), "refinement", least=_REFINED)
+
     def _in_waves(
         self, todo: list[_Row], given: list[T], step: Callable[[list[T]], list[ScoredRow]], missing: str, pace: Pace
     ) -> _Steps:
@@ -297,9 +318,15 @@ class best_of:
         scores = score_rows(rows, {"it": kit.selector}, nested=True)["it"].values
         return list(zip(rows, scores, strict=True))
 
-    def refine(self, scored: list[ScoredRow], kit: Kit) -> list[ScoredRow]:
-        """The rows with a better choice, once all have one; only asked where `unrefined` says what they lack."""
-        del kit
+    def refine(self, scored: list[ScoredRow], kit: Kit, number: int) -> list[ScoredRow]:
+        """The rows with a better choice, once all have one; only asked where `unrefined` says what they lack.
+
+        Args:
+            scored: as they were chosen for.
+            kit: that they were chosen with.
+            number: of the round, from 0.
+        """
+        del kit, number
         return scored
 
 
@@ -355,6 +382,12 @@ class Kit:
             return sorted(row.answers, key=lambda one: (names.index(one[1].source), one[1].number))
 
         return [CandidateRow(row.pair, tuple(merge(in_order(row), encoder, self._near))) for row in todo]
+
+
+def _said(scored: ScoredRow) -> str:
+    """The text that is chosen; "" for a row without candidates."""
+    row, scores = scored
+    return row.candidates[best(scores)].text if row.candidates else ""
 
 
 def _were_short(rows: Iterable[_Row]) -> None:

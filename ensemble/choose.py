@@ -72,7 +72,7 @@ def ask_together(
         questions: whose answers it knows from then on.
         doing, unit, nested: see `submission.progress.show_progress`.
     """
-    with show_progress(len(questions), 0, doing=doing, unit=unit, nested=nested) as progress:
+    with show_progress(len(questions) * model.calls, 0, doing=doing, unit=unit, nested=nested) as progress:
         found = model.of(questions, progress.advance)
     if failures := [known.failure for known in found if known.failure not in ("", NOT_IN_LOG)]:  # nothing was asked
         LOG.warning(

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 ALL = tuple(name for name, entry in SELECTORS.items() if not entry.file)
 FIGURES, REPORT = "experiment.json", "report.html"
-CONSENSUS, POSTERIOR, SEARCH = "consensus", "posterior", "search"
+CONSENSUS, POSTERIOR = "consensus", "posterior"
+SEARCH, SEARCH_ORACLE = "search", "search_oracle"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Experiment:
         rows, truths: candidates and their true scores; a pair without candidates has the default prompt.
         truth, encoder: that they were scored with.
         scores: of the selectors.
-        lines: of selectors, oracle, worst, constant and search.
+        lines: of selectors, oracle, worst, constant and search, and of the oracle of what the search chose from.
         joined: of answers that join several candidates, which are no choices.
         chance: see `measure.chance`.
         without: pairs that had no candidate.
@@ -152,7 +153,7 @@ def run_experiment(config: ExperimentConfig, encoder: Encoder) -> Experiment:
             searched = search_rows(rows, models["target"], encoder, config.proposals)
     constant = score_texts([config.constant] * len(rows), truth.prompts, encoder)
     joined = _joined(config, rows, truth, encoder, scores)
-    others = {SEARCH: score_texts(searched.answers, truth.prompts, encoder)} if searched else {}
+    others = _searched(searched, truth, encoder) if searched else {}
     lines = measure(truths, scores, constant, truth.clusters, joined | others)
     if searched:
         lines = [replace(line, tokens=searched.tokens, seconds=searched.seconds) if line.name == SEARCH else line
@@ -186,7 +187,7 @@ def fit_weights(
     """
     heads = [("head", path) for path in head_files(selectors)]
     check_output(output, (("table of candidates", candidates), ("truth", truth_file), *heads))
-    if name in (*SELECTORS, ORACLE, WORST, CONSTANT, SEARCH):
+    if name in (*SELECTORS, ORACLE, WORST, CONSTANT, SEARCH, SEARCH_ORACLE):
         raise UserError(f"--name {name} is the name of something else in an experiment: choose another one")
     if len(selectors) < 2 and list(selectors) != [POSTERIOR]:
         raise UserError("a sum needs two selectors or more: --selectors consensus,likelihood; or posterior alone")
@@ -294,6 +295,17 @@ def _by_source(rows: Sequence[CandidateRow], truths: Sequence[Sequence[float]]) 
                for row, scores in zip(rows, truths, strict=True)]
         for name in names
     } or {"fallback": [list(scores) for scores in truths]}  # fmt: skip
+
+
+def _searched(found: Searched, truth: Truth, encoder: Encoder) -> dict[str, NDArray[np.float64]]:
+    """Scores of the answers of a search, and of the best in each pool."""
+    import numpy as np
+
+    texts = [text for pool in found.pools for text in pool]
+    wanted = [prompt for pool, prompt in zip(found.pools, truth.prompts, strict=True) for _ in pool]
+    ends = np.cumsum([len(pool) for pool in found.pools])[:-1]
+    best = [values.max() for values in np.split(score_texts(texts, wanted, encoder), ends)]
+    return {SEARCH: score_texts(found.answers, truth.prompts, encoder), SEARCH_ORACLE: np.array(best)}
 
 
 def _joined(

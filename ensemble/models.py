@@ -1,8 +1,8 @@
-"""The models that selectors ask: the target, a judge, a trained gate; each loaded once."""
+"""The models that selectors ask: the target, or several stand-ins for it, a judge, a trained gate; each loaded once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,14 @@ from eval.encoders import Encoder
 from submission.backends import AUTO, ModelSpec, model_spec
 from submission.backends.hardware import ALONE, Placement
 from submission.backends.models import EMBEDDED
-from submission.calls.likelihoods import Likelihoods
+from submission.calls.likelihoods import Known, Likelihoods, Question
 from submission.calls.session import session
 from submission.config import from_mapping, read_toml
 from submission.errors import UserError
 from submission.types import Model
 
-ROLES = ("target", "judge", "gate")
+TARGET = "target"
+ROLES = (TARGET, "judge", "gate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def read_models(path: Path | None, given: Mapping[str, str]) -> dict[str, RoleMo
     """Models by role.
 
     Args:
-        path: TOML with [target], [judge] and [gate]; None for none.
+        path: TOML with [target] or several [[target]], [judge] and [gate]; None for none.
         given: paths by role, which go before the file; blank ones do not count.
 
     Raises:
@@ -53,16 +54,25 @@ def read_models(path: Path | None, given: Mapping[str, str]) -> dict[str, RoleMo
 
 
 def parse_models(content: Mapping[str, Any], given: Mapping[str, str] | None = None) -> dict[str, RoleModel]:
-    """Models from tables; target and judge are the embedded model unless they say otherwise."""
+    """Models from tables; target and judge are the embedded model unless they say otherwise. Of several targets the
+    second is called `target 2`.
+    """
     unknown = [role for role in content if role not in ROLES]
     if unknown:
         raise UserError(f"unknown model [{unknown[0]}]; there are: {', '.join(ROLES)}")
-    models = {"target": RoleModel(), "judge": RoleModel()}
-    for role, table in content.items():
-        if not isinstance(table, Mapping):
-            raise UserError(f"[{role}] must be a table")
-        models[role] = from_mapping(RoleModel, table, f"[{role}]")
+    models = {TARGET: RoleModel(), "judge": RoleModel()}
+    for role in (role for role in content if not (given or {}).get(role)):
+        tables = content[role] if role == TARGET and isinstance(content[role], list) else [content[role]]
+        if not tables or not all(isinstance(table, Mapping) for table in tables):
+            raise UserError(f"[{role}] must be a table{', or several [[target]]' if role == TARGET else ''}")
+        for number, table in enumerate(tables, start=1):
+            models[role if number == 1 else f"{role} {number}"] = from_mapping(RoleModel, table, f"[{role}]")
     return models | {role: RoleModel(model=name) for role, name in (given or {}).items() if name}
+
+
+def kind_of(role: str) -> str:
+    """What a model is asked as: `target` of `target 2`."""
+    return role.partition(" ")[0]
 
 
 def roles_needed(selectors: list[str]) -> set[str]:
@@ -79,9 +89,12 @@ def _entries(selectors: list[str]) -> list[SelectorEntry | None]:
     return [entry_of(part) for name in selectors for part in parts_of(name)]
 
 
-def with_gate(roles: set[str]) -> set[str]:
-    """A gate takes the place of the judge that is asked for Yes or No: it goes with it."""
-    return roles | ({"gate"} if "judge" in roles else set())
+def asked_for(models: Iterable[str], kinds: set[str]) -> list[str]:
+    """Those of the models that are asked: all targets; and with the judge the gate, which takes its place where Yes or
+    No is asked.
+    """
+    every = kinds | ({"gate"} if "judge" in kinds else set())
+    return [role for role in models if kind_of(role) in every]
 
 
 @contextmanager
@@ -93,15 +106,45 @@ def open_models(
     Raises:
         UserError: a model is missing or wrong; said before any is loaded.
     """
-    specs = {role: model.spec().held_by(placement) for role, model in models.items() if role in with_gate(roles)}
+    specs = {role: models[role].spec().held_by(placement) for role in asked_for(models, roles)}
     with session(output, specs, fresh=fresh) as opened:
         yield likelihoods(opened, specs)
 
 
 def likelihoods(models: Mapping[str, Model], roles: Iterable[str]) -> dict[str, Likelihoods]:
-    """Likelihoods by role; roles that share a model share them too."""
+    """Likelihoods by kind of role; roles that share a model share them too, and several targets are averaged."""
     by_model: dict[int, Likelihoods] = {}
-    return {role: by_model.setdefault(id(models[role]), Likelihoods(models[role])) for role in roles}
+    found = {role: by_model.setdefault(id(models[role]), Likelihoods(models[role])) for role in roles}
+    targets = [found.pop(role) for role in list(found) if kind_of(role) == TARGET]
+    if targets:
+        found[TARGET] = targets[0] if len(targets) == 1 else StandIns(targets)
+    return found
+
+
+class StandIns(Likelihoods):
+    """Several models in the place of a target that is not known: the mean of their log-likelihoods.
+
+    Args:
+        models: the likelihoods of each.
+    """
+
+    def __init__(self, models: Sequence[Likelihoods]) -> None:
+        self._models, self.calls = models, len(models)
+
+    def of(self, asked: Sequence[Question], done: Callable[[], None] = lambda: None) -> list[Known]:
+        """See `Likelihoods.of`. Where one model failed there is no mean, since it is for comparing candidates."""
+        found = [model.of(asked, done) for model in self._models]
+        return [_mean(said) for said in zip(*found, strict=True)]
+
+
+def _mean(said: Sequence[Known]) -> Known:
+    """What was read, and the time it took, count for all models together."""
+    if failed := next((known for known in said if known.failure), None):
+        return failed
+    tokens = round(sum(known.tokens for known in said) / len(said))
+    read = sum(known.prompt_tokens + known.tokens for known in said)
+    seconds = sum(known.seconds for known in said)
+    return Known(sum(known.sum for known in said) / len(said), tokens, read - tokens, seconds)
 
 
 def tools(encoder: Encoder | None, opened: Mapping[str, Likelihoods], **more: Any) -> Tools:

@@ -132,8 +132,8 @@ def _opening(e: Experiment) -> Iterator[str]:
         if line.name == SEARCH:
             yield (
                 f'"search" says the likeliest answers in other words of a grammar, and chooses among those too: '
-                f"{line.over_first.shown('+.3f')}. So it can pass the oracle. Where the prompts were made from that "
-                "grammar, as in the trial, this favours it."
+                f'{line.over_first.shown("+.3f")}. So it can pass the oracle; "search_oracle" is the best of these. '
+                "Where the prompts were made from that grammar, as in the trial, this favours it."
             )
 
 

@@ -25,7 +25,7 @@ import logging
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -85,6 +85,7 @@ class search(best_of):
     what = "recover ensemble.search:search"
     options_type = SearchOptions
     unrefined = UNSEARCHED
+    rounds = 3  # to 128 proposals; with 256 the score fell (docs/STUDY.md, question 8)
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -92,12 +93,13 @@ class search(best_of):
         path = self._options.grammar
         self._grammar = read_grammar(Path(path).expanduser() if path else GRAMMAR)
 
-    def refine(self, scored: list[ScoredRow], kit: Kit) -> list[ScoredRow]:
-        """The rows with renderings, and the expected scores of all."""
+    def refine(self, scored: list[ScoredRow], kit: Kit, number: int) -> list[ScoredRow]:
+        """The rows with renderings, and the expected scores of all; each round has twice the proposals."""
         assert isinstance(self._options, SearchOptions)
         assert kit.target is not None
         assert kit.encoder is not None
-        return said_otherwise(scored, kit.target, kit.encoder, self._options, self._grammar)
+        options = replace(self._options, proposals=self._options.proposals * 2**number)
+        return said_otherwise(scored, kit.target, kit.encoder, options, self._grammar)
 
 
 def said_otherwise(
@@ -138,10 +140,12 @@ class Searched:
 
     Attributes:
         answers: of the rows.
+        pools: texts that each was chosen from, shape (rows, candidates of the row).
         tokens, seconds: of the target model, a row, answers included; shared beginnings count each time.
     """
 
     answers: list[str]
+    pools: list[list[str]]
     tokens: float
     seconds: float
 
@@ -167,6 +171,7 @@ def search_rows(rows: Sequence[CandidateRow], model: Likelihoods, encoder: Encod
     known = [one for row, _ in found for one in channel.answers(row.pair, row.candidates)]
     return Searched(
         [answer_of(row, scores) for row, scores in found],
+        [[candidate.text for candidate in row.candidates] for row, _ in found],
         sum(one.prompt_tokens + one.tokens for one in known) / len(rows),
         sum(one.seconds for one in known) / len(rows),
     )

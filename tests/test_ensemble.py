@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -17,16 +18,17 @@ from ensemble.candidates import Answer, Candidate, CandidateRow, merge, read_can
 from ensemble.choose import SelectorScores, answer_of, best, score_rows
 from ensemble.experiment import ALL
 from ensemble.measure import measure
+from ensemble.models import asked_for, likelihoods, parse_models
 from ensemble.selectors import Tools, make_selectors
 from ensemble.selectors.consensus import Consensus
 from ensemble.selectors.judges import MOST, Pick, Rate, YesNo
 from ensemble.sources import parse_sources
 from eval.encoders import Encoder
 from submission.backends.scripted import Scripted
-from submission.calls.likelihoods import Likelihoods
+from submission.calls.likelihoods import Likelihoods, Question
 from submission.errors import UserError
 from submission.prompts.templates import LETTERS
-from submission.types import Chat, LogLikelihood, Pair
+from submission.types import Chat, Failure, LogLikelihood, Model, Pair
 from tests.conftest import ROOT, Cli, command, environment, read_csv, runner, write_csv
 
 EXAMPLES = ROOT / "examples"
@@ -152,6 +154,42 @@ def test_yes_or_no_is_read_as_odds_and_a_judge_of_nonsense_has_no_opinion() -> N
     assert Rate(Likelihoods(Scripted()))(PAIR, some) == pytest.approx([3.0, 3.0])  # every rating alike
     never = Likelihoods(Never())
     assert Pick(never)(PAIR, some) == pytest.approx([0.5, 0.5])
+
+
+class Says(Scripted):
+    """A target that finds each text as likely as it is told; what it is not told fails."""
+
+    def __init__(self, sums: dict[str, float]) -> None:
+        super().__init__()
+        self.sums = sums
+
+    def loglikelihood(self, items):  # type: ignore[no-untyped-def]
+        for key, _, text in items:
+            found = self.sums.get(text)
+            yield key, Failure("too long") if found is None else LogLikelihood(found, 4, 10, 0.5)
+
+
+def test_several_targets_say_their_mean_log_likelihood_and_what_all_of_them_took() -> None:
+    models = parse_models({"target": [{"model": "a.gguf"}, {"model": "b.gguf"}], "judge": {"model": "c.gguf"}})
+    assert list(models) == ["target", "judge", "target 2"]
+    assert asked_for(models, {"target"}) == ["target", "target 2"]
+    assert parse_models({"target": [{}, {}]}, {"target": "x"})["target"].model == "x"
+    assert "target 2" not in parse_models({"target": [{}, {}]}, {"target": "x"})
+    for wrong in ([], [1], "x"):
+        with pytest.raises(UserError, match=r"must be a table, or several \[\[target\]\]"):
+            parse_models({"target": wrong})
+    with pytest.raises(UserError, match=r"must be a table$"):
+        parse_models({"judge": [{}]})
+    asked: list[Question] = [(Chat(()), text) for text in ("one", "two", "three")]
+    opened = {"target": Says({"one": -8.0, "two": -4.0}), "target 2": Says({"one": -4.0, "two": -2.0, "three": -1.0})}
+    both = likelihoods(cast("dict[str, Model]", opened), opened)
+    assert list(both) == ["target"]
+    told: list[None] = []
+    one, two, three = both["target"].of(asked, lambda: told.append(None))
+    assert (one.sum, one.tokens, one.prompt_tokens, one.seconds) == (-6.0, 4, 24, 1.0)
+    assert two.sum == -3.0
+    assert (three.failure, math.isnan(three.sum)) == ("too long", True)  # no mean of one: candidates are compared
+    assert len(told) == len(asked) * both["target"].calls
 
 
 class Never(Scripted):
@@ -297,7 +335,7 @@ def test_candidates_of_a_model_become_a_submission_and_a_report(run: Cli, shallo
         f'[[source]]\nname = "short"\ntemplate = "short"\n{model}[[source]]\nname = "warm"\ntemplate = "detailed"\n'
         f"{model}greedy = false\ntemperature = 1.0\n"
     )
-    (tmp_path / "m.toml").write_text(f"[target]\n{model}[judge]\n{model}")
+    (tmp_path / "m.toml").write_text(f"[[target]]\n{model}[[target]]\nmodel = 'embedded'\n[judge]\n{model}")
     drawn = ("sample", EXAMPLES / "test.csv", "-o", "c.parquet", "--sources", "s.toml", "--set", "n=2", "--set",
              "max_new_tokens=16", "--limit", 5)  # fmt: skip
     done = run(*drawn)

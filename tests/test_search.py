@@ -8,12 +8,13 @@ import re
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import ensemble.best_of
 import ensemble.search
-from ensemble.best_of import UNCHOSEN
+from ensemble.best_of import UNCHOSEN, ScoredRow
 from ensemble.search import UNSEARCHED
 from submission import UserError
 from submission.calls.supervisor import DeadlineReached, LostError
@@ -186,6 +187,37 @@ def test_the_choice_among_the_answers_stands_if_the_search_ends_there(
     )
     assert predict(chosen).short == {}
     assert read_csv(tmp_path / "s.csv") == read_csv(tmp_path / "b.csv")
+
+
+def test_a_search_goes_on_while_a_deadline_leaves_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    given = config(tmp_path, monkeypatch)
+    once = predict(given)
+    assert "round" not in caplog.text
+    often = predict(replace(given, output=tmp_path / "d.csv", deadline=100.0))
+    assert re.findall(r"round (\d) of 3 took .* changed \d of 3 answers", caplog.text) == ["1", "2", "3"]
+    assert (often.fallbacks, often.short) == (0, {})
+    assert often.calls > once.calls * 3  # 12, 24 and 48 proposals, each asked about once
+    asked = [json.loads(line) for line in (tmp_path / "d.csv.calls.jsonl").read_text().splitlines()]
+    assert len(asked) == len({json.dumps(one) for one in asked})
+
+
+def test_a_lost_second_round_leaves_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = config(tmp_path, monkeypatch)
+    predict(given)
+    first, search = read_csv(tmp_path / "s.csv"), ensemble.search.said_otherwise
+
+    def once(scored: list[ScoredRow], *more: Any) -> list[ScoredRow]:
+        if more[2].proposals > 12:
+            raise LostError("no worker is left")
+        return search(scored, *more)
+
+    monkeypatch.setattr(ensemble.search, "said_otherwise", once)
+    summary = predict(replace(given, output=tmp_path / "d.csv", deadline=100.0))
+    assert summary.short == {}
+    assert read_csv(tmp_path / "d.csv") == first
 
 
 def test_rows_that_nothing_was_chosen_for_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path("docs/study")
 RUNS = Path("runs/study")
@@ -26,7 +27,12 @@ SETS = HERE / "sets"
 TEST = SETS / "test.parquet"
 FRESH = SETS / "fresh.parquet"
 
-PLAINLY = ("rank=8", "alpha=16", f"train={RUNS}/plain-train.parquet", f"validation={RUNS}/plain-validation.parquet")
+
+def plainly(train: str) -> Sequence[str]:
+    """Settings of [sft] for rows whose prompts are said in one plain way."""
+    return ("rank=8", "alpha=16", f"train={RUNS}/{train}.parquet", f"validation={RUNS}/plain-validation.parquet")
+
+
 # What is trained, beside docs/study/tune.toml: settings of [sft].
 TUNED: dict[str, Sequence[str]] = {
     "tuned": (),
@@ -39,11 +45,15 @@ TUNED: dict[str, Sequence[str]] = {
     "rate-2e-3": ("rows=64", "learning_rate=2e-3"),
     "epochs-10": ("rows=64", "epochs=10", "evaluate_every=8", "save_every=8", "samples=22"),
     "rank-8": ("rank=8", "alpha=16"),
-    "plain": PLAINLY,
-    "plain-64": (*PLAINLY, "rows=64"),
-    "plain-128": (*PLAINLY, "rows=128"),
+    "plain": plainly("plain-train"),
+    "plain-64": (*plainly("plain-train"), "rows=64"),
+    "plain-128": (*plainly("plain-train"), "rows=128"),
     "attention": ("targets=q_proj,k_proj,v_proj,o_proj",),
     "half": (f"base={RUNS}/half-base",),
+    "distilled": plainly("distilled"),
+    "distilled-alone": plainly("distilled-alone"),
+    "distilled-posterior": plainly("distilled-posterior"),
+    "more-truth": plainly("more-truth"),
 }
 # Minutes that a stage took on two cores, when it was last run.
 MINUTES = {
@@ -73,6 +83,7 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "default": ("best-of-ten", "search", "best-of-nine", "one-answer", "constant", "constant_fitted", "zero_shot",
                 "tuned"),
     "seeds": ("tuned", "other-seed", "zero_shot"),
+    "distil": ("plain", "distilled", "distilled-alone", "distilled-posterior", "more-truth", "search"),
     "quantizations": (*MERGED.values(), "zero_shot"),
 }  # fmt: skip
 SHIPPED = "plain"
@@ -93,6 +104,7 @@ CHEAP = ("first", "random", "longest", "most_frequent", "logprob", "consensus", 
 EVERY = (*CHEAP, "judge_pick", "judge_rate", "judge_yes_no")
 BASELINES = ("constant", "constant_fitted", "nearest", "zero_shot", "few_shot")
 PARTS = ("train", "validation", "test")
+PROPOSALS = (16, 32, 64, 128, 256)  # of a search, a row
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,8 @@ def stages() -> list[Stage]:
         Stage("phrasing", RUNS / "plain-validation.parquet", plain_phrasing),
         Stage("baselines", HERE / "answers/zero_shot.csv", baselines),
         Stage("half-base", RUNS / "half-base/config.json", half_base),
+        Stage("fresh-sets", FRESH, fresh_sets),
+        Stage("distil-rows", RUNS / "distilled.parquet", distil_rows),
         *(Stage(name, HERE / f"answers/{name}.csv", tune(name, settings)) for name, settings in TUNED.items()),
         Stage("default", HERE / "answers/one-answer.csv", default),
         Stage("best-of-nine", HERE / "answers/best-of-nine.csv", best_of("best-of-nine", *TUNED_ALONE)),
@@ -122,9 +136,9 @@ def stages() -> list[Stage]:
         Stage("best-of", HERE / "best-of.json", best_of_default),
         Stage("small", HERE / "small.json", small_generator),
         Stage("more-answers", HERE / "more-answers.json", more_answers("more-answers", TEST)),
-        Stage("fresh-sets", FRESH, fresh_sets),
         Stage("more-answers-fresh", HERE / "more-answers-fresh.json", more_answers("more-answers-fresh", FRESH)),
         Stage("search-fresh", HERE / "search-fresh.json", search_fresh),
+        Stage("curve", HERE / "curve.json", curve),
         Stage("speed", HERE / "speed.json", speed),
     ]
     for name, systems in COMPARED.items():
@@ -294,17 +308,95 @@ def fresh_sets() -> None:
     rows[~shared].to_parquet(FRESH, index=False)
 
 
+def distil_rows() -> None:
+    """Pairs of another seed, with the prompts that a search and a choice find for them, beside the training rows.
+
+    `more-truth` shows what their true prompts would give. No style of the test set is among them.
+    """
+    import pandas as pd
+
+    made = RUNS / "fresh/sets/test.parquet"
+    if not made.is_file():
+        run("train", "run", HERE / "fresh.toml")
+    plain_phrasing()
+    learned, rows = pd.read_parquet(RUNS / "plain-train.parquet"), pd.read_parquet(made)
+    tested = set(pd.read_parquet(TEST)["style"].str.casefold())
+    rows = rows[~rows["style"].str.casefold().isin(tested)]
+    rows = rows.assign(id="fresh-" + rows["id"])
+    pairs = RUNS / "distil-pairs.parquet"
+    rows[["id", "original_text", "rewritten_text"]].to_parquet(pairs, index=False)
+    asked = {"distilled": ("search", ()), "distilled-posterior": ("best_of", TUNED_ALONE[2:])}
+    for name, (strategy, options) in asked.items():
+        run("submission", "predict", pairs, "-o", RUNS / f"{name}.csv", "--recover", strategy, *options)
+        said = pd.read_csv(RUNS / f"{name}.csv", dtype=str).set_index("id")["rewrite_prompt"]
+        found = rows.assign(rewrite_prompt=list(said[rows["id"].astype(str)]))
+        pd.concat([learned, found]).to_parquet(RUNS / f"{name}.parquet", index=False)
+        if name == "distilled":
+            found.to_parquet(RUNS / "distilled-alone.parquet", index=False)
+    truth = rows.assign(
+        rewrite_prompt=[PLAIN[k].format(style=s) for k, s in zip(rows["kind"], rows["style"], strict=True)]
+    )
+    pd.concat([learned, truth]).to_parquet(RUNS / "more-truth.parquet", index=False)
+
+
 def search_fresh() -> None:
     """Nine answers to the fresh rows, and a search that goes on from them."""
     choose("search-fresh", FRESH, "", (), FREE_OR_LIKELIHOOD, more=("--proposals", 32))
 
 
-def small_generator() -> None:
-    """The seed's try: a small generator and a bigger judge, on the first 60 rows, since judges cost most."""
+def first_rows() -> Path:
+    """The first 60 test rows, for what takes long."""
     import pandas as pd
 
     some = RUNS / "test-60.parquet"
+    RUNS.mkdir(parents=True, exist_ok=True)
     pd.read_parquet(TEST).head(60).to_parquet(some, index=False)
+    return some
+
+
+def curve() -> None:
+    """What more proposals buy: choices among more answers, and searches that word nine answers otherwise."""
+    rows, kept = first_rows(), HERE / "curve.json"
+    choose("curve", rows, "", (), FREE_OR_LIKELIHOOD, "--set", "n=64")
+    found: dict[str, Any] = {"answers": json.loads(kept.read_text()), "search": {}}
+    kept.unlink()  # the stage is done when both are there
+    (HERE / "curve-headroom.png").unlink()
+    for proposals in PROPOSALS:  # each goes on with the calls that the one before it logged
+        name = "curve-search"
+        choose(name, rows, "", (), ("first", "posterior"), more=("--proposals", proposals))
+        (HERE / f"{name}-headroom.png").unlink()
+        told = HERE / f"{name}.json"
+        found["search"][str(proposals)] = json.loads(told.read_text())["selectors"]
+        told.unlink()
+    kept.write_text(json.dumps(found, indent=1) + "\n")
+    plot_curve(found)
+
+
+def plot_curve(found: dict[str, Any]) -> None:
+    """Scores against proposals a row, as `curve` found them."""
+    from eval.charts import canvas, legend, style
+
+    chosen = found["answers"]["curve"]["chosen"]
+    with canvas(4.6) as (axes, png):
+        for number, name in enumerate(("oracle", "posterior", "noisy_channel", "likelihood")):
+            label = f"{name} of so many answers"
+            axes.plot(range(1, len(chosen[name]) + 1), chosen[name], label=label, **style(number))
+        for number, (name, label) in enumerate((("search_oracle", "oracle of a search"), ("search", "search")), 4):
+            means = [found["search"][str(proposals)][name]["mean"]["mean"] for proposals in PROPOSALS]
+            axes.plot(PROPOSALS, means, marker="o", label=label, **style(number))
+        axes.set_xscale("log", base=2)
+        ticks = [1, 4, *PROPOSALS]
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set_xlabel("proposals a row: answers, and answers in other words")
+        axes.set_ylabel("mean score by MiniLM")
+        axes.set_ylim(bottom=0)
+        legend(axes)
+    (HERE / "curve.png").write_bytes(png.getvalue())
+
+
+def small_generator() -> None:
+    """The seed's try: a small generator and a bigger judge, on the first 60 rows, since judges cost most."""
+    some = first_rows()
     if not (RUNS / "judge/sft/adapter").is_dir():
         run("train", "sft", HERE / "judge.toml", "-o", RUNS / "judge/sft")  # 5.8 minutes
     choose("small", some, "small-sources.toml", ("half",), EVERY)

@@ -50,7 +50,12 @@ class Likelihoods:
 
     Args:
         model: that is asked.
+
+    Attributes:
+        calls: that a question takes.
     """
+
+    calls = 1
 
     def __init__(self, model: LikelihoodModel) -> None:
         self._model = model

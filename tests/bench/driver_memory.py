@@ -1,10 +1,11 @@
-"""What a row costs the driver in memory and time, with a model that costs nothing. A study, not a test.
+"""What a row costs the driver in memory and time, with a model that costs nothing or a real one. A study, not a test.
 
     python -m tests.bench.driver_memory --rows 10000,100000,1000000
     python -m tests.bench.driver_memory --rows 10000,100000 -- --workers 2
+    python -m tests.bench.driver_memory --rows 50,5000 -- --model embedded-tuned --recover zero_shot
 
-What comes behind `--` goes to `predict`. Peak memory is that of the driver's process alone; what a row adds is told
-beside the run with the fewest rows.
+What comes behind `--` goes to `predict`. Peak memory is that of the driver's process, which holds the model too unless
+it has no workers; what a row adds is told beside the run with the fewest rows. No two rows have the same texts.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
-from tests.conftest import command, environment, write_examples
+from submission.data.tables import PAIR_COLUMNS, write_table
+from tests.conftest import ROOT, command, environment, read_csv
 
 
 def measure(pairs: Path, output: Path, more: Sequence[str]) -> tuple[float, float, float]:
     """Rows per second of computing, seconds from start to end, and peak bytes of one run of `predict`."""
-    arguments = command("predict", pairs, "-o", output, "--backend", "scripted", "--set", "batch=32", "--json", *more)
+    free = [] if "--model" in more else ["--backend", "scripted", "--set", "batch=32"]
+    arguments = command("predict", pairs, "-o", output, *free, "--json", *more)
     with (output.parent / "told").open("w+") as told, (output.parent / "log").open("w") as log:
         process = subprocess.Popen(arguments, env=environment(), stdout=told, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)
@@ -42,7 +46,9 @@ def main() -> None:
     for rows in map(int, asked.rows.split(",")):
         with tempfile.TemporaryDirectory() as folder:
             pairs = Path(folder) / "pairs.csv"
-            write_examples(pairs, map(str, range(rows)))
+            texts = cycle(row[1:] for row in read_csv(ROOT / "examples" / "test.csv")[1:])
+            cells = ([str(n), *(f"{n}. {text}" for text in next(texts))] for n in range(rows))
+            write_table(pairs, PAIR_COLUMNS, cells)
             speed, seconds, peak = measure(pairs, Path(folder) / "submission.csv", asked.more)
         first = first or (rows, peak)
         more = (peak - first[1]) / (rows - first[0]) if rows > first[0] else 0.0

@@ -361,7 +361,10 @@ def test_candidates_of_a_model_become_a_submission_and_a_report(run: Cli, shallo
     assert made.code == 0, made.err
     assert "Headroom" in made.out
     figures = json.loads((tmp_path / "e" / "experiment.json").read_text())
-    assert {*names.split(","), "search"} <= set(figures["selectors"])
+    assert {*names.split(","), "search", "search_oracle"} <= set(figures["selectors"])
+    means = {name: line["mean"]["mean"] for name, line in figures["selectors"].items()}
+    assert means["search"] <= means["search_oracle"] + 1e-9
+    assert means["oracle"] <= means["search_oracle"] + 1e-9  # the answers are among what the search chose from
     assert figures["selectors"]["oracle"]["headroom"]["mean"] == pytest.approx(1)
     page = (tmp_path / "e" / "report.html").read_text()
     assert "Are errors correlated?" in page

@@ -150,6 +150,7 @@ def test_a_recipe_runs_all_stages_and_a_second_time_none(run: Cli, tiny: Path, t
         ("[gguf]\nquantizations = []", "names no quantisation"),
         ("[score]\nbackend = 'transformers'\nbaselines = ['guess']", "unknown baseline 'guess'"),
         ("[score]", "has no [gguf] for [score]"),
+        ("task = 'judge'\n[gguf]\n[score]", "[score] is for task = 'recover', not for 'judge'"),
         ("[gguf]\n[score]\nquantization = 'Q8_0'", "'Q8_0', which [gguf] does not make"),
         ("[gguf]\n[score]\nbackend = 'llama_cpp'", "is a transformers folder"),
         ("[gguf]\nllama_cpp = '.'", "is no checkout of llama.cpp"),

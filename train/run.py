@@ -115,6 +115,8 @@ def read_run(path: Path, settings: Sequence[str] = (), triplets: Sequence[str] =
     for name in ("gguf", "score"):
         if later[name] and not later["sft"]:
             raise UserError(f"{path} has [{name}] and no [sft]: there would be nothing to do it with")
+    if later["score"] and later["sft"].task != "recover":
+        raise UserError(f"{path}: [score] is for task = 'recover', not for {later['sft'].task!r}: leave it out")
     if later["score"] and later["score"].backend != "transformers" and not later["gguf"]:
         raise UserError(f"{path} has no [gguf] for [score] to predict with: add it, or backend = 'transformers'")
     if later["score"] and later["gguf"] and later["score"].quantization not in ("", *later["gguf"].quantizations):

@@ -51,7 +51,6 @@ TUNED: dict[str, Sequence[str]] = {
     "attention": ("targets=q_proj,k_proj,v_proj,o_proj",),
     "half": (f"base={RUNS}/half-base",),
     "distilled": plainly("distilled"),
-    "distilled-alone": plainly("distilled-alone"),
     "distilled-posterior": plainly("distilled-posterior"),
     "more-truth": plainly("more-truth"),
 }
@@ -83,7 +82,7 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "default": ("best-of-ten", "search", "best-of-nine", "one-answer", "constant", "constant_fitted", "zero_shot",
                 "tuned"),
     "seeds": ("tuned", "other-seed", "zero_shot"),
-    "distil": ("plain", "distilled", "distilled-alone", "distilled-posterior", "more-truth", "search"),
+    "distil": ("plain", "distilled", "distilled-posterior", "more-truth", "search"),
     "quantizations": (*MERGED.values(), "zero_shot"),
 }  # fmt: skip
 SHIPPED = "plain"
@@ -331,8 +330,6 @@ def distil_rows() -> None:
         said = pd.read_csv(RUNS / f"{name}.csv", dtype=str).set_index("id")["rewrite_prompt"]
         found = rows.assign(rewrite_prompt=list(said[rows["id"].astype(str)]))
         pd.concat([learned, found]).to_parquet(RUNS / f"{name}.parquet", index=False)
-        if name == "distilled":
-            found.to_parquet(RUNS / "distilled-alone.parquet", index=False)
     truth = rows.assign(
         rewrite_prompt=[PLAIN[k].format(style=s) for k, s in zip(rows["kind"], rows["style"], strict=True)]
     )

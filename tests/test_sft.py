@@ -21,14 +21,12 @@ from submission.backends.transformers.tokenizer import HfTokenizer
 from submission.data.tables import read_triplets
 from submission.errors import UserError
 from submission.prompts.encoding import ChatEncoder
-from submission.prompts.templates import TEMPLATES, get_template, render_rewrite
+from submission.prompts.templates import TEMPLATES, get_template
 from submission.types import Pair, Triplet
 from tests.conftest import ROOT, Cli, command, environment, read_csv, runner
 from tests.test_prompts import MARKERS, sentencepiece_folder
 from train.encoding import IGNORED, AnswerEncoder
 from train.judging import Question
-from train.sft_config import Sft
-from train.tasks import make_task
 
 __all__ = ["sentencepiece_folder"]  # a fixture
 
@@ -64,7 +62,7 @@ def test_training_ids_up_to_the_answer_are_those_of_inference(
     folder = {"embedded": hf_folder, "sentencepiece": sentencepiece_folder}[kind]
     template = get_template(name)
     tokenizer, inference = loaded(folder)
-    example = AnswerEncoder(tokenizer, 2048).encode(template.render(triplet.pair, shots), triplet.rewrite_prompt)
+    example = AnswerEncoder(tokenizer, template, 2048).encode(triplet, shots)
     assert example is not None
     prompt = inference.encode_for(template.render(triplet.pair, shots), 40).ids
     assert example.ids[: example.answer_from] == prompt
@@ -77,10 +75,10 @@ def test_training_ids_up_to_the_answer_are_those_of_inference(
 
 
 def test_rows_that_a_template_cannot_teach_are_left_out(hf_folder: Path) -> None:
-    encoder, short = AnswerEncoder(HfTokenizer(load_tokenizer(hf_folder)), 512), get_template("short")
-    assert encoder.encode(short.render(AS_ASKED.pair), "Make it rhyme") is None  # "short" begins with other words
-    long = Pair("1", "word " * 5000, "other " * 5000)
-    cut = encoder.encode(short.render(long), AS_ASKED.rewrite_prompt)
+    encoder = AnswerEncoder(HfTokenizer(load_tokenizer(hf_folder)), get_template("short"), 512)
+    assert encoder.encode(Triplet(AS_ASKED.pair, "Make it rhyme")) is None  # "short" begins with other words
+    long = Triplet(Pair("1", "word " * 5000, "other " * 5000), AS_ASKED.rewrite_prompt)
+    cut = encoder.encode(long)
     assert cut is not None
     assert len(cut.ids) <= 512
 
@@ -207,26 +205,6 @@ def test_a_judge_of_alike_prompts_is_refused() -> None:
         questions([AS_ASKED, AS_ASKED], find_encoder(), hard=0.5, seed=0)
 
 
-def test_a_stand_in_for_the_target_learns_its_rewrites(run: Cli, recipe: Path, hf_folder: Path, tmp_path: Path) -> None:
-    config = Sft(task="rewrite", base=str(hf_folder), train="x", max_tokens=512)
-    task = make_task(config, load_tokenizer(hf_folder))
-    (example,) = task.examples([AS_ASKED])
-    assert example is not None
-    tokenizer, inference = loaded(hf_folder)
-    asked = render_rewrite(AS_ASKED.rewrite_prompt, AS_ASKED.pair.original_text)
-    prompt = inference.encode_for(asked, 40).ids
-    assert example.ids[: example.answer_from] == prompt
-    said = tokenizer.continuation(prompt, example.ids[example.answer_from : -1])
-    assert said == AS_ASKED.pair.rewritten_text
-    more = [part for one in ("task=rewrite", "max_steps=8", "max_tokens=768", "samples=4") for part in ("--set", one)]
-    done = run("sft", recipe, "-o", "w", *more)
-    assert done.code == 0, done.err
-    assert "are more probable under their own prompt than under another" in done.err
-    accuracies = [entry["eval_accuracy"] for entry in history(tmp_path / "w") if "eval_accuracy" in entry]
-    assert accuracies
-    assert all(0 <= value <= 1 for value in accuracies)
-
-
 def test_a_judge_is_trained_and_measured(run: Cli, recipe: Path, tmp_path: Path) -> None:
     done = run("sft", recipe, "-o", "j", "--set", "task=judge", "--set", "max_steps=8")
     assert done.code == 0, done.err
@@ -304,7 +282,7 @@ def test_sharded_adapters_keep_the_one_dtype_that_sharding_needs(monkeypatch: py
         ("[sft]\nrank = 4", "names no training set"),
         ("[sft]\ntrain = 'nowhere.csv'", "nowhere.csv does not exist"),
         ("[sft]\nbase = 'no-model'\ntrain = 'x'", "no-model does not exist"),
-        ("[sft]\ntask = 'guess'\ntrain = 'x'", "must be one of: recover, judge, rewrite"),
+        ("[sft]\ntask = 'guess'\ntrain = 'x'", "must be one of: recover, judge"),
         ("[sft]\nlearning_rate = nan\ntrain = 'x'", "learning_rate=nan"),
         ("[sft]\nlearning_rate = 0\ntrain = 'x'", "must be above 0"),
         ("[sft]\nmax_steps = 2.5\ntrain = 'x'", "max_steps=2.5"),

@@ -1,16 +1,18 @@
-"""From a chat and its answer to the token ids that a model is trained on: those of inference, the answer and its end.
+"""From a triplet to the token ids that a model is trained on: those of inference, then the answer and its end.
 
 The loss counts the answer's tokens only. They are found by where they are put, never by searching a string.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from submission.backends.transformers.tokenizer import HfTokenizer
 from submission.errors import BackendError, UserError
 from submission.prompts.encoding import ChatEncoder
-from submission.types import Chat
+from submission.prompts.templates import Template
+from submission.types import Triplet
 
 IGNORED = -100
 """The label of a token that the loss leaves out (torch.nn.CrossEntropyLoss, `ignore_index`)."""
@@ -31,19 +33,24 @@ class TrainingExample:
 
 
 class AnswerEncoder:
-    """Encodes chats with their answers for one tokenizer.
+    """Encodes triplets for one tokenizer and template.
 
     Args:
         tokenizer: of the model.
+        template: the one that will be used for predicting.
         max_tokens: of a prompt and its answer; longer texts are cut as they are for predicting.
     """
 
-    def __init__(self, tokenizer: HfTokenizer, max_tokens: int) -> None:
+    def __init__(self, tokenizer: HfTokenizer, template: Template, max_tokens: int) -> None:
         self._encoder = ChatEncoder(tokenizer, max_tokens)
+        self._template = template
+        self._max_tokens = max_tokens
         self.end = end_of_answer(tokenizer)
 
-    def encode(self, chat: Chat, answer: str) -> TrainingExample | None:
-        """Encode both; None if they do not fit, or if the chat begins answers otherwise than this one."""
+    def encode(self, triplet: Triplet, shots: Sequence[Triplet] = ()) -> TrainingExample | None:
+        """Encode a triplet; None if it does not fit, or if the template begins answers otherwise than this prompt."""
+        chat = self._template.render(triplet.pair, shots)
+        answer = triplet.rewrite_prompt
         if chat.prefix:
             if not answer.startswith(chat.prefix):
                 return None

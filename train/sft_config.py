@@ -11,7 +11,7 @@ from submission.config import from_mapping, read_toml, split_list, split_setting
 from submission.errors import UserError
 
 _CHOICES = {
-    "task": ("recover", "judge", "rewrite"),
+    "task": ("recover", "judge"),
     "schedule": ("linear", "cosine"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "tracker": ("none", "wandb", "tensorboard"),
@@ -27,8 +27,7 @@ class Sft:
     """What is trained, on what and how; the defaults are the seed's.
 
     Attributes:
-        task: recover (answer with the prompt), judge (say Yes or No to a candidate), or rewrite (as the target model
-            does, to stand in for it in `ensemble`).
+        task: recover (answer with the prompt), or judge (say Yes or No to a candidate).
         base: transformers folder, GGUF file or `embedded`.
         train, validation: tables of triplets; "" for no validation.
         rows: of the training set, from its beginning; 0 for all.
@@ -42,7 +41,7 @@ class Sft:
         batch, accumulation: sequences of a step are batch x accumulation (x devices).
         epochs, max_steps: how long; max_steps of 0 leaves it to epochs.
         evaluate_every, evaluation_rows: steps between evaluations, on the first rows of validation (0: all).
-        samples: rows of an evaluation that are answered and scored; of the task rewrite, compared.
+        samples: rows of an evaluation that are answered and scored.
         patience: evaluations without a better loss before it stops; 0 never stops.
         save_every: steps between checkpoints. The best one is kept if it is a multiple of evaluate_every.
         load_in_4bit: nf4 with double quantisation (QLoRA).

@@ -1,4 +1,4 @@
-"""What a model is tuned for: to recover a prompt, to judge a candidate for it, or to rewrite as the target model does.
+"""The two tasks that a model is tuned for: recovering a prompt, and judging a candidate for it.
 
 A task turns triplets into examples, and says during training how well the model does.
 """
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from submission.backends.transformers.tokenizer import HfTokenizer
 from submission.prompts.encoding import ChatEncoder
-from submission.prompts.templates import get_template, render_rewrite
+from submission.prompts.templates import get_template
 from submission.types import Triplet
 from train.encoding import AnswerEncoder, TrainingExample
 from train.judging import QuestionEncoder, questions
@@ -37,19 +37,19 @@ class TuningTask(Protocol):
 
 def make_task(config: Sft, tokenizer: Any) -> TuningTask:
     """The task of a recipe, for one tokenizer."""
-    return _TASKS[config.task](config, HfTokenizer(tokenizer))
+    return (_Judge if config.task == "judge" else _Recover)(config, HfTokenizer(tokenizer))
 
 
 class _Recover:
     def __init__(self, config: Sft, tokenizer: HfTokenizer) -> None:
         self._config, self._tokenizer = config, tokenizer
         self._template = get_template(config.template)
-        self._answers = AnswerEncoder(tokenizer, config.max_tokens)
+        self._answers = AnswerEncoder(tokenizer, self._template, config.max_tokens)
         self._prompts = ChatEncoder(tokenizer, config.max_tokens)
         self._metric: Encoder | None = None
 
     def examples(self, triplets: Sequence[Triplet]) -> list[TrainingExample | None]:
-        return [self._answers.encode(self._template.render(one.pair), one.rewrite_prompt) for one in triplets]
+        return [self._answers.encode(triplet) for triplet in triplets]
 
     def measure(self, model: Any, triplets: Sequence[Triplet]) -> tuple[dict[str, float], list[str]]:
         """Greedy answers to the first rows, and their mean score."""
@@ -117,44 +117,3 @@ class _Judge:
             f"  {figures['eval_accuracy']:.0%} of {len(right)} questions answered rightly (chance 50 %), "
             f"area under the curve {figures['eval_auc']:.2f}"
         ]
-
-
-class _Rewrite:
-    """A stand-in for a target model that is not at hand, from triplets that it made: what `likelihood` asks."""
-
-    def __init__(self, config: Sft, tokenizer: HfTokenizer) -> None:
-        self._config = config
-        self._answers = AnswerEncoder(tokenizer, config.max_tokens)
-
-    def examples(self, triplets: Sequence[Triplet]) -> list[TrainingExample | None]:
-        return [self._example(triplet, triplet.rewrite_prompt) for triplet in triplets]
-
-    def measure(self, model: Any, triplets: Sequence[Triplet]) -> tuple[dict[str, float], list[str]]:
-        """How often a rewrite of the first rows is more probable under its own prompt than under the next row's."""
-        asked = triplets[: self._config.samples]
-        right: list[bool] = []
-        for triplet, other in zip(asked, [*asked[1:], *asked[:1]], strict=True):
-            ours, others = (self._example(triplet, one.rewrite_prompt) for one in (triplet, other))
-            if ours and others and triplet.rewrite_prompt != other.rewrite_prompt:
-                right.append(_log_likelihood(model, ours) > _log_likelihood(model, others))
-        if not right:
-            return {}, []
-        share = sum(right) / len(right)
-        told = f"  {share:.0%} of {len(right)} rewrites are more probable under their own prompt than under another"
-        return {"eval_accuracy": share}, [told]
-
-    def _example(self, triplet: Triplet, prompt: str) -> TrainingExample | None:
-        return self._answers.encode(render_rewrite(prompt, triplet.pair.original_text), triplet.pair.rewritten_text)
-
-
-def _log_likelihood(model: Any, example: TrainingExample) -> float:
-    """Of the answer, nats."""
-    import torch
-
-    ids, answer = torch.tensor([example.ids], device=model.device), len(example.ids) - example.answer_from
-    with torch.no_grad():
-        logits = model(input_ids=ids, logits_to_keep=answer + 1).logits[0, :-1].float()
-    return float(logits.log_softmax(-1).gather(-1, ids[0, -answer:, None]).sum())
-
-
-_TASKS: dict[str, type[_Recover | _Judge | _Rewrite]] = {"recover": _Recover, "judge": _Judge, "rewrite": _Rewrite}

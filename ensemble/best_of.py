@@ -108,7 +108,7 @@ class best_of:
     unrefined = ""
     """What a row lacks that was chosen for and not refined; "" where there is nothing to refine."""
     rounds = 1
-    """How often choices are refined at most, each time with more; once without a deadline."""
+    """How often choices are refined, each time with more."""
 
     @classmethod
     def check_config(cls, config: Mapping[str, Any]) -> None:
@@ -202,12 +202,13 @@ class best_of:
                 yield from self._choose_all(todo, kit, Pace(budget, float("inf"), "selection"))
         if lost and not any(row.answers for row in todo):
             raise lost[0]
-        chosen = yield from self._choose_all(todo, kit, turns.next("selection"))
-        if self.unrefined:
-            try:
-                yield from self._refine_all(todo, chosen, kit, turns.next("refinement", least=_REFINED), budget)
-            except LostError as error:  # the choices are there
-                LOG.error("%s: %s", self.unrefined, error)
+        missing = UNCHOSEN
+        try:
+            chosen = yield from self._choose_all(todo, kit, turns.next("selection"))
+            if missing := self.unrefined:
+                yield from self._refine_all(todo, chosen, kit, budget)
+        except (UserError, LostError) as error:  # the answers are there, or the choices
+            LOG.error("%s: %s", missing, error)
 
     def _sample(self, full: CandidateSource, todo: list[_Row], model: Model, pace: Pace) -> Iterator[Prediction]:
         """Ask one source about all rows, those without an answer first; yields the first answer of each row.
@@ -282,21 +283,18 @@ class best_of:
         candidates = kit.rows(todo, [source.name for source in self._sources])
         return self._in_waves(todo, candidates, lambda rows: self.choose(rows, kit), self.unrefined, pace)
 
-    def _refine_all(
-        self, todo: list[_Row], chosen: list[ScoredRow], kit: Kit, pace: Pace, budget: Budget
-    ) -> Iterator[Prediction]:
-        """Refine the choices of all rows; under a deadline again with more, until its time or the rounds are over."""
-        timed = budget.remaining() < float("inf")
+    def _refine_all(self, todo: list[_Row], chosen: list[ScoredRow], kit: Kit, budget: Budget) -> Iterator[Prediction]:
+        """Refine the choices of all rows, in rounds that each begin from them, with more to refine them by."""
         before = chosen
-        for number in range(self.rounds if timed else 1):
-            began = time.monotonic()
+        for number in range(self.rounds):
+            began, pace = time.monotonic(), Pace(budget, budget.remaining(), "refinement", least=_REFINED)
             step = partial(self.refine, kit=kit, number=number)
             found = yield from self._in_waves(todo, chosen, step, "", pace)
             changed = sum(_said(one) != _said(other) for one, other in zip(found, before, strict=True))
-            if timed:
-                LOG.info(f"time: round {number + 1} of {self.rounds} took {time.monotonic() - began:.0f} s and changed "
-                         f"{changed} of {len(found)} answers; {budget.remaining():.0f} s are left")  # fmt: skip
-            before, pace = found, Pace(budget, budget.remaining(), "refinement", least=_REFINED)
+            if self.rounds > 1:
+                LOG.info(f"round {number + 1} of {self.rounds} took {time.monotonic() - began:.0f} s and "
+                         f"changed {changed} of {len(found)} answers")  # fmt: skip
+            before = found
 
     def _in_waves(
         self, todo: list[_Row], given: list[T], step: Callable[[list[T]], list[ScoredRow]], missing: str, pace: Pace

@@ -5,6 +5,7 @@
 with s.toml, where every line may be left out:
 
     proposals = 32
+    rounds = 1
     [[source]]
     n = 8
     [target]
@@ -49,6 +50,7 @@ Intent = tuple[PromptKind, str]
 
 SOURCE = "rendering"
 UNSEARCHED = "chosen among the answers: other words were not scored"
+_MOST_ROUNDS = 6
 _LEAST_READ = 0.5  # of the posterior of a row's answers that the grammar must read
 _FIRST_SHARE = 0.65  # of the renderings that the likeliest intent has, the next one the same share of the rest
 
@@ -59,6 +61,7 @@ class SearchOptions(BestOfOptions):
 
     proposals: answers and renderings of a row, which the target model scores; all answers are, and renderings take
         what they leave.
+    rounds: each has twice the proposals of the one before. Under a deadline they end with it.
     intents: of a row that are rendered, at most.
     likelihood: power of P(rewrite | prompt) among renderings; see `ensemble.selectors.posterior.Evidence`.
     grammar: TOML; "" for the project's own.
@@ -67,6 +70,7 @@ class SearchOptions(BestOfOptions):
     selector: str = "posterior"
     untuned: bool = False
     proposals: int = 32
+    rounds: int = 1
     intents: int = 2
     likelihood: float = 0.25
     grammar: str = ""
@@ -77,6 +81,8 @@ class SearchOptions(BestOfOptions):
             raise UserError("selector, weights and concat are not for a search: it chooses one by the posterior")
         if self.proposals < 1 or self.intents < 1 or not 0 <= self.likelihood <= 100:
             raise UserError("proposals and intents are whole numbers from 1, likelihood a number from 0 to 100")
+        if not 1 <= self.rounds <= _MOST_ROUNDS:
+            raise UserError(f"rounds is a whole number from 1 to {_MOST_ROUNDS}: each has twice the proposals")
 
 
 class search(best_of):
@@ -85,11 +91,11 @@ class search(best_of):
     what = "recover ensemble.search:search"
     options_type = SearchOptions
     unrefined = UNSEARCHED
-    rounds = 3  # to 128 proposals; with 256 the score fell (docs/STUDY.md, question 8)
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         assert isinstance(self._options, SearchOptions)
+        self.rounds = self._options.rounds
         path = self._options.grammar
         self._grammar = read_grammar(Path(path).expanduser() if path else GRAMMAR)
 

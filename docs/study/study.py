@@ -51,8 +51,6 @@ TUNED: dict[str, Sequence[str]] = {
     "attention": ("targets=q_proj,k_proj,v_proj,o_proj",),
     "half": (f"base={RUNS}/half-base",),
     "distilled": plainly("distilled"),
-    "distilled-posterior": plainly("distilled-posterior"),
-    "more-truth": plainly("more-truth"),
 }
 # Minutes that a stage took on two cores, when it was last run.
 MINUTES = {
@@ -83,7 +81,7 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "default": ("best-of-ten", "search", "best-of-nine", "one-answer", "constant", "constant_fitted", "zero_shot",
                 "tuned"),
     "seeds": ("tuned", "other-seed", "zero_shot"),
-    "distil": ("plain", "distilled", "distilled-posterior", "more-truth", "search"),
+    "distil": ("plain", "distilled", "search"),
     "quantizations": (*MERGED.values(), "zero_shot"),
 }  # fmt: skip
 SHIPPED = "plain"
@@ -309,9 +307,9 @@ def fresh_sets() -> None:
 
 
 def distil_rows() -> None:
-    """Pairs of another seed, with the prompts that a search and a choice find for them, beside the training rows.
+    """Pairs of another seed, with the prompts that a search finds for them, beside the training rows in plain words.
 
-    `more-truth` shows what their true prompts would give. No style of the test set is among them.
+    No style of the test set is among them.
     """
     import pandas as pd
 
@@ -319,22 +317,16 @@ def distil_rows() -> None:
     if not made.is_file():
         run("train", "run", HERE / "fresh.toml")
     plain_phrasing()
-    learned, rows = pd.read_parquet(RUNS / "plain-train.parquet"), pd.read_parquet(made)
+    rows = pd.read_parquet(made)
     tested = set(pd.read_parquet(TEST)["style"].str.casefold())
     rows = rows[~rows["style"].str.casefold().isin(tested)]
     rows = rows.assign(id="fresh-" + rows["id"])
-    pairs = RUNS / "distil-pairs.parquet"
+    pairs, found = RUNS / "distil-pairs.parquet", RUNS / "distilled.csv"
     rows[["id", "original_text", "rewritten_text"]].to_parquet(pairs, index=False)
-    asked = {"distilled": ("search", ()), "distilled-posterior": ("best_of", TUNED_ALONE[2:])}
-    for name, (strategy, options) in asked.items():
-        run("submission", "predict", pairs, "-o", RUNS / f"{name}.csv", "--recover", strategy, *options)
-        said = pd.read_csv(RUNS / f"{name}.csv", dtype=str).set_index("id")["rewrite_prompt"]
-        found = rows.assign(rewrite_prompt=list(said[rows["id"].astype(str)]))
-        pd.concat([learned, found]).to_parquet(RUNS / f"{name}.parquet", index=False)
-    truth = rows.assign(
-        rewrite_prompt=[PLAIN[k].format(style=s) for k, s in zip(rows["kind"], rows["style"], strict=True)]
-    )
-    pd.concat([learned, truth]).to_parquet(RUNS / "more-truth.parquet", index=False)
+    run("submission", "predict", pairs, "-o", found, "--recover", "search")
+    said = pd.read_csv(found, dtype=str).set_index("id")["rewrite_prompt"]
+    learned = [pd.read_parquet(RUNS / "plain-train.parquet"), rows.assign(rewrite_prompt=list(said[rows["id"]]))]
+    pd.concat(learned).to_parquet(RUNS / "distilled.parquet", index=False)
 
 
 def search_fresh() -> None:

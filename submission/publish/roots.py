@@ -54,7 +54,8 @@ def _names_all_models(content: str) -> bool:
     selector = str(config.get("selector", "noisy_channel"))  # the default, which asks what a search asks
     words = (("target", "likelihood"), ("target", "posterior"), ("target", "noisy_channel"), ("judge", "judge"))
     asked = [role for role, word in words if word in selector]
-    tables = [*tables, *(config.get(role, {}) for role in asked)]
+    named = [config.get(role, {}) for role in asked]
+    tables = [*tables, *(table for one in named for table in (one if isinstance(one, list) else [one]))]
     return all(isinstance(table, dict) and table.get("model", TUNED) not in PACKAGED for table in tables)
 
 

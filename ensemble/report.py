@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ensemble import charts
 from ensemble.choose import best
-from ensemble.experiment import REPORT, SEARCH, Experiment, ExperimentConfig, run_experiment, sentences
+from ensemble.experiment import REPORT, SEARCH, SEARCH_ORACLE, Experiment, ExperimentConfig, run_experiment, sentences
 from ensemble.measure import FIRST, ORACLE, WORST, SelectorResult
 from eval.charts import intervals
 from eval.encoders import Encoder
@@ -38,7 +38,7 @@ def sections(experiment: Experiment) -> Iterator[Section]:
     """All sections of the page."""
     e = experiment
     gained = [line for line in e.lines if line.name != FIRST]
-    told = [line for line in e.lines if line.name != WORST]
+    told = [line for line in e.lines if line.name not in (WORST, SEARCH_ORACLE)]
     yield Section(
         "What each way scores",
         list(_opening(e)),
@@ -132,7 +132,8 @@ def _opening(e: Experiment) -> Iterator[str]:
         if line.name == SEARCH:
             yield (
                 f'"search" says the likeliest answers in other words of a grammar, and chooses among those too: '
-                f'{line.over_first.shown("+.3f")}. So it can pass the oracle; "search_oracle" is the best of these. '
+                f"{line.over_first.shown('+.3f')}. So it can pass the oracle: the best of these scores "
+                f"{e.line(SEARCH_ORACLE).mean.mean:.3f}. "
                 "Where the prompts were made from that grammar, as in the trial, this favours it."
             )
 

@@ -66,7 +66,8 @@ def parse_models(content: Mapping[str, Any], given: Mapping[str, str] | None = N
         if not tables or not all(isinstance(table, Mapping) for table in tables):
             raise UserError(f"[{role}] must be a table{', or several [[target]]' if role == TARGET else ''}")
         for number, table in enumerate(tables, start=1):
-            models[role if number == 1 else f"{role} {number}"] = from_mapping(RoleModel, table, f"[{role}]")
+            name = role if number == 1 else f"{role} {number}"
+            models[name] = from_mapping(RoleModel, table, f"[{name}]")
     return models | {role: RoleModel(model=name) for role, name in (given or {}).items() if name}
 
 

@@ -178,6 +178,8 @@ def test_several_targets_say_their_mean_log_likelihood_and_what_all_of_them_took
     for wrong in ([], [1], "x"):
         with pytest.raises(UserError, match=r"must be a table, or several \[\[target\]\]"):
             parse_models({"target": wrong})
+    with pytest.raises(UserError, match=r"\[target 2\]"):
+        parse_models({"target": [{}, {"modle": "x"}]})
     with pytest.raises(UserError, match=r"must be a table$"):
         parse_models({"judge": [{}]})
     asked: list[Question] = [(Chat(()), text) for text in ("one", "two", "three")]

@@ -290,7 +290,7 @@ class best_of:
             began, pace = time.monotonic(), Pace(budget, budget.remaining(), "refinement", least=_REFINED)
             step = partial(self.refine, kit=kit, number=number)
             found = yield from self._in_waves(todo, chosen, step, "", pace)
-            changed = sum(_said(one) != _said(other) for one, other in zip(found, before, strict=True))
+            changed = sum(answer_of(*one) != answer_of(*other) for one, other in zip(found, before, strict=True))
             if self.rounds > 1:
                 LOG.info(f"round {number + 1} of {self.rounds} took {time.monotonic() - began:.0f} s and "
                          f"changed {changed} of {len(found)} answers")  # fmt: skip
@@ -380,12 +380,6 @@ class Kit:
             return sorted(row.answers, key=lambda one: (names.index(one[1].source), one[1].number))
 
         return [CandidateRow(row.pair, tuple(merge(in_order(row), encoder, self._near))) for row in todo]
-
-
-def _said(scored: ScoredRow) -> str:
-    """The text that is chosen; "" for a row without candidates."""
-    row, scores = scored
-    return row.candidates[best(scores)].text if row.candidates else ""
 
 
 def _were_short(rows: Iterable[_Row]) -> None:

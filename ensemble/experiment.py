@@ -298,13 +298,10 @@ def _by_source(rows: Sequence[CandidateRow], truths: Sequence[Sequence[float]]) 
 
 
 def _searched(found: Searched, truth: Truth, encoder: Encoder) -> dict[str, NDArray[np.float64]]:
-    """Scores of the answers of a search, and of the best in each pool."""
+    """Scores of the answers of a search, and of the best candidate of each row."""
     import numpy as np
 
-    texts = [text for pool in found.pools for text in pool]
-    wanted = [prompt for pool, prompt in zip(found.pools, truth.prompts, strict=True) for _ in pool]
-    ends = np.cumsum([len(pool) for pool in found.pools])[:-1]
-    best = [values.max() for values in np.split(score_texts(texts, wanted, encoder), ends)]
+    best = [max(scores) for scores in true_scores(found.rows, truth.prompts, encoder)]
     return {SEARCH: score_texts(found.answers, truth.prompts, encoder), SEARCH_ORACLE: np.array(best)}
 
 

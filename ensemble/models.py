@@ -61,14 +61,15 @@ def parse_models(content: Mapping[str, Any], given: Mapping[str, str] | None = N
     if unknown:
         raise UserError(f"unknown model [{unknown[0]}]; there are: {', '.join(ROLES)}")
     models = {TARGET: RoleModel(), "judge": RoleModel()}
-    for role in (role for role in content if not (given or {}).get(role)):
-        tables = content[role] if role == TARGET and isinstance(content[role], list) else [content[role]]
+    for role, said in content.items():
+        tables = said if role == TARGET and isinstance(said, list) else [said]
         if not tables or not all(isinstance(table, Mapping) for table in tables):
             raise UserError(f"[{role}] must be a table{', or several [[target]]' if role == TARGET else ''}")
         for number, table in enumerate(tables, start=1):
             name = role if number == 1 else f"{role} {number}"
             models[name] = from_mapping(RoleModel, table, f"[{name}]")
-    return models | {role: RoleModel(model=name) for role, name in (given or {}).items() if name}
+    named = {role: RoleModel(model=name) for role, name in (given or {}).items() if name}
+    return {role: model for role, model in models.items() if role in named or kind_of(role) not in named} | named
 
 
 def kind_of(role: str) -> str:

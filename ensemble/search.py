@@ -146,12 +146,12 @@ class Searched:
 
     Attributes:
         answers: of the rows.
-        pools: texts that each was chosen from, shape (rows, candidates of the row).
+        rows: with the candidates that they were chosen from.
         tokens, seconds: of the target model, a row, answers included; shared beginnings count each time.
     """
 
     answers: list[str]
-    pools: list[list[str]]
+    rows: list[CandidateRow]
     tokens: float
     seconds: float
 
@@ -177,7 +177,7 @@ def search_rows(rows: Sequence[CandidateRow], model: Likelihoods, encoder: Encod
     known = [one for row, _ in found for one in channel.answers(row.pair, row.candidates)]
     return Searched(
         [answer_of(row, scores) for row, scores in found],
-        [[candidate.text for candidate in row.candidates] for row, _ in found],
+        [row for row, _ in found],
         sum(one.prompt_tokens + one.tokens for one in known) / len(rows),
         sum(one.seconds for one in known) / len(rows),
     )

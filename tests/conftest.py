@@ -113,10 +113,16 @@ def write_csv(path: Path, rows: Sequence[Sequence[str]], header: Sequence[str] =
     return path
 
 
-def write_examples(path: Path, ids: Iterable[str]) -> None:
-    """Write pairs with these ids and the texts of examples/test.csv, again and again."""
+def write_examples(path: Path, ids: Iterable[str], *, numbered: bool = False) -> None:
+    """Write pairs with these ids and the texts of examples/test.csv, again and again; each behind its id if numbered,
+    so that no two rows have the same texts.
+    """
     texts = cycle(row[1:] for row in read_csv(ROOT / "examples" / "test.csv")[1:])
-    write_table(path, PAIR_HEADER, ([row_id, *cells] for row_id, cells in zip(ids, texts, strict=False)))
+    if numbered:
+        rows = ([row_id, *(f"{row_id}. {text}" for text in cells)] for row_id, cells in zip(ids, texts, strict=False))
+    else:
+        rows = ([row_id, *cells] for row_id, cells in zip(ids, texts, strict=False))
+    write_table(path, PAIR_HEADER, rows)
 
 
 def read_csv(path: Path) -> list[list[str]]:

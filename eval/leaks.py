@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.encoders import Encoder
-from eval.grouping import NEAR, NEAR_TEXTS, near_pairs, plain_text
+from eval.grouping import near_pairs, plain_text
+from eval.words import near_to
 from submission.data.tables import TRIPLET_COLUMNS, has_columns, has_text, read_table
 from submission.errors import UserError
 from submission.types import Pair
@@ -27,7 +28,7 @@ class Shared:
     Attributes:
         rows: of the test set that have such a text.
         exact: the training set has it too, but for case, punctuation and blanks.
-        near: the training set has a near-duplicate (see `eval.grouping`), exact ones included.
+        near: the training set has a near-duplicate (see `eval.grouping` and `eval.words`), exact ones included.
     """
 
     rows: int
@@ -45,8 +46,7 @@ def shared(train: Path, test: Path, encoder: Encoder) -> dict[str, Shared]:
     for column in TRIPLET_COLUMNS[1:]:
         if has_columns(train, [column]) and has_columns(test, [column]):
             known, asked = ([row.cells[0] for row in read_table(path, [column])] for path in (train, test))
-            near = NEAR if column == "rewrite_prompt" else NEAR_TEXTS
-            found[column] = _count(known, asked, encoder, near)
+            found[column] = _count(known, asked, encoder if column == "rewrite_prompt" else None)
     return found
 
 
@@ -102,9 +102,11 @@ def _hash(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
-def _count(train: Sequence[str], test: Sequence[str], encoder: Encoder, near: float) -> Shared:
+def _count(train: Sequence[str], test: Sequence[str], encoder: Encoder | None) -> Shared:
+    """Near-duplicates by embedding, or by their words without an encoder."""
     train, test = ([text for text in texts if has_text(text)] for texts in (train, test))
     known = {plain_text(text) for text in train}
     exact = {index for index, text in enumerate(test) if plain_text(text) in known}
-    nearly, _ = near_pairs(test, list(dict.fromkeys(train)), encoder, near)
-    return Shared(len(test), len(exact), len(exact | set(nearly.tolist())))
+    distinct = list(dict.fromkeys(train))
+    nearly = near_pairs(test, distinct, encoder)[0].tolist() if encoder else near_to(test, distinct)
+    return Shared(len(test), len(exact), len(exact | set(nearly)))

@@ -99,7 +99,7 @@ def test_sources_of_training_sets_may_lie_there(stored: Objects) -> None:
     write_table(Path("s3://bucket/sets/a.csv"), ("rewrite_prompt",), [("Make it rhyme.",)])
     stored["bucket/sets/b.jsonl"] = b'{"rewrite_prompt": "Make it short."}'
     files = resolve("s3://bucket/sets")
-    assert [read_records(file, ["rewrite_prompt"])[1] for file in files] == [
+    assert [list(read_records(file, ["rewrite_prompt"])[1]) for file in files] == [
         [{"rewrite_prompt": "Make it rhyme."}], [{"rewrite_prompt": "Make it short."}],
     ]  # fmt: skip
 

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.encoders import Encoder
+from eval.grouping import connected
 from submission.calls.likelihoods import Likelihoods
 from submission.calls.log import Log
 from submission.calls.models import open_models
@@ -27,8 +28,8 @@ from tests.conftest import ROOT, Cli, command, environment, read_csv, runner, wr
 from train.cleaning import Cleaner, Cleaning, DataRow, clean_prompt
 from train.prompts import generate, take, take_distinct, without_near_duplicates
 from train.rewrites import pair_up
-from train.screens import Screens, by_embedding, by_likelihood, by_text, is_refusal, leaks_prompt
-from train.splits import Splitting, connected, group_rows, shared, split
+from train.screens import Screens, by_likelihood, by_likeness, by_text, is_refusal, leaks_prompt
+from train.splits import Splitting, group_rows, shared, split
 from train.texts import TOPICS, WordLimits, is_loop, requests, select, tidy
 
 TRIPLETS = ("id", "original_text", "rewritten_text", "rewrite_prompt")
@@ -138,10 +139,10 @@ def test_loops_are_told_from_prose(example_pairs: list[Pair]) -> None:
     assert tidy("no sentence at all") == ""
 
 
-def test_near_copies_of_texts_go(encoder: Encoder) -> None:
+def test_near_copies_of_texts_go() -> None:
     text = "The council met on Monday to talk about the leaking roof of the library and the price of slate in winter."
     kept = select([text, text + " It rained.", "Whales sing. Nobody knows why, but many have tried to find out " * 2],
-                  WordLimits(5, 100), encoder)  # fmt: skip
+                  WordLimits(5, 100))  # fmt: skip
     assert kept.texts[0] == text
     assert kept.dropped["near-duplicate"] == 1
 
@@ -321,8 +322,10 @@ def test_unchanged_and_unrelated_texts_go(encoder: Encoder) -> None:
     text = "The ferry left the harbour at dawn with nine passengers, two goats and a piano."
     rows = [row(1, text, text), row(2, text, "At dawn a ferry with goats and a piano aboard put out to sea."),
             row(3, text, "def f(x): return x ** 2")]  # fmt: skip
-    assert [reason[:9] for reason in by_embedding(rows, Screens(), encoder)] == ["text unch", "", "rewrite u"]
-    assert by_embedding(rows, Screens(unchanged=0, unrelated=0), encoder) == [""] * 3
+    assert [reason[:9] for reason in by_likeness(rows, Screens(), encoder)] == ["text unch", "", "rewrite u"]
+    assert by_likeness(rows, Screens(unchanged=0, unrelated=0), encoder) == [""] * 3
+    encoder = Encoder("none", Path("none"))  # what shares words and is written anew needs none
+    assert by_likeness(rows[1:2], Screens(), encoder) == [""]
 
 
 def never() -> Backend:
@@ -394,7 +397,8 @@ def test_adversarial_rows_share_nothing_across_splits(encoder: Encoder) -> None:
         row(20 + n, original="One text for all of these rows, word by word.", style=f"style {n}") for n in range(4)
     ]
     bridge = [row(30, original=texts[0].original_text, prompt="Sing it to the moon", style="A Pirate")]
-    others = [row(40 + n, f"{word} are found in the north.", f"In the north there are {word}.", f"Make it about {word}")
+    others = [row(40 + n, f"{word} of every size were found here.", f"Here we found large {word}, and small ones too.",
+                  f"Make it about {word}")
               for n, word in enumerate(("whales", "volcanoes", "pianos", "engines", "mushrooms", "taxes"))]  # fmt: skip
     rows = [*chain, *styles, *texts, *bridge, *others]
     groups = group_rows(rows, encoder, Splitting(near_prompts=0.67)).tolist()
@@ -515,7 +519,7 @@ def test_what_cannot_be_prepared_is_said_in_a_line_or_two(
         TRIPLETS,
     )
     write_csv(tmp_path / "two.csv", [("1", "One text")], ("id", "original_text"))
-    (tmp_path / "bad.jsonl").write_text('{"a": 1}\n{"a": \n')
+    (tmp_path / "bad.jsonl").write_text(json.dumps(dict.fromkeys(TRIPLETS, "a")) + '\n{"a": \n')
     (tmp_path / "empty.toml").write_text("")
     done = run(*arguments)
     assert done.code == 2, done.err

@@ -32,10 +32,12 @@ def really_kept(base: Path, config: Sft) -> int:
     """Bytes that autograd saves of a batch with real numbers, and three times its logits in 32 bits, for the loss."""
     from peft import get_peft_model
 
-    from train.trainer import keep_trainable_in_float32, load_base
+    from train.trainer import keep_trainable_in_float32, load_base, skip_casts
 
     model = get_peft_model(load_base(base, config.dtype, load_in_4bit=False, cuda=False), lora_config(config)).train()
     keep_trainable_in_float32(model)
+    if config.dtype != "float32":
+        skip_casts(model)
     kept: dict[int, torch.Tensor] = {}
 
     def save(tensor: torch.Tensor) -> torch.Tensor:

@@ -90,20 +90,18 @@ def texts(
     settings: SettingsOption = None,
     seed: Seed = 0,
     fresh: FreshOption = False,
-    encoder: EncoderOption = "",
 ) -> None:
     """Collect original texts from files, or have a model write them; drops near-duplicates and endless repetition.
 
     Writing is resumed by the same command.
     """
-    from eval.encoders import find_encoder
     from submission.backends import model_spec
     from train.stages import Texts, make_texts
 
     spec = model_spec(backend, model, adapter, settings) if write else None
     paths = tuple(str(path) for path in sources or [])
     config = Texts(paths, write, str(topics or ""), min_words, max_words, temperature, max_new_tokens, seed)
-    make_texts(config, output, spec, find_encoder(encoder), fresh=fresh)
+    make_texts(config, output, spec, fresh=fresh)
 
 
 @app.command()

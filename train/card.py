@@ -11,6 +11,7 @@ from pathlib import Path
 from eval.scoring import one_line
 from submission.data.files import atomic_path, atomic_writer
 from train.cleaning import DataRow
+from train.rows import Rows, RowStore
 
 NAME, PLOT = "README.md", "lengths.png"
 _EXAMPLES = 3
@@ -23,15 +24,17 @@ class PreparedData:
     """What came out of `prepare`.
 
     Attributes:
+        rows: all that were read.
         splits: rows by split, in the order of their file.
         read: rows by source.
-        dropped: (row, stage, reason) of every row that is in no split.
+        dropped: (number of the row, stage, reason) of every row that is in no split.
         files: hash by file of the sources.
     """
 
-    splits: dict[str, list[DataRow]] = field(default_factory=dict)
+    rows: RowStore = field(default_factory=RowStore)
+    splits: dict[str, Rows] = field(default_factory=dict)
     read: Counter[str] = field(default_factory=Counter)
-    dropped: list[tuple[DataRow, str, str]] = field(default_factory=list)
+    dropped: list[tuple[int, str, str]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
 
 
@@ -72,16 +75,17 @@ def plot_lengths(path: Path, splits: Mapping[str, Sequence[DataRow]]) -> None:
 def _lines(
     made: PreparedData, hashes: Mapping[str, str], licences: Mapping[str, str], groups: int, encoder: str
 ) -> Iterator[str]:
-    rows = [row for part in made.splits.values() for row in part]
+    rows = Rows(made.rows, [number for part in made.splits.values() for number in part.numbers])
     yield "# Data card"
     yield ""
     yield f"{len(rows)} triplets for prompt recovery, made by `python -m train prepare`. The splits share no prompt,"
     yield "style or text: rows with one in common, to the letter or nearly, form a group, and groups are not divided"
-    yield f"(with `by = row` they are). There are {groups} groups; near-duplicates were found by {encoder}."
+    yield f"(with `by = row` they are). There are {groups} groups. Near-duplicate prompts were found by {encoder},"
+    yield "texts by the words that they share."
     yield ""
     yield from _table(("split", "rows", "distinct prompts", "styles", "distinct texts", "hash"), (
         (name, len(part), len({r.rewrite_prompt for r in part}), len({r.style for r in part if r.style}),
-         len({r.original_text for r in part}), f"`{hashes.get(f'{name}.parquet', '')[:16]}`")
+         len({hash(r.original_text) for r in part}), f"`{hashes.get(f'{name}.parquet', '')[:16]}`")
         for name, part in made.splits.items()
     ))  # fmt: skip
     yield "## Where rows went"

@@ -7,6 +7,7 @@ this project grew from ("the seed"), each of which can be switched off.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -77,10 +78,10 @@ class Cleaner:
 
     Args:
         rules: which.
-        seen: texts and prompt of the rows that were kept, of all sources; it grows.
+        seen: digests of the rows that were kept, of all sources; it grows.
     """
 
-    def __init__(self, rules: Cleaning, seen: set[tuple[str, str, str]]) -> None:
+    def __init__(self, rules: Cleaning, seen: set[bytes]) -> None:
         self._rules = rules
         self._seen = seen
         self._kept = 0
@@ -88,13 +89,14 @@ class Cleaner:
     def __call__(self, row: DataRow) -> tuple[DataRow, str]:
         """The cleaned row, and why it is dropped; "" if it stays."""
         row = replace(row, rewrite_prompt=clean_prompt(row.rewrite_prompt, self._rules))
-        reason = next(self._reasons(row), "")
+        digest = _digest(row)
+        reason = next(self._reasons(row, digest), "")
         if not reason:
             self._kept += 1
-            self._seen.add((row.original_text, row.rewritten_text, row.rewrite_prompt))
+            self._seen.add(digest)
         return row, reason
 
-    def _reasons(self, row: DataRow) -> Iterator[str]:
+    def _reasons(self, row: DataRow, digest: bytes) -> Iterator[str]:
         rules = self._rules
         cells = {"original_text": row.original_text, "rewritten_text": row.rewritten_text,
                  "rewrite_prompt": row.rewrite_prompt}  # fmt: skip
@@ -106,7 +108,16 @@ class Cleaner:
                            ("rewritten_text", rules.max_rewritten_chars)):  # fmt: skip
             if most and len(cells[name]) > most:
                 yield f"{name} longer than {most} characters"
-        if rules.duplicates and (row.original_text, row.rewritten_text, row.rewrite_prompt) in self._seen:
+        if rules.duplicates and digest in self._seen:
             yield "duplicate of an earlier row"
         if rules.max_rows and self._kept >= rules.max_rows:
             yield f"beyond the {rules.max_rows} rows of a source"
+
+
+def _digest(row: DataRow) -> bytes:
+    """Of texts and prompt, in place of which it is kept."""
+    digest = hashlib.blake2b(digest_size=16)
+    for cell in (row.original_text, row.rewritten_text, row.rewrite_prompt):
+        content = cell.encode("utf-8", "surrogatepass")
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.digest()

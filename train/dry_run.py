@@ -9,10 +9,10 @@ from submission.backends.transformers.loading import stay_offline_and_quiet
 from submission.backends.transformers.tokenizer import HfTokenizer
 from submission.progress import print_line, spelled_out
 from train.bases import base_folder
-from train.memory import Size, measure
+from train.memory import planned
 from train.sft import PreparedTuning, check_installed, prepare
 from train.sft_config import Sft
-from train.trainer import batch_order, device_count
+from train.trainer import device_count
 
 
 def look(config: Sft) -> None:
@@ -46,7 +46,7 @@ def lines(config: Sft, ready: PreparedTuning) -> Iterator[str]:
     epoch, steps = config.steps(len(ready.train), device_count())
     tokens = sum(len(example.ids) for example in ready.train)
     yield f"{'steps':<12}{steps:>7}, {epoch} an epoch; {tokens / epoch:.0f} tokens a step"
-    size = planned(config, ready)
+    size = planned(config, ready.base, ready.train)
     yield (
         f"{'parameters':<12}{size.parameters / 1e6:>7.1f} M, {size.trainable / 1e6:.2f} M of them trainable "
         f"({size.trainable / size.parameters:.2%})"
@@ -56,17 +56,6 @@ def lines(config: Sft, ready: PreparedTuning) -> Iterator[str]:
         f"{size.optimizer / 1e9:.2f}, activations of the longest batch {size.activations / 1e9:.1f}"
         + (f", Python {size.process / 1e9:.1f}" if size.process else "")
     )
-
-
-def planned(config: Sft, ready: PreparedTuning) -> Size:
-    """What training on these examples takes; see `measure`."""
-    lengths = [len(example.ids) for example in ready.train]
-    order = batch_order(lengths, config.batch * config.accumulation * device_count(), config.seed)
-    batches = [order[start : start + config.batch] for start in range(0, len(order), config.batch)]
-    columns = max(  # from before the first answer of a batch to the end of its longest row
-        max(lengths[row] for row in rows) - min(ready.train[row].answer_from for row in rows) + 1 for rows in batches
-    )
-    return measure(config, ready.base, max(lengths), columns)
 
 
 def show_example(ready: PreparedTuning) -> None:

@@ -27,6 +27,7 @@ from train.trainer import device_count, training_dtype
 _TEXTS = ("original_text", "rewritten_text")
 _CHARACTERS = 4.2  # of a token of English, about
 _TEMPLATE, _ANSWER = 60, 15  # tokens of a template, and of a prompt that was recovered
+_EMBEDDED = 0.2  # of the rows: others are told apart by their words
 _ENCODER, _TARGET = 10.6e6, 106e6  # parameters of the layers of MiniLM, and of the embedded model
 _SHARES = {"prepare": 0.2, "sft": 0.4, "score": 0.7, "export": 0.3, "make": 0.1}  # of the matrices' pace
 _PASSES = {"zero_shot": 1.0, "default": 5.3, "best_of": 5.3}  # times of one answer a row: two models choose among ten
@@ -70,7 +71,7 @@ def forecast(run: Run) -> list[Stage]:
         made = 2 * run.making.texts.write * run.making.texts.max_new_tokens + rows.count * rows.mean
         stages.append(Stage("make triplets", _FIXED["make"] + 2 * _TARGET * made / (pace * _SHARES["make"]), 1.7e9))
     if run.recipe:
-        work = 2 * _ENCODER * rows.count * (rows.mean + _ANSWER)
+        work = 2 * _ENCODER * rows.count * (_EMBEDDED * rows.mean + _ANSWER)
         stages.append(Stage("prepare", _FIXED["prepare"] + work / (pace * _SHARES["prepare"]), 1.0e9))
     if run.sft is None:
         return stages

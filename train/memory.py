@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from submission.backends.transformers.loading import load_config
 from submission.errors import UserError, first_line
+from train.encoding import TrainingExample
 from train.sft_config import Sft
-from train.trainer import lora_config, training_dtype, weights_dtype
+from train.trainer import batch_order, device_count, lora_config, skip_casts, training_dtype, weights_dtype
 
 LOG = logging.getLogger(__name__)
 
@@ -42,6 +44,17 @@ class Size:
     def total(self) -> float:
         """Bytes, of the GPU where there is one."""
         return self.weights + self.optimizer + self.activations + self.process
+
+
+def planned(config: Sft, base: Path, train: Sequence[TrainingExample]) -> Size:
+    """What training on these examples takes; see `measure`."""
+    lengths = [len(example.ids) for example in train]
+    order = batch_order(lengths, config.batch * config.accumulation * device_count(), config.seed)
+    batches = [order[start : start + config.batch] for start in range(0, len(order), config.batch)]
+    columns = max(  # from before the first answer of a batch to the end of its longest row
+        max(lengths[row] for row in rows) - min(train[row].answer_from for row in rows) + 1 for rows in batches
+    )
+    return measure(config, base, max(lengths), columns)
 
 
 def measure(config: Sft, base: Path, longest: int, answer: int) -> Size:
@@ -75,6 +88,8 @@ def measure(config: Sft, base: Path, longest: int, answer: int) -> Size:
                 tuned = get_peft_model(model, lora_config(config))
         except ValueError as error:
             raise UserError(f"[sft] cannot be set up: {first_line(error)}") from error
+    if dtype != "float32":
+        skip_casts(tuned)
     trainable = tuned.get_nb_trainable_parameters()[0]
     in_4bit = linear if config.load_in_4bit else 0
     text = shape.get_text_config()

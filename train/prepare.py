@@ -15,6 +15,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 
 from eval.encoders import Encoder
@@ -29,6 +30,7 @@ from train import card, screens
 from train.card import PreparedData
 from train.cleaning import Cleaner, DataRow
 from train.recipe import DataSource, Recipe
+from train.rows import Rows
 from train.sources import read_records, resolve
 from train.splits import SPLITS, group_rows, shared, split
 
@@ -38,6 +40,7 @@ OOD = "ood"
 _BESIDE = ("dropped.csv", card.NAME, card.PLOT)
 _NEEDED = ("original_text", "rewritten_text", "rewrite_prompt")
 _OPTIONAL = ("id", "kind", "style")
+_CHUNK = 2_000  # rows that are read at a time
 
 
 def prepare(recipe: Recipe, output: Path, encoder: Encoder, *, fresh: bool = False) -> bool:
@@ -62,26 +65,26 @@ def prepare(recipe: Recipe, output: Path, encoder: Encoder, *, fresh: bool = Fal
     if not fresh and up_to_date(output / "data", mark):
         LOG.info(f"{output} is made of the same sources by the same recipe: nothing to do (--fresh makes it anew)")
         return False
-    rows = _clean(recipe, files, made)
-    rows = _screen(recipe, rows, made, encoder, output, fresh=fresh)
+    rows = _screen(recipe, Rows(made.rows, _clean(recipe, files, made)), made, encoder, output, fresh=fresh)
     ood_names = {_name(source, path) for source, path in files if source.ood}
-    known = _mix(recipe, [row for row in rows if row.source not in ood_names], made)
-    others = [row for row in rows if row.source in ood_names]
+    known = _mix(recipe, [number for number in rows.numbers if made.rows.sources[number] not in ood_names], made)
+    others = [number for number in rows.numbers if made.rows.sources[number] in ood_names]
     if not known:
         raise UserError(f"no row is left: {_reasons(made)}")
     LOG.info(f"grouping {len(known) + len(others)} rows by prompt, style and text")
-    groups = group_rows([*known, *others], encoder, recipe.split).tolist()
+    groups = group_rows(Rows(made.rows, [*known, *others]), encoder, recipe.split).tolist()
     places = split(groups[: len(known)], recipe.split)
-    made.splits = {name: [row for row, place in zip(known, places, strict=True) if place == name] for name in SPLITS
-                   if recipe.split.shares[name] > 0}  # fmt: skip
+    made.splits = {name: Rows(made.rows, [number for number, place in zip(known, places, strict=True) if place == name])
+                   for name in SPLITS if recipe.split.shares[name] > 0}  # fmt: skip
     if ood_names:
         taken = set(groups[: len(known)])
-        made.splits[OOD] = []
-        for row, group in zip(others, groups[len(known) :], strict=True):
+        apart = []
+        for number, group in zip(others, groups[len(known) :], strict=True):
             if group in taken and recipe.split.by == "group":
-                made.dropped.append((row, "split", "shares a prompt, style or text with the training sources"))
+                made.dropped.append((number, "split", "shares a prompt, style or text with the training sources"))
             else:
-                made.splits[OOD].append(row)
+                apart.append(number)
+        made.splits[OOD] = Rows(made.rows, apart)
     if recipe.split.by == "group":
         leaks = shared(made.splits)
         assert not leaks, leaks  # the splitter's promise
@@ -95,9 +98,10 @@ def prepare(recipe: Recipe, output: Path, encoder: Encoder, *, fresh: bool = Fal
     return True
 
 
-def _clean(recipe: Recipe, files: Sequence[tuple[DataSource, Path]], made: PreparedData) -> list[DataRow]:
-    kept: list[DataRow] = []
-    seen: set[tuple[str, str, str]] = set()
+def _clean(recipe: Recipe, files: Sequence[tuple[DataSource, Path]], made: PreparedData) -> list[int]:
+    """Numbers of the rows that pass the rules of cleaning and the screens by text."""
+    kept: list[int] = []
+    seen: set[bytes] = set()
     ids: set[str] = set()
     for source, path in files:
         cleaner = Cleaner(recipe.cleaning, seen)
@@ -106,11 +110,14 @@ def _clean(recipe: Recipe, files: Sequence[tuple[DataSource, Path]], made: Prepa
         for row in _rows(source, path, name, ids):
             made.read[name] += 1
             row, reason = cleaner(row)
+            number = made.rows.add(row)
             if reason:
-                made.dropped.append((row, "cleaning", reason))
+                made.dropped.append((number, "cleaning", reason))
+            elif reason := screens.by_text(row, recipe.screens):
+                made.dropped.append((number, "screen", reason))
             else:
-                kept.append(row)
-        LOG.info(f"{name}: {made.read[name]} rows read, {len(kept) - before} left after cleaning")
+                kept.append(number)
+        LOG.info(f"{name}: {made.read[name]} rows read, {len(kept) - before} left after cleaning and screens by text")
     return kept
 
 
@@ -118,14 +125,15 @@ def _rows(source: DataSource, path: Path, name: str, ids: set[str]) -> Iterator[
     columns = {column: source.columns.get(column, column) for column in (*_NEEDED, *_OPTIONAL)}
     there, records = read_records(path, set(columns.values()))
     missing = [columns[column] for column in _NEEDED if columns[column] not in there]
-    if not there or (not records and not missing):
+    if not there:
         raise UserError(f"{path} has no row")
     if missing:
         raise UserError(
             f"{path}: missing column {', '.join(missing)}\nFound: {', '.join(there)}. Map names in the recipe: "
             "columns = { rewrite_prompt = 'their name' }"
         )
-    for number, record in enumerate(records[: source.limit or None], start=1):
+    number = 0
+    for number, record in enumerate(islice(records, source.limit or None), start=1):
         cells = {column: record.get(theirs, "") for column, theirs in columns.items()}
         row_id = cells.pop("id") or f"{number:06}"
         if row_id in ids:
@@ -134,21 +142,21 @@ def _rows(source: DataSource, path: Path, name: str, ids: set[str]) -> Iterator[
             row_id += "'"
         ids.add(row_id)
         yield DataRow(row_id, source=name, **cells)
+    if not number:
+        raise UserError(f"{path} has no row")
 
 
-def _screen(
-    recipe: Recipe,
-    rows: Sequence[DataRow],
-    made: PreparedData,
-    encoder: Encoder,
-    output: Path,
-    *,
-    fresh: bool,
-) -> list[DataRow]:
+def _screen(recipe: Recipe, rows: Rows, made: PreparedData, encoder: Encoder, output: Path, *, fresh: bool) -> Rows:
     asked = recipe.screens
-    left = _drop(rows, [screens.by_text(row, asked) for row in rows], made)
-    LOG.info(f"{len(left)} rows left after screens by text; embedding them")
-    left = _drop(left, screens.by_embedding(left, asked, encoder), made)
+    LOG.info(f"comparing the texts of {len(rows)} rows")
+    reasons: list[str] = []
+    with show_progress(len(rows), 0, doing="screening", unit="rows") as progress:
+        for start in range(0, len(rows), _CHUNK):
+            found = screens.by_likeness(list(rows[start : start + _CHUNK]), asked, encoder)
+            reasons += found
+            for _ in found:
+                progress.advance()
+    left = _drop(rows, reasons, made)
     if asked.needs_model and left:
         output.mkdir(parents=True, exist_ok=True)
         total = len(left) * (bool(asked.naturalness) + 2 * bool(asked.matters))
@@ -157,21 +165,22 @@ def _screen(
             session(output / "likelihoods", {"target": recipe.model.spec()}, fresh=fresh) as models,
             show_progress(total, 0, doing="screening", unit="likelihoods") as progress,
         ):
-            reasons = screens.by_likelihood(left, asked, Likelihoods(models["target"]), progress.advance)
+            reasons = screens.by_likelihood(list(left), asked, Likelihoods(models["target"]), progress.advance)
         left = _drop(left, reasons, made)
     return left
 
 
-def _drop(rows: Sequence[DataRow], reasons: Sequence[str], made: PreparedData) -> list[DataRow]:
-    made.dropped += [(row, "screen", reason) for row, reason in zip(rows, reasons, strict=True) if reason]
-    return [row for row, reason in zip(rows, reasons, strict=True) if not reason]
+def _drop(rows: Rows, reasons: Sequence[str], made: PreparedData) -> Rows:
+    judged = list(zip(rows.numbers, reasons, strict=True))
+    made.dropped += [(number, "screen", reason) for number, reason in judged if reason]
+    return Rows(made.rows, [number for number, reason in judged if not reason])
 
 
-def _mix(recipe: Recipe, rows: Sequence[DataRow], made: PreparedData) -> list[DataRow]:
+def _mix(recipe: Recipe, rows: Sequence[int], made: PreparedData) -> list[int]:
     """Rows in a seeded order in which every beginning has the sources in their shares, cut to size."""
-    by_source: dict[str, list[DataRow]] = {}
-    for row in rows:
-        by_source.setdefault(row.source, []).append(row)
+    by_source: dict[str, list[int]] = {}
+    for number in rows:
+        by_source.setdefault(made.rows.sources[number], []).append(number)
     for name, part in by_source.items():
         random.Random(f"{recipe.mix.seed} {name}").shuffle(part)
     given = {_name(source, path): source.share for source in recipe.sources if not source.ood
@@ -185,7 +194,7 @@ def _mix(recipe: Recipe, rows: Sequence[DataRow], made: PreparedData) -> list[Da
     size = min(recipe.mix.size or len(rows), len(rows), int(most + 1e-6))
     if recipe.mix.size > size:
         raise UserError(f"[mix] size={recipe.mix.size}: the sources give {size} rows in these shares")
-    mixed: list[DataRow] = []
+    mixed: list[int] = []
     taken = dict.fromkeys(by_source, 0)
     while len(mixed) < size:
         behind = {name: (len(mixed) + 1) * shares[name] / total - taken[name] for name, part in by_source.items()
@@ -194,7 +203,7 @@ def _mix(recipe: Recipe, rows: Sequence[DataRow], made: PreparedData) -> list[Da
         mixed.append(by_source[name][taken[name]])
         taken[name] += 1
     for name, part in by_source.items():
-        made.dropped += [(row, "mix", "beyond the share or size asked for") for row in part[taken[name] :]]
+        made.dropped += [(number, "mix", "beyond the share or size asked for") for number in part[taken[name] :]]
     return mixed
 
 
@@ -210,7 +219,11 @@ def _write(recipe: Recipe, output: Path, made: PreparedData, mark: str, encoder:
         _write_rows(output / "subsets" / f"train-{size}.parquet", made.splits["train"][:size])
     write_table(
         output / "dropped.csv", ("id", "source", "stage", "reason", "rewrite_prompt"),
-        [(row.id, row.source, stage, reason, row.rewrite_prompt) for row, stage, reason in made.dropped],
+        (
+            (row.id, row.source, stage, reason, row.rewrite_prompt)
+            for number, stage, reason in made.dropped
+            for row in (made.rows.row(number),)
+        ),
     )  # fmt: skip
     hashes = {str(path.relative_to(output)): content_hash(path) for path in wanted if path.suffix == ".parquet"}
     licences = {source.path: source.licence for source in recipe.sources}

@@ -190,7 +190,7 @@ def _make_triplets(run: Run, making: Making, recipe: Recipe, encoder: Encoder, *
     LOG.info("prompts")
     make_prompts(making.prompts, prompts, lambda: find_encoder(str(encoder.folder), cached=False), fresh=fresh)
     LOG.info("texts")
-    make_texts(making.texts, texts, spec, encoder, fresh=fresh)
+    make_texts(making.texts, texts, spec, fresh=fresh)
     LOG.info("rewrites")
     make_rewrites(making.rewrites, prompts, texts, run.output / _MADE, spec, fresh=fresh)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from eval.encoders import Encoder
 from eval.grouping import plain_text
 from eval.metric import sharpened_cosine
+from eval.words import likeness
 from submission.calls.likelihoods import Likelihoods
 from submission.prompts.templates import render_rewrite
 from submission.types import Chat, Message, Part
@@ -26,6 +27,9 @@ _REFUSAL = re.compile(
     r"|unfortunately, i|i apologi[sz]e|(?:please|could you) (?:please )?provide (?:me with )?(?:the|a|more))",
     re.IGNORECASE,
 )
+# Long words that related texts share, and the likeness by words (`eval.words`) that unchanged ones have. Of 1,723
+# rewrites, 400 of them by a larger model, 138 are unchanged by the default thresholds and 47 unrelated; one is missed.
+_LONG_WORD, _SHARED, _ALIKE = re.compile(r"\w{4,}"), 4, 0.3
 _LEAK_CHARS = 12  # a prompt shorter than this may stand in a text by chance
 _NO_LIKELIHOOD = "too long for the context of the model that screens"
 _SAYS_PROMPT = "Write one instruction that tells a writer how to rewrite a text."
@@ -84,21 +88,34 @@ def leaks_prompt(prompt: str, rewritten: str, original: str = "") -> bool:
     return len(wanted) >= _LEAK_CHARS and wanted in plain_text(rewritten) and wanted not in plain_text(original)
 
 
-def by_embedding(rows: Sequence[DataRow], screens: Screens, encoder: Encoder) -> list[str]:
-    """Why each row is dropped by the likeness of its texts; "" if it stays."""
-    if not rows or not (screens.unchanged or screens.unrelated):
+def by_likeness(rows: Sequence[DataRow], screens: Screens, encoder: Encoder) -> list[str]:
+    """Why each row is dropped by the likeness of its texts; "" if it stays.
+
+    Texts that share words, but few stretches of them, are neither unchanged nor unrelated by the default thresholds and
+    stricter ones: they are not embedded.
+    """
+    if not (screens.unchanged or screens.unrelated):
         return [""] * len(rows)
-    vectors = encoder.embed([row.original_text for row in rows] + [row.rewritten_text for row in rows])
-    scores = sharpened_cosine(vectors[: len(rows)], vectors[len(rows) :])
-    reasons = []
-    for row, score in zip(rows, scores.tolist(), strict=True):
+    reasons = [""] * len(rows)
+    usual = Screens()
+    strict = not 0 < screens.unchanged < usual.unchanged and screens.unrelated <= usual.unrelated
+    unsure = [number for number, row in enumerate(rows) if not (strict and _plainly_rewritten(row))]
+    if not unsure:
+        return reasons
+    texts = [text for number in unsure for text in (rows[number].original_text, rows[number].rewritten_text)]
+    vectors = encoder.embed(texts)
+    for number, score in zip(unsure, sharpened_cosine(vectors[::2], vectors[1::2]).tolist(), strict=True):
+        row = rows[number]
         if screens.unchanged and (score >= screens.unchanged or row.original_text == row.rewritten_text):
-            reasons.append(f"text unchanged (score of at least {screens.unchanged:g})")
+            reasons[number] = f"text unchanged (score of at least {screens.unchanged:g})"
         elif screens.unrelated and score < screens.unrelated:
-            reasons.append(f"rewrite unrelated to the text (score below {screens.unrelated:g})")
-        else:
-            reasons.append("")
+            reasons[number] = f"rewrite unrelated to the text (score below {screens.unrelated:g})"
     return reasons
+
+
+def _plainly_rewritten(row: DataRow) -> bool:
+    one, other = (set(_LONG_WORD.findall(text.casefold())) for text in (row.original_text, row.rewritten_text))
+    return len(one & other) >= _SHARED and likeness(row.original_text, row.rewritten_text) < _ALIKE
 
 
 def by_likelihood(

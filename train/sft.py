@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from submission.backends import require
+from submission.backends.common import free_memory
 from submission.backends.models import NOTE
 from submission.backends.transformers.loading import load_tokenizer, stay_offline_and_quiet
 from submission.data.files import atomic_path, read_json, write_json
@@ -32,10 +33,11 @@ from submission.prompts.templates import get_template
 from submission.types import Triplet
 from train.bases import base_folder
 from train.encoding import TrainingExample
+from train.memory import planned
 from train.session import steps_of
 from train.sft_config import Sft
 from train.tasks import TuningTask, make_task
-from train.trainer import FSDP, device_count, make_trainer, training_dtype
+from train.trainer import FSDP, device_count, make_trainer, on_gpu, return_freed_memory, training_dtype
 from train.watch import watcher
 
 LOG = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ LOG = logging.getLogger(__name__)
 
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
 _CURVE, _MARKS = "training.png", "sft.json"
+_HEAP = 3  # times the memory that is planned: what freed tensors leave in the heap fits beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,8 @@ def sft(config: Sft, output: Path, *, fresh: bool = False) -> Path:
     epoch, steps = config.steps(len(ready.train), device_count())
     LOG.info(f"{len(ready.train)} rows, {sum(len(e.ids) for e in ready.train)} tokens, {epoch} steps an epoch, "
         f"{training_dtype(config)}{', 4 bits' if config.load_in_4bit else ''}")  # fmt: skip
+    if not on_gpu() and _HEAP * planned(config, base, ready.train).total > free_memory():
+        return_freed_memory()
     last = _last_checkpoint(checkpoints)
     done = int(last.name.rpartition("-")[2]) if last else 0
     if last:

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
 
 from submission.backends import require
 from submission.data.files import atomic_folder, cache_folder, files_in, is_folder, on_store, open_binary
-from submission.data.tables import header_of, read_table
+from submission.data.tables import header_of, stream_table
 from submission.errors import UserError
 
 KAGGLE = "kaggle:"
@@ -21,22 +22,27 @@ _TABLES = (".csv", ".parquet", ".jsonl", ".ndjson")
 Record = Mapping[str, str]
 
 
-def read_records(path: Path, wanted: Collection[str]) -> tuple[list[str], list[Record]]:
-    """The names of a table's columns, and all its rows as text by column; nulls become blanks.
+def read_records(path: Path, wanted: Collection[str]) -> tuple[list[str], Iterator[Record]]:
+    """The names of a table's columns, and its rows one by one, as text by column; nulls become blanks.
 
     Args:
         path: CSV, Parquet or JSONL; the columns of JSONL are those of its first line.
         wanted: columns to read, as far as there are such.
 
     Raises:
-        UserError: it is missing, not a table, or one of the columns does not hold texts; names the line.
+        UserError: it is missing, not a table, or one of the columns does not hold texts; names the line. Of a row it is
+            raised when that row is read.
     """
     if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return _read_jsonl(path, wanted)
+        lines = _read_jsonl(path, wanted)
+        first = next(lines, None)
+        if first is None:
+            return [], iter(())
+        return first[0], (record for _, record in chain([first], lines))
     names = header_of(path)
     columns = [name for name in dict.fromkeys(names) if name in wanted]
-    rows = read_table(path, columns) if columns else []
-    return names, [dict(zip(columns, row.cells, strict=True)) for row in rows]
+    rows = stream_table(path, columns) if columns else iter(())
+    return names, (dict(zip(columns, row.cells, strict=True)) for row in rows)
 
 
 def resolve(source: str) -> list[Path]:
@@ -56,9 +62,8 @@ def resolve(source: str) -> list[Path]:
     return [path]
 
 
-def _read_jsonl(path: Path, wanted: Collection[str]) -> tuple[list[str], list[Record]]:
-    names: list[str] = []
-    rows: list[Record] = []
+def _read_jsonl(path: Path, wanted: Collection[str]) -> Iterator[tuple[list[str], Record]]:
+    """All names of a line and what is wanted of it, line by line."""
     try:
         with open_binary(path) as content, TextIOWrapper(content, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
@@ -72,16 +77,14 @@ def _read_jsonl(path: Path, wanted: Collection[str]) -> tuple[list[str], list[Re
                     raise UserError(f"{path}: line {number} is not JSON: {error}") from None
                 if not isinstance(record, dict):
                     raise UserError(f"{path}: line {number} is not a JSON object")
-                names = names or list(record)
                 nested = [key for key in wanted if isinstance(record.get(key), dict | list)]
                 if nested:
                     raise UserError(f"{path}: line {number}: {nested[0]} does not hold a text but nested values")
-                rows.append({key: _text(record[key]) for key in wanted if key in record})
+                yield list(record), {key: _text(record[key]) for key in wanted if key in record}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    return names, rows
 
 
 def _text(value: object) -> str:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from eval.encoders import Encoder
-from eval.grouping import NEAR, NEAR_TEXTS, near_duplicate_groups
+from eval.grouping import NEAR, connected, near_duplicate_groups
+from eval.words import NEAR_TEXTS, near_groups
 from submission.errors import UserError
 from train.cleaning import DataRow
 
@@ -30,7 +31,8 @@ class Splitting:
     Attributes:
         train, validation, test: shares of the rows, which need not add up to 1.
         by: "group" for disjoint splits; "row" reproduces the seed, and leaks.
-        near_prompts, near_texts: how near near-duplicates are; see `eval.grouping.NEAR`.
+        near_prompts: how near near-duplicate prompts are; see `eval.grouping.NEAR`.
+        near_texts: how alike near-duplicate texts are; see `eval.words.NEAR_TEXTS`.
         seed: of the order of groups.
         folds, fold: the test set is part `fold` (from 0) of `folds` parts; train and validation share the others. 0
             folds: the test set has its share.
@@ -59,39 +61,13 @@ def group_rows(rows: Sequence[DataRow], encoder: Encoder, splitting: Splitting) 
     import numpy as np
 
     # Prompts that ask for the same style are one, whatever their words; without styles near-duplicates are.
-    styles = [row.style.casefold() for row in rows]
     marks = [
         near_duplicate_groups([row.rewrite_prompt for row in rows], encoder, splitting.near_prompts),
-        _labels(styles),
-        near_duplicate_groups([row.original_text for row in rows], encoder, splitting.near_texts),
-        near_duplicate_groups([row.rewritten_text for row in rows], encoder, splitting.near_texts),
+        _labels([row.style.casefold() for row in rows]),
+        near_groups((row.original_text for row in rows), splitting.near_texts),
+        near_groups((row.rewritten_text for row in rows), splitting.near_texts),
     ]
     return connected(np.stack(marks, axis=1))
-
-
-def connected(marks: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Components of rows that share a mark in any column.
-
-    Args:
-        marks: shape (rows, columns); a negative mark is shared with nobody.
-
-    Returns:
-        labels, shape (rows,).
-    """
-    import numpy as np
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    rows, columns = marks.shape
-    ends, offset = [], rows
-    for column in range(columns):
-        known = marks[:, column] >= 0
-        values, inverse = np.unique(marks[known, column], return_inverse=True)
-        ends.append((np.arange(rows)[known], inverse + offset))
-        offset += len(values)
-    left, right = (np.concatenate(part) for part in zip(*ends, strict=True))
-    graph = coo_array((np.ones(len(left), np.bool_), (left, right)), shape=(offset, offset))
-    return np.asarray(connected_components(graph, directed=False)[1][:rows], np.int64)
 
 
 def split(groups: Sequence[int], splitting: Splitting) -> list[str]:
@@ -152,7 +128,9 @@ def shared(rows: Mapping[str, Sequence[DataRow]]) -> list[str]:
     for number, first in enumerate(names):
         for second in names[number + 1 :]:
             for what in ("rewrite_prompt", "style", "original_text", "rewritten_text"):
-                a, b = ({getattr(row, what) for row in rows[name]} - {""} for name in (first, second))
+                a, b = (
+                    {hash(value) for row in rows[name] if (value := getattr(row, what))} for name in (first, second)
+                )
                 if a & b:
                     found.append(f"{first} and {second} share {len(a & b)} values of {what}")
     return found

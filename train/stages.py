@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.encoders import Encoder
+from eval.words import NEAR_TEXTS
 from submission.backends import ModelSpec
 from submission.calls.models import encode
 from submission.calls.session import answer, session
@@ -95,7 +96,7 @@ def make_prompts(config: Prompts, output: Path, find_encoder: Callable[[], Encod
     LOG.info(f"written to {output}: {config.size} prompts")
 
 
-def make_texts(config: Texts, output: Path, spec: ModelSpec | None, encoder: Encoder, *, fresh: bool) -> None:
+def make_texts(config: Texts, output: Path, spec: ModelSpec | None, *, fresh: bool) -> None:
     """Write original texts, read from files or written by a model."""
     if bool(config.sources) == bool(config.write):
         raise UserError("name files of texts, or say how many the model is to write (write)")
@@ -103,7 +104,7 @@ def make_texts(config: Texts, output: Path, spec: ModelSpec | None, encoder: Enc
         raise UserError(f"min_words={config.min_words} is more than max_words={config.max_words}")
     topics = Path(config.topics) if config.topics else texts.TOPICS
     inputs = {path: Path(path) for path in config.sources} or {"topics": topics}
-    marks = {"encoder": encoder.name, **_model_marks(spec if config.write else None)}
+    marks = {"near": f"{NEAR_TEXTS:g} of the words", **_model_marks(spec if config.write else None)}
     stage = _Stage("texts", output, config, inputs, marks)
     if stage.is_finished(fresh=fresh):
         return
@@ -120,7 +121,7 @@ def make_texts(config: Texts, output: Path, spec: ModelSpec | None, encoder: Enc
         told = {"failed": answers.failed}
     else:
         found = list(texts.read_texts([Path(path) for path in config.sources]))
-    kept = texts.select(found, texts.WordLimits(config.min_words, config.max_words), encoder)
+    kept = texts.select(found, texts.WordLimits(config.min_words, config.max_words))
     if not kept.texts:
         raise UserError(f"no text is left of {len(found)}: {dict(kept.dropped)}")
     stage.write(texts.COLUMNS, ((f"t{number:06}", text) for number, text in enumerate(kept.texts, start=1)))

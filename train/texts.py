@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from eval.encoders import Encoder
-from eval.grouping import NEAR_TEXTS, first_of_each
+from eval.words import NEAR_TEXTS, first_of_each
 from submission.config import read_toml
 from submission.data.tables import has_text
 from submission.errors import UserError
@@ -65,21 +64,20 @@ def read_texts(paths: Sequence[Path]) -> Iterator[str]:
             yield from (part for part in re.split(r"\n\s*\n", content) if has_text(part))
             continue
         there, records = read_records(path, _NAMES)
-        name = next((name for name in _NAMES if records and name in there), None)
+        name = next((name for name in _NAMES if name in there), None)
         if name is None:
             found = ", ".join(there) if there else "no row"
             raise UserError(f"{path}: no column of texts ({', '.join(_NAMES)})\nFound: {found}")
         yield from (record.get(name, "") for record in records)
 
 
-def select(texts: Sequence[str], limits: WordLimits, encoder: Encoder | None, near: float = NEAR_TEXTS) -> Kept:
+def select(texts: Sequence[str], limits: WordLimits, near: float = NEAR_TEXTS) -> Kept:
     """Drop what is too short, too long, degenerate or there already.
 
     Args:
         texts: in order; the first of near-duplicates stays.
         limits: of length.
-        encoder: finds near-duplicates; None for exact ones only.
-        near: see `eval.grouping.NEAR`.
+        near: see `eval.words.NEAR_TEXTS`.
     """
     dropped: Counter[str] = Counter()
     kept: dict[str, None] = {}
@@ -97,9 +95,7 @@ def select(texts: Sequence[str], limits: WordLimits, encoder: Encoder | None, ne
         else:
             kept[plain] = None
     texts = list(kept)
-    if encoder is None:
-        return Kept(texts, dropped)
-    unlike = [texts[place] for place in first_of_each(texts, encoder, near)]
+    unlike = [texts[place] for place in first_of_each(texts, near)]
     dropped["near-duplicate"] += len(texts) - len(unlike)
     return Kept(unlike, dropped)
 

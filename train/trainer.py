@@ -25,13 +25,20 @@ def device_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def on_gpu() -> bool:
+    """Whether training runs on a GPU."""
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
 def training_dtype(config: Sft) -> str:
     """`auto` is bfloat16 where the GPU or the CPU is fast with it; else float16 on GPUs, float32 on a CPU."""
     if config.dtype != "auto":
         return config.dtype
     import torch
 
-    if not torch.cuda.is_available():
+    if not on_gpu():
         return fast_dtype()
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
@@ -60,14 +67,11 @@ def make_trainer(
     Raises:
         UserError: the model cannot be loaded, or has no such layers.
     """
-    import torch
     from datasets import Dataset
     from transformers import EarlyStoppingCallback
     from trl.trainer.sft_config import SFTConfig
 
-    cuda = torch.cuda.is_available()
-    if not cuda:
-        return_freed_memory()
+    cuda = on_gpu()
     dtype = training_dtype(config)
     warnings.simplefilter("ignore", FutureWarning)  # of one library about another
     if config.tracker == "wandb":
@@ -102,6 +106,8 @@ def make_trainer(
     except ValueError as error:
         raise UserError(f"[sft] cannot be set up: {first_line(error)}") from error
     keep_trainable_in_float32(trainer.model)
+    if arguments.bf16 or arguments.fp16:
+        skip_casts(trainer.model)
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ == "PrinterCallback":  # raw dictionaries: the watcher says it
             trainer.remove_callback(callback)
@@ -123,11 +129,22 @@ def keep_trainable_in_float32(model: Any) -> None:
             parameter.data = parameter.data.to(torch.float32)
 
 
+def skip_casts(model: Any) -> None:
+    """Leave the inputs of adapters as they are under mixed precision, for autocast casts what is multiplied.
+
+    PEFT would cast each to 32 bits, and autocast back: the same numbers, and a copy kept for the backward pass.
+    """
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+
+
 def return_freed_memory() -> None:
     """Have large tensors of a CPU come from the system one by one, and go back there when they are freed.
 
     The C library (glibc) would take tensors of up to 32 MB from its heap. There short-lived ones leave holes between
-    those that the backward pass waits for: half as much memory again, which is never given back.
+    those that the backward pass waits for, so that memory grows, and is never given back. But the system blanks what it
+    gives out, which takes a third of a step's time.
     """
     with suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)

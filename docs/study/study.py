@@ -309,13 +309,13 @@ def fresh_sets() -> None:
     import pandas as pd
 
     from eval.encoders import find_encoder
-    from eval.grouping import NEAR, NEAR_TEXTS, near_pairs
+    from eval.grouping import NEAR, near_pairs
 
     rows = fresh_rows()
     known = pd.concat([pd.read_parquet(SETS / f"{part}.parquet") for part in ("train", "validation")])
     shared = style_of(rows, known).to_numpy()
     encoder = find_encoder("")
-    for column, near in (("rewrite_prompt", NEAR), ("original_text", NEAR_TEXTS), ("rewritten_text", NEAR_TEXTS)):
+    for column, near in (("rewrite_prompt", NEAR), ("original_text", 0.9), ("rewritten_text", 0.9)):
         ours, _ = near_pairs(list(rows[column]), list(known[column]), encoder, near)
         shared[ours] = True
     rows[~shared].to_parquet(FRESH, index=False)

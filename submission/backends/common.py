@@ -170,6 +170,11 @@ def row_buffer(size: int) -> NDArray[np.float32]:
 
 def memory_budget() -> int:
     """Bytes that a KV cache may take when nobody says: a quarter of the memory that is free, at least 256 MB."""
+    return max(256 << 20, free_memory() // 4)
+
+
+def free_memory() -> int:
+    """Bytes of memory that a new process could take; 8 GB where the system does not say."""
     free = 8 << 30
     with suppress(OSError, ValueError):
         fields = Path("/proc/meminfo").read_text(encoding="ascii").split()
@@ -177,7 +182,7 @@ def memory_budget() -> int:
     with suppress(OSError, ValueError):  # a container may have less; "max" is no number
         bound, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text("ascii")) for name in ("max", "current"))
         free = min(free, bound - used)
-    return max(256 << 20, free // 4)
+    return free
 
 
 def stop_at(text: str, stop: tuple[str, ...]) -> str | None:

@@ -71,11 +71,12 @@ def _planned(config: Any) -> Any:
     """What `train sft --dry-run` estimates."""
     from submission.backends.transformers.loading import stay_offline_and_quiet
     from train.bases import base_folder
-    from train.dry_run import planned
+    from train.memory import planned
     from train.sft import prepare
 
     stay_offline_and_quiet()
-    return planned(config, prepare(config, base_folder(config.base)))
+    ready = prepare(config, base_folder(config.base))
+    return planned(config, ready.base, ready.train)
 
 
 def _stopped_in_the_middle(whole: Path, stopped: Path, step: int) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from submission.backends import require
-from submission.backends.common import thread_count
+from submission.backends.common import thread_count, trim_heap
 from submission.backends.models import EMBEDDED, SENTENCE_T5, embedded_encoder, encoders_on_disk
 from submission.backends.transformers.loading import stay_offline_and_quiet
 from submission.calls.log import Log
@@ -183,6 +183,7 @@ class SentenceTransformers:
         source = iter(items)
         while block := list(islice(source, _BLOCK)):
             yield from self._embed(block)
+            trim_heap()
 
     def _embed(self, items: Sequence[tuple[str, str]]) -> Iterator[tuple[str, NDArray[np.float32]]]:
         import numpy as np

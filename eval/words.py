@@ -24,7 +24,7 @@ NEAR_TEXTS = 0.5
 _STRETCH = 3
 # Pairs of a likeness of 0.5 meet in at least one of the 16 bands with 64 %, of 0.6 with 89 %, of 0.7 with 99 %.
 _HASHES, _BAND = 64, 4
-_LONGEST_WORD = 20  # characters a word in the mean: beyond, a script without blanks
+_LONGEST_WORD = 12  # characters a word in the mean: beyond, a script without blanks
 
 
 def likeness(first: str, second: str) -> float:

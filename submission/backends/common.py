@@ -185,6 +185,12 @@ def free_memory() -> int:
     return free
 
 
+def trim_heap() -> None:
+    """Give freed memory back to the system: the C library (glibc) keeps it, in holes that what follows does not fit."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def stop_at(text: str, stop: tuple[str, ...]) -> str | None:
     """The text up to the first stop string in it; None when there is none."""
     found = [text.index(string) for string in stop if string in text]

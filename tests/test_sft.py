@@ -205,6 +205,16 @@ def test_a_judge_of_alike_prompts_is_refused() -> None:
         questions([AS_ASKED, AS_ASKED], find_encoder(), hard=0.5, seed=0)
 
 
+@pytest.mark.parametrize("task", ["recover", "judge"])
+def test_answers_are_measured_under_mixed_precision_too(task: str, run: Cli, recipe: Path, tmp_path: Path) -> None:
+    wanted = {"task": task, "dtype": "bfloat16", "samples": 1, "evaluate_every": 2, "max_steps": 2}
+    done = run(
+        "sft", recipe, "-o", "m", *(word for key, value in wanted.items() for word in ("--set", f"{key}={value}"))
+    )
+    assert done.code == 0, done.err
+    assert {"recover": "eval_score", "judge": "eval_auc"}[task] in str(history(tmp_path / "m"))
+
+
 def test_a_judge_is_trained_and_measured(run: Cli, recipe: Path, tmp_path: Path) -> None:
     done = run("sft", recipe, "-o", "j", "--set", "task=judge", "--set", "max_steps=8")
     assert done.code == 0, done.err

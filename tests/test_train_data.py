@@ -499,6 +499,7 @@ def test_sources_are_mapped_mixed_and_nested_and_another_set_stays_apart(run: Cl
         (("prepare", "few.csv", "-o", "s", "--set", "splits.train=1"), "unknown section 'splits'"),
         (("prepare", "few.csv", "-o", "s", "--set", "mix.size=9"), "sources give 2 rows"),
         (("prepare", "few.csv", "-o", "s", "--set", "split.by=luck"), "must be group or row"),
+        (("prepare", "few.csv", "-o", "s", "--set", "split.near_texts=1.01"), "above 0, and 1 at most"),
         (("prepare", "few.csv", "-o", "few.csv"), "is a file"),
         (("prepare", "bad.jsonl", "-o", "s"), "line 2 is not JSON"),
         (("prepare", "kaggle:nobody", "-o", "s"), "kaggle:owner/name"),

@@ -27,6 +27,9 @@ def test_likeness_is_the_share_of_common_stretches() -> None:
     assert likeness("It rained for nine days.", "it rained, for nine days!") == 1
     assert likeness("It rained for nine days.", "Bees find their way by the sun.") == 0
     assert likeness("It rained for nine days.", "It rained for nine nights.") == 0.5  # two of four stretches
+    assert likeness("日本語、です。", "日本語です") == 1
+    assert likeness("किताब कीमत कुल", "काताब कूमत कैल") == 0  # vowel signs count
+    assert likeness("Caf\u00e9 au lait noir", "Cafe\u0301 au lait noir") == 1
     assert 0.5 < likeness("今天天气很好我们去公园散步然后回家", "今天天气很好我们去公园散步然后睡觉") < 1
 
 

@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 
 from eval.encoders import Encoder
+from submission.backends import require
 from submission.calls.likelihoods import Likelihoods
 from submission.calls.session import session
 from submission.data.hashing import content_hash
@@ -40,6 +41,7 @@ OOD = "ood"
 _BESIDE = ("dropped.csv", card.NAME, card.PLOT)
 _NEEDED = ("original_text", "rewritten_text", "rewrite_prompt")
 _OPTIONAL = ("id", "kind", "style")
+_TEXTS_BY = "words"  # how near-duplicate texts are found
 _CHUNK = 2_000  # rows that are read at a time
 
 
@@ -49,6 +51,8 @@ def prepare(recipe: Recipe, output: Path, encoder: Encoder, *, fresh: bool = Fal
     Raises:
         UserError: a source is missing or wrong, no row is left, or too few groups for the splits.
     """
+    require("datasketch", "eval", "train prepare")
+    recipe.split.check()
     made = PreparedData()
     numbered = [(number, source, path) for number, source in enumerate(recipe.sources) for path in resolve(source.path)]
     files = [(source, path) for _, source, path in numbered]
@@ -259,7 +263,8 @@ def _write_rows(path: Path, rows: Sequence[DataRow]) -> None:
 def _fingerprint(recipe: Recipe, files: Mapping[str, str], encoder: Encoder) -> str:
     plain = asdict(replace(recipe, sources=()))
     sources = [{**asdict(source), "path": ""} for source in recipe.sources]
-    content = json.dumps([plain, sources, sorted(files.values()), encoder.fingerprint], sort_keys=True, default=str)
+    parts = [plain, sources, sorted(files.values()), encoder.fingerprint, _TEXTS_BY]
+    content = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -27,9 +27,10 @@ _REFUSAL = re.compile(
     r"|unfortunately, i|i apologi[sz]e|(?:please|could you) (?:please )?provide (?:me with )?(?:the|a|more))",
     re.IGNORECASE,
 )
-# Long words that related texts share, and the likeness by words (`eval.words`) that unchanged ones have. Of 1,723
-# rewrites, 400 of them by a larger model, 138 are unchanged by the default thresholds and 47 unrelated; one is missed.
-_LONG_WORD, _SHARED, _ALIKE = re.compile(r"\w{4,}"), 4, 0.3
+# Long words that related texts share, in number and as a share of the text that has fewer, and the likeness by words
+# (`eval.words`) of unchanged ones. Of 1,723 rewrites, 400 of them by a larger model, 138 are unchanged by the default
+# thresholds and 47 unrelated: one of these passes here. Of random pairs of 65 to 520 words up to 1 % share so many.
+_LONG_WORD, _SHARED, _SHARE, _ALIKE = re.compile(r"\w{4,}"), 4, 0.25, 0.3
 _LEAK_CHARS = 12  # a prompt shorter than this may stand in a text by chance
 _NO_LIKELIHOOD = "too long for the context of the model that screens"
 _SAYS_PROMPT = "Write one instruction that tells a writer how to rewrite a text."
@@ -115,7 +116,8 @@ def by_likeness(rows: Sequence[DataRow], screens: Screens, encoder: Encoder) -> 
 
 def _plainly_rewritten(row: DataRow) -> bool:
     one, other = (set(_LONG_WORD.findall(text.casefold())) for text in (row.original_text, row.rewritten_text))
-    return len(one & other) >= _SHARED and likeness(row.original_text, row.rewritten_text) < _ALIKE
+    shared, fewer = len(one & other), min(len(one), len(other))
+    return shared >= max(_SHARED, _SHARE * fewer) and likeness(row.original_text, row.rewritten_text) < _ALIKE
 
 
 def by_likelihood(

@@ -45,7 +45,7 @@ LOG = logging.getLogger(__name__)
 
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
 _CURVE, _MARKS = "training.png", "sft.json"
-_HEAP = 3  # times the memory that is planned: what freed tensors leave in the heap fits beside it
+_HEAP = 3  # times the planned memory must be free, or freed tensors go back to the system: the heap is left with holes
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def sft(config: Sft, output: Path, *, fresh: bool = False) -> Path:
     epoch, steps = config.steps(len(ready.train), device_count())
     LOG.info(f"{len(ready.train)} rows, {sum(len(e.ids) for e in ready.train)} tokens, {epoch} steps an epoch, "
         f"{training_dtype(config)}{', 4 bits' if config.load_in_4bit else ''}")  # fmt: skip
-    if not on_gpu() and _HEAP * planned(config, base, ready.train).total > free_memory():
+    if not on_gpu() and _is_short_of_memory(config, base, ready.train):
         return_freed_memory()
     last = _last_checkpoint(checkpoints)
     done = int(last.name.rpartition("-")[2]) if last else 0
@@ -120,6 +120,14 @@ def sft(config: Sft, output: Path, *, fresh: bool = False) -> Path:
         })  # fmt: skip
         LOG.info(f"written to {adapter}: {trainer.state.global_step} steps, mean loss {result.training_loss:.4f}")
     return adapter
+
+
+def _is_short_of_memory(config: Sft, base: Path, train: Sequence[TrainingExample]) -> bool:
+    try:
+        return _HEAP * planned(config, base, train).total > free_memory()
+    except Exception as error:  # a model that cannot be built without its weights
+        LOG.info(f"the memory of this training is not known: {first_line(error)}")
+        return True
 
 
 def _check_output(output: Path, config: Sft, base: Path) -> None:

@@ -90,7 +90,8 @@ def _read_jsonl(path: Path, wanted: Collection[str]) -> Iterator[tuple[list[str]
 def _text(value: object) -> str:
     if value is None:
         return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text.encode("utf-8", "replace").decode()  # JSON can spell halves of characters, which no file can hold
 
 
 def _download(name: str) -> Path:

@@ -48,6 +48,19 @@ class Splitting:
     folds: int = 0
     fold: int = 0
 
+    def check(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            UserError: names the key.
+        """
+        if self.by not in ("group", "row"):
+            raise UserError(f"option by={self.by!r} of [split] must be group or row")
+        if min(self.train, self.validation, self.test) < 0 or self.train <= 0:
+            raise UserError("the shares of [split] must not be negative, and train must have one")
+        if not 0 < self.near_texts <= 1:
+            raise UserError(f"option near_texts={self.near_texts:g} of [split] must be above 0, and 1 at most")
+
     @property
     def shares(self) -> dict[str, float]:
         """By split, adding up to 1."""
@@ -76,10 +89,7 @@ def split(groups: Sequence[int], splitting: Splitting) -> list[str]:
     Raises:
         UserError: there are fewer groups than splits with a share, or shares that make no sense.
     """
-    if splitting.by not in ("group", "row"):
-        raise UserError(f"option by={splitting.by!r} of [split] must be group or row")
-    if min(splitting.train, splitting.validation, splitting.test) < 0 or splitting.train <= 0:
-        raise UserError("the shares of [split] must not be negative, and train must have one")
+    splitting.check()
     if splitting.by == "row":
         groups = range(len(groups))
     wanted = {name: share for name, share in splitting.shares.items() if share > 0}

@@ -16,13 +16,13 @@ from typing import Any
 
 from eval.encoders import Encoder
 from eval.words import NEAR_TEXTS
-from submission.backends import ModelSpec
+from submission.backends import ModelSpec, require
 from submission.calls.models import encode
 from submission.calls.session import answer, session
 from submission.data.files import on_store
 from submission.data.hashing import content_hash
 from submission.data.outputs import check_output, claim, up_to_date, write_manifest
-from submission.data.tables import has_text, read_table, write_table
+from submission.data.tables import has_text, read_table, some, write_table
 from submission.errors import UserError
 from submission.prompts.grammar import GRAMMAR, read_grammar
 from submission.types import Sampling
@@ -98,6 +98,7 @@ def make_prompts(config: Prompts, output: Path, find_encoder: Callable[[], Encod
 
 def make_texts(config: Texts, output: Path, spec: ModelSpec | None, *, fresh: bool) -> None:
     """Write original texts, read from files or written by a model."""
+    require("datasketch", "eval", "train texts")
     if bool(config.sources) == bool(config.write):
         raise UserError("name files of texts, or say how many the model is to write (write)")
     if config.min_words > config.max_words:
@@ -123,7 +124,8 @@ def make_texts(config: Texts, output: Path, spec: ModelSpec | None, *, fresh: bo
         found = list(texts.read_texts([Path(path) for path in config.sources]))
     kept = texts.select(found, texts.WordLimits(config.min_words, config.max_words))
     if not kept.texts:
-        raise UserError(f"no text is left of {len(found)}: {dict(kept.dropped)}")
+        reasons = some([f"{count} x {reason}" for reason, count in kept.dropped.most_common() if count])
+        raise UserError(f"no text is left of {len(found)}: {reasons or 'the sources have no row'}")
     stage.write(texts.COLUMNS, ((f"t{number:06}", text) for number, text in enumerate(kept.texts, start=1)))
     stage.finish({**told, "rows": len(kept.texts), "dropped": dict(kept.dropped)})
     for reason, count in kept.dropped.most_common():

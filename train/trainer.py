@@ -143,8 +143,8 @@ def return_freed_memory() -> None:
     """Have large tensors of a CPU come from the system one by one, and go back there when they are freed.
 
     The C library (glibc) would take tensors of up to 32 MB from its heap. There short-lived ones leave holes between
-    those that the backward pass waits for, so that memory grows, and is never given back. But the system blanks what it
-    gives out, which takes a third of a step's time.
+    those that the backward pass waits for, so that memory grows, and is never given back. But the system blanks the
+    pages that it gives out, which takes a third of a step's time: this is for where memory is short.
     """
     with suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)

@@ -43,8 +43,11 @@ def watcher(progress: Progress, task: TuningTask, validation: Sequence[Triplet])
 
             training = model.training
             model.eval()
+            mixed = torch.autocast(
+                model.device.type, torch.bfloat16 if args.bf16 else torch.float16, enabled=args.bf16 or args.fp16
+            )
             # Whatever is drawn here, a resumed run goes on with the random stream of one that was not killed.
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(), mixed:
                 figures, lines = task.measure(model, validation)
             model.train(training)
             if figures:

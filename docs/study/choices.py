@@ -4,8 +4,8 @@
     python docs/study/choices.py mine.csv -o runs/choices --only rank-1 --only epochs-4
 
 Each choice trains on every fold with the recipe train/recipes/own.toml and one thing changed, and gives each row of its
-test set one answer. What is newer than its sets is not made again. Ends with paired differences to the recipe itself,
-which is trained first in any case.
+test set one answer. Answers that are newer than their sets, the recipe and this file are not made again. It ends with
+paired differences to the recipe itself, which is trained first in any case.
 """
 
 from __future__ import annotations
@@ -186,8 +186,8 @@ def main() -> None:
             continue
         for folder in sets:
             here, began = asked.output / name / folder.name, time.monotonic()
-            answers = here / "submission.csv"
-            if answers.is_file() and answers.stat().st_mtime > (folder / "test.parquet").stat().st_mtime:
+            answers, made_from = here / "submission.csv", (folder / "test.parquet", Path(RECIPE), Path(__file__))
+            if answers.is_file() and answers.stat().st_mtime > max(path.stat().st_mtime for path in made_from):
                 continue
             if name == AVERAGE:
                 both = [asked.output / one / folder.name / "sft/adapter" for one in (OWN, ANOTHER_SEED)]

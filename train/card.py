@@ -81,7 +81,7 @@ def _lines(
     yield f"{len(rows)} triplets for prompt recovery, made by `python -m train prepare`. The splits share no prompt,"
     yield "style or text: rows with one in common, to the letter or nearly, form a group, and groups are not divided"
     yield f"(with `by = row` they are). There are {groups} groups. Near-duplicate prompts were found by {encoder},"
-    yield "texts by the words that they share."
+    yield "near-duplicate texts by the words that they share."
     yield ""
     yield from _table(("split", "rows", "distinct prompts", "styles", "distinct texts", "hash"), (
         (name, len(part), len({r.rewrite_prompt for r in part}), len({r.style for r in part if r.style}),

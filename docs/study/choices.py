@@ -131,11 +131,11 @@ def average_fold(adapters: list[Path], sets: Path, output: Path) -> None:
     """Put the adapters of two seeds together, half of each, and answer the test rows."""
     from peft import AutoPeftModelForCausalLM
 
-    first, *others = adapters
-    model = AutoPeftModelForCausalLM.from_pretrained(str(first), adapter_name="0")
-    for number, path in enumerate(others, start=1):
-        model.load_adapter(str(path), adapter_name=str(number))
-    names = [str(number) for number in range(len(adapters))]
+    # No bare numbers: PEFT would take the layers of such a number for parts of another adapter, and leave them out.
+    names = [f"seed{number}" for number in range(len(adapters))]
+    model = AutoPeftModelForCausalLM.from_pretrained(str(adapters[0]), adapter_name=names[0])
+    for name, path in zip(names[1:], adapters[1:], strict=True):
+        model.load_adapter(str(path), adapter_name=name)
     model.add_weighted_adapter(names, [1 / len(names)] * len(names), "both", combination_type="cat")
     model.set_adapter("both")
     model.save_pretrained(str(output / "adapters"), selected_adapters=["both"])

@@ -83,13 +83,15 @@ def connected(marks: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.asarray(connected_components(graph, directed=False)[1][:rows], np.int64)
 
 
-def first_of_each(texts: Sequence[str], encoder: Encoder, near: float = NEAR) -> list[int]:
-    """Places of the first text of each component of near-duplicates, in order; see `near_duplicate_groups`."""
+def first_of_each(groups: NDArray[np.int64]) -> list[int]:
+    """Places of the first text of each group, in order.
+
+    Args:
+        groups: a label for each text, shape (texts,).
+    """
     import numpy as np
 
-    if not texts:
-        return []
-    places: list[int] = np.sort(np.unique(near_duplicate_groups(texts, encoder, near), return_index=True)[1]).tolist()
+    places: list[int] = np.sort(np.unique(groups, return_index=True)[1]).tolist()
     return places
 
 

@@ -69,14 +69,6 @@ def near_groups(texts: Iterable[str], near: float = NEAR_TEXTS) -> NDArray[np.in
     return connected(np.stack(marks, axis=1))
 
 
-def first_of_each(texts: Sequence[str], near: float = NEAR_TEXTS) -> list[int]:
-    """Places of the first text of each component of near-duplicates, in order; see `near_groups`."""
-    import numpy as np
-
-    places: list[int] = np.sort(np.unique(near_groups(texts, near), return_index=True)[1]).tolist()
-    return places
-
-
 def near_to(texts: Sequence[str], known: Sequence[str], near: float = NEAR_TEXTS) -> list[int]:
     """Places of the texts that are near-duplicates of a known one, directly or through other texts."""
     groups = near_groups([*known, *texts], near).tolist()

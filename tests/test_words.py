@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from eval.words import first_of_each, likeness, near_groups, near_to, stretches
+from eval.grouping import first_of_each
+from eval.words import likeness, near_groups, near_to, stretches
 from train.cleaning import DataRow
 from train.rows import Rows, RowStore
 
@@ -53,11 +54,11 @@ def test_copies_with_other_words_here_and_there_are_one_group() -> None:
 
 def test_the_first_of_a_group_stays_and_what_is_near_to_others_is_named() -> None:
     text, other = text_of(1), text_of(2)
-    assert first_of_each([text, other, changed(text, 50), other]) == [0, 1]
+    assert first_of_each(near_groups([text, other, changed(text, 50), other])) == [0, 1]
     assert near_to([other, changed(text, 50), text_of(3)], [text]) == [1]
     assert near_to([], [text]) == []
     assert near_to([text], []) == []
-    assert first_of_each([]) == []
+    assert first_of_each(near_groups([])) == []
 
 
 def test_rows_on_disk_are_those_that_were_added() -> None:

@@ -100,7 +100,7 @@ def _lines(
     ])  # fmt: skip
     yield "## Sources"
     yield ""
-    kept = Counter(row.source for row in rows)
+    kept = Counter(made.rows.sources[number] for number in rows.numbers)
     yield from _table(("source", "rows read", "rows kept"), ((n, c, kept[n]) for n, c in made.read.items()))
     given = (
         (Path(path).name, licences.get(path, "see the recipe"), digest[:16]) for path, digest in made.files.items()

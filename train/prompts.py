@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from eval.encoders import Encoder
-from eval.grouping import first_of_each
+from eval.grouping import first_of_each, near_duplicate_groups
 from submission.errors import UserError
 from submission.prompts.grammar import Grammar, MadePrompt, PromptKind, renderings
 
@@ -84,7 +84,8 @@ def take_distinct(grammar: Grammar, size: int, encoder: Encoder, near: float = N
 
 def without_near_duplicates(prompts: Sequence[MadePrompt], encoder: Encoder, near: float) -> list[MadePrompt]:
     """The first prompt of each component of near-duplicates, in order."""
-    return [prompts[place] for place in first_of_each([prompt.text for prompt in prompts], encoder, near)]
+    groups = near_duplicate_groups([prompt.text for prompt in prompts], encoder, near)
+    return [prompts[place] for place in first_of_each(groups)]
 
 
 def rows(prompts: Iterable[MadePrompt]) -> Iterator[tuple[str, str, str, str]]:

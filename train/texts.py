@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from eval.words import NEAR_TEXTS, first_of_each
+from eval.grouping import first_of_each
+from eval.words import NEAR_TEXTS, near_groups
 from submission.config import read_toml
 from submission.data.tables import has_text
 from submission.errors import UserError
@@ -95,7 +96,7 @@ def select(texts: Sequence[str], limits: WordLimits, near: float = NEAR_TEXTS) -
         else:
             kept[plain] = None
     texts = list(kept)
-    unlike = [texts[place] for place in first_of_each(texts, near)]
+    unlike = [texts[place] for place in first_of_each(near_groups(texts, near))]
     dropped["near-duplicate"] += len(texts) - len(unlike)
     return Kept(unlike, dropped)
 

@@ -315,6 +315,7 @@ def fresh_sets() -> None:
     known = pd.concat([pd.read_parquet(SETS / f"{part}.parquet") for part in ("train", "validation")])
     shared = style_of(rows, known).to_numpy()
     encoder = find_encoder("")
+    # Texts by embedding too, as these rows were chosen before `eval.words` was there.
     for column, near in (("rewrite_prompt", NEAR), ("original_text", 0.9), ("rewritten_text", 0.9)):
         ours, _ = near_pairs(list(rows[column]), list(known[column]), encoder, near)
         shared[ours] = True

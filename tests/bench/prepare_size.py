@@ -36,7 +36,7 @@ def triplets(prompts: Iterator[MadePrompt], *, with_style: bool, seed: int) -> I
     rng = random.Random(seed)
     for prompt in prompts:
         original = rng.sample(pools[0], rng.randint(4, 9))
-        kept = -(-len(original) // 3)  # a quarter of such rows is embedded, as of real ones
+        kept = -(-len(original) // 3)  # a fifth of such rows is embedded, of real ones a quarter
         rewritten = [*original[:kept], *rng.sample(pools[1], len(original) - kept)]
         yield " ".join(original), " ".join(rewritten), prompt.text, prompt.style if with_style else ""
 

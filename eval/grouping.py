@@ -31,7 +31,6 @@ _UNLIKE = (
     "Add more humour and a surprising ending.",
     "Write it as a dialogue between two scientists.",
 )
-_CHUNK = 4096  # texts that are embedded at a time
 _BLOCK = 1 << 24  # similarities that are held at a time
 
 
@@ -113,25 +112,13 @@ def _near_blocks(
 
     if not a or not b:
         return
-    left = _embedded(a, encoder)
-    right = left if a is b else _embedded(b, encoder)
+    left = unit_vectors(encoder.embed(a))
+    right = left if a is b else unit_vectors(encoder.embed(b))
     least = least_cosine(encoder, near)
     step = max(1, _BLOCK // len(right))
     for start in range(0, len(left), step):
         rows, columns = (left[start : start + step] @ right.T >= least).nonzero()
         yield rows + start, columns
-
-
-def _embedded(texts: Sequence[str], encoder: Encoder) -> NDArray[np.float32]:
-    """Unit vectors of texts, some at a time, so that no more than the result is held."""
-    import numpy as np
-
-    first = unit_vectors(encoder.embed(texts[:_CHUNK]))
-    found = np.empty((len(texts), first.shape[1]), np.float32)
-    found[:_CHUNK] = first
-    for start in range(_CHUNK, len(texts), _CHUNK):
-        found[start : start + _CHUNK] = unit_vectors(encoder.embed(texts[start : start + _CHUNK]))
-    return found
 
 
 def least_cosine(encoder: Encoder, near: float = NEAR) -> float:

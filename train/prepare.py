@@ -154,7 +154,7 @@ def _screen(recipe: Recipe, rows: Rows, made: PreparedData, encoder: Encoder, ou
     asked = recipe.screens
     LOG.info(f"comparing the texts of {len(rows)} rows")
     reasons: list[str] = []
-    with show_progress(len(rows), 0, doing="screening", unit="rows") as progress:
+    with show_progress(len(rows), 0, doing="screening", unit="pairs") as progress:
         for start in range(0, len(rows), _CHUNK):
             found = screens.by_likeness(list(rows[start : start + _CHUNK]), asked, encoder)
             reasons += found

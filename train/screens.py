@@ -31,6 +31,10 @@ _REFUSAL = re.compile(
 # (`eval.words`) of unchanged ones. Of 1,723 rewrites, 400 of them by a larger model, 138 are unchanged by the default
 # thresholds and 47 unrelated: one of these passes here. Of random pairs of 65 to 520 words up to 1 % share so many.
 _LONG_WORD, _SHARED, _SHARE, _ALIKE = re.compile(r"\w{4,}"), 4, 0.25, 0.3
+# Characters of a beginning, and the scores of two beginnings that answer for the whole texts. They do so for three
+# quarters of 373 rewrites whose words leave doubt, for none of the 26 unrelated and three unchanged ones among these,
+# and for 0.03 % of random pairs that are unrelated as a whole.
+_BEGINNING, _RELATED, _CHANGED = 300, 0.02, 0.9
 _LEAK_CHARS = 12  # a prompt shorter than this may stand in a text by chance
 _NO_LIKELIHOOD = "too long for the context of the model that screens"
 _SAYS_PROMPT = "Write one instruction that tells a writer how to rewrite a text."
@@ -92,26 +96,35 @@ def leaks_prompt(prompt: str, rewritten: str, original: str = "") -> bool:
 def by_likeness(rows: Sequence[DataRow], screens: Screens, encoder: Encoder) -> list[str]:
     """Why each row is dropped by the likeness of its texts; "" if it stays.
 
-    Texts that share words, but few stretches of them, are neither unchanged nor unrelated by the default thresholds and
-    stricter ones: they are not embedded.
+    By the default thresholds and stricter ones, texts that share words, but few stretches of them, are neither
+    unchanged nor unrelated: they are not embedded. Of the others the beginnings are, and the whole texts if those leave
+    it open.
     """
-    if not (screens.unchanged or screens.unrelated):
-        return [""] * len(rows)
     reasons = [""] * len(rows)
-    usual = Screens()
-    strict = not 0 < screens.unchanged < usual.unchanged and screens.unrelated <= usual.unrelated
-    unsure = [number for number, row in enumerate(rows) if not (strict and _plainly_rewritten(row))]
-    if not unsure:
+    if not (screens.unchanged or screens.unrelated):
         return reasons
-    texts = [text for number in unsure for text in (rows[number].original_text, rows[number].rewritten_text)]
-    vectors = encoder.embed(texts)
-    for number, score in zip(unsure, sharpened_cosine(vectors[::2], vectors[1::2]).tolist(), strict=True):
+    usual = Screens()
+    unsure = list(range(len(rows)))
+    if not 0 < screens.unchanged < usual.unchanged and screens.unrelated <= usual.unrelated:
+        unsure = [number for number in unsure if not _plainly_rewritten(rows[number])]
+        begun = _scores([rows[number] for number in unsure], encoder, _BEGINNING)
+        unsure = [number for number, score in zip(unsure, begun, strict=True) if not _RELATED <= score < _CHANGED]
+    for number, score in zip(unsure, _scores([rows[number] for number in unsure], encoder), strict=True):
         row = rows[number]
         if screens.unchanged and (score >= screens.unchanged or row.original_text == row.rewritten_text):
             reasons[number] = f"text unchanged (score of at least {screens.unchanged:g})"
         elif screens.unrelated and score < screens.unrelated:
             reasons[number] = f"rewrite unrelated to the text (score below {screens.unrelated:g})"
     return reasons
+
+
+def _scores(rows: Sequence[DataRow], encoder: Encoder, most: int | None = None) -> list[float]:
+    """Scores of the texts of each row against each other, of their first `most` characters."""
+    if not rows:  # an encoder would be loaded for nothing
+        return []
+    vectors = encoder.embed([text[:most] for row in rows for text in (row.original_text, row.rewritten_text)])
+    scores: list[float] = sharpened_cosine(vectors[::2], vectors[1::2]).tolist()
+    return scores
 
 
 def _plainly_rewritten(row: DataRow) -> bool:

@@ -36,12 +36,6 @@ _MARKS = (
 _WORD = re.compile(f"[{_ALONE}]|[^\\s{_MARKS}{_ALONE}]+")
 
 
-def likeness(first: str, second: str) -> float:
-    """The share of stretches that two texts have in common, from 0 to 1."""
-    one, other = stretches(first), stretches(second)
-    return len(one & other) / len(one | other)
-
-
 def stretches(text: str) -> set[bytes]:
     """All three words that follow each other, in lower case; of a text without words itself."""
     units = _WORD.findall(unicodedata.normalize("NFC", text.casefold())) or [text]

@@ -326,25 +326,8 @@ def test_unchanged_and_unrelated_texts_go(encoder: Encoder) -> None:
     assert by_likeness(rows, Screens(unchanged=0, unrelated=0), encoder) == [""] * 3
     encoder = Encoder("none", Path("none"))  # what shares words and is written anew needs none
     assert by_likeness(rows[1:2], Screens(), encoder) == [""]
-
-
-def test_beginnings_answer_for_long_texts_unless_they_are_alike_or_unrelated(
-    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = "The ferry left the harbour at dawn with nine passengers, two goats and a piano. " * 6
-    anew, unrelated = "A boat put out to sea early, with goats on board.", "def f(x): return x ** 2"
-    rows = [row(number, text, rewrite) for number, rewrite in enumerate((anew, unrelated, text))]
-    asked: list[list[str]] = []
-    embed = encoder.embed
-
-    def watched(texts: list[str]) -> Any:
-        asked.append(texts)
-        return embed(texts)
-
-    monkeypatch.setattr(encoder, "embed", watched)
-    assert [reason[:9] for reason in by_likeness(rows, Screens(), encoder)] == ["", "rewrite u", "text unch"]
-    begun = text[:300]
-    assert asked == [[begun, anew, begun, unrelated, begun, begun], [text, unrelated, text, text]]
+    song = row(4, f"So he sat on the old red bus. {text}", "So he sat on the old red bus, and he was sad as can be.")
+    assert by_likeness([song], Screens(), encoder) == [""]
 
 
 def never() -> Backend:

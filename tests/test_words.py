@@ -7,7 +7,7 @@ import random
 import pytest
 
 from eval.grouping import first_of_each
-from eval.words import likeness, near_groups, near_to, stretches
+from eval.words import near_groups, near_to, stretches
 from train.cleaning import DataRow
 from train.rows import Rows, RowStore
 
@@ -22,6 +22,12 @@ def text_of(seed: int, words: int = 100) -> str:
 def changed(text: str, every: int) -> str:
     """With every so-manieth word replaced."""
     return " ".join("other" if number % every == 0 else word for number, word in enumerate(text.split(), start=1))
+
+
+def likeness(first: str, second: str) -> float:
+    """The share of stretches that two texts have in common."""
+    one, other = stretches(first), stretches(second)
+    return len(one & other) / len(one | other)
 
 
 def test_likeness_is_the_share_of_common_stretches() -> None:

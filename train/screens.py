@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from eval.encoders import Encoder
 from eval.grouping import plain_text
 from eval.metric import sharpened_cosine
-from eval.words import likeness
+from eval.words import stretches
 from submission.calls.likelihoods import Likelihoods
 from submission.prompts.templates import render_rewrite
 from submission.types import Chat, Message, Part
@@ -27,14 +27,13 @@ _REFUSAL = re.compile(
     r"|unfortunately, i|i apologi[sz]e|(?:please|could you) (?:please )?provide (?:me with )?(?:the|a|more))",
     re.IGNORECASE,
 )
-# Long words that related texts share, in number and as a share of the text that has fewer, and the likeness by words
-# (`eval.words`) of unchanged ones. Of 1,723 rewrites, 400 of them by a larger model, 138 are unchanged by the default
-# thresholds and 47 unrelated: one of these passes here. Of random pairs of 65 to 520 words up to 1 % share so many.
-_LONG_WORD, _SHARED, _SHARE, _ALIKE = re.compile(r"\w{4,}"), 4, 0.25, 0.3
-# Characters of a beginning, and the scores of two beginnings that answer for the whole texts. They do so for three
-# quarters of 373 rewrites whose words leave doubt, for none of the 26 unrelated and three unchanged ones among these,
-# and for 0.03 % of random pairs that are unrelated as a whole.
-_BEGINNING, _RELATED, _CHANGED = 300, 0.02, 0.9
+# Stretches of three words (`eval.words`) that related texts share, in number and as a share of the text that has fewer;
+# long words that they share; and how alike unchanged texts are. Of 941 rewrites, 400 of them by a larger model, three
+# are unchanged by the default thresholds and 27 unrelated: one of these passes here. Of random pairs of 65 to 950 words
+# up to 0.1 % share so many words, and 0.03 % so many stretches.
+_STRETCHES, _STRETCH_SHARE = 3, 0.03
+_LONG_WORD, _WORDS, _WORD_SHARE = re.compile(r"\w{4,}"), 4, 0.25
+_ALIKE = 0.3
 _LEAK_CHARS = 12  # a prompt shorter than this may stand in a text by chance
 _NO_LIKELIHOOD = "too long for the context of the model that screens"
 _SAYS_PROMPT = "Write one instruction that tells a writer how to rewrite a text."
@@ -97,19 +96,19 @@ def by_likeness(rows: Sequence[DataRow], screens: Screens, encoder: Encoder) -> 
     """Why each row is dropped by the likeness of its texts; "" if it stays.
 
     By the default thresholds and stricter ones, texts that share words, but few stretches of them, are neither
-    unchanged nor unrelated: they are not embedded. Of the others the beginnings are, and the whole texts if those leave
-    it open.
+    unchanged nor unrelated: they are not embedded.
     """
-    reasons = [""] * len(rows)
     if not (screens.unchanged or screens.unrelated):
-        return reasons
+        return [""] * len(rows)
+    reasons = [""] * len(rows)
     usual = Screens()
-    unsure = list(range(len(rows)))
-    if not 0 < screens.unchanged < usual.unchanged and screens.unrelated <= usual.unrelated:
-        unsure = [number for number in unsure if not _plainly_rewritten(rows[number])]
-        begun = _scores([rows[number] for number in unsure], encoder, _BEGINNING)
-        unsure = [number for number, score in zip(unsure, begun, strict=True) if not _RELATED <= score < _CHANGED]
-    for number, score in zip(unsure, _scores([rows[number] for number in unsure], encoder), strict=True):
+    strict = not 0 < screens.unchanged < usual.unchanged and screens.unrelated <= usual.unrelated
+    unsure = [number for number, row in enumerate(rows) if not (strict and _plainly_rewritten(row))]
+    if not unsure:
+        return reasons
+    texts = [text for number in unsure for text in (rows[number].original_text, rows[number].rewritten_text)]
+    vectors = encoder.embed(texts)
+    for number, score in zip(unsure, sharpened_cosine(vectors[::2], vectors[1::2]).tolist(), strict=True):
         row = rows[number]
         if screens.unchanged and (score >= screens.unchanged or row.original_text == row.rewritten_text):
             reasons[number] = f"text unchanged (score of at least {screens.unchanged:g})"
@@ -118,19 +117,15 @@ def by_likeness(rows: Sequence[DataRow], screens: Screens, encoder: Encoder) -> 
     return reasons
 
 
-def _scores(rows: Sequence[DataRow], encoder: Encoder, most: int | None = None) -> list[float]:
-    """Scores of the texts of each row against each other, of their first `most` characters."""
-    if not rows:  # an encoder would be loaded for nothing
-        return []
-    vectors = encoder.embed([text[:most] for row in rows for text in (row.original_text, row.rewritten_text)])
-    scores: list[float] = sharpened_cosine(vectors[::2], vectors[1::2]).tolist()
-    return scores
-
-
 def _plainly_rewritten(row: DataRow) -> bool:
+    one, other = stretches(row.original_text), stretches(row.rewritten_text)
+    shared = len(one & other)
+    if shared >= _ALIKE * len(one | other):
+        return False
+    if shared >= max(_STRETCHES, _STRETCH_SHARE * min(len(one), len(other))):
+        return True
     one, other = (set(_LONG_WORD.findall(text.casefold())) for text in (row.original_text, row.rewritten_text))
-    shared, fewer = len(one & other), min(len(one), len(other))
-    return shared >= max(_SHARED, _SHARE * fewer) and likeness(row.original_text, row.rewritten_text) < _ALIKE
+    return len(one & other) >= max(_WORDS, _WORD_SHARE * min(len(one), len(other)))
 
 
 def by_likelihood(

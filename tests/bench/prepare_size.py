@@ -2,8 +2,9 @@
 
     python -m tests.bench.prepare_size --rows 1000,10000,100000 --plot docs/prepare-size.png
 
-Two sources: texts of sentences of the study's originals, with rewrites that keep a third of them, and prompts of the
-grammar; the styles of one source are told, those of the other are not. Memory is that of the command and its children.
+Two sources: texts of sentences of the study's originals, with rewrites that keep a quarter of them, and prompts of the
+grammar; the styles of one source are told, those of the other are not. A share of the rewrites (`--anew`) keeps only
+every third word of these: such texts have to be embedded. Memory is that of the command and its children.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ _SETS = Path("docs/study/sets")
 _COLUMNS = ("original_text", "rewritten_text", "rewrite_prompt", "style")
 
 
-def triplets(prompts: Iterator[MadePrompt], *, with_style: bool, seed: int) -> Iterator[tuple[str, ...]]:
+def triplets(
+    prompts: Iterator[MadePrompt], *, with_style: bool, seed: int, anew: float = 0.0
+) -> Iterator[tuple[str, ...]]:
     """A row for each prompt."""
     pools = [
         [sentence for name in ("train", "test") for row in read_table(_SETS / f"{name}.parquet", [column])
@@ -36,18 +39,20 @@ def triplets(prompts: Iterator[MadePrompt], *, with_style: bool, seed: int) -> I
     rng = random.Random(seed)
     for prompt in prompts:
         original = rng.sample(pools[0], rng.randint(4, 9))
-        kept = -(-len(original) // 3)  # a fifth of such rows is embedded, of real ones a quarter
+        kept = -(-len(original) // 4)
         rewritten = [*original[:kept], *rng.sample(pools[1], len(original) - kept)]
+        if rng.random() < anew:
+            rewritten[:kept] = [" ".join(sentence.split()[::3]) for sentence in rewritten[:kept]]
         yield " ".join(original), " ".join(rewritten), prompt.text, prompt.style if with_style else ""
 
 
-def measure(rows: int, folder: Path) -> Step:
+def measure(rows: int, anew: float, folder: Path) -> Step:
     """What one run takes."""
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # with no embeddings
     prompts = take(read_grammar(GRAMMAR, ()), rows)
     sources = [folder / "one.parquet", folder / "two.csv"]
     for number, (source, part) in enumerate(zip(sources, (rows // 2, rows - rows // 2), strict=True)):
-        write_table(source, _COLUMNS, triplets(islice(prompts, part), with_style=not number, seed=number))
+        write_table(source, _COLUMNS, triplets(islice(prompts, part), with_style=not number, seed=number, anew=anew))
     return step(f"{rows} rows", "prepare", *sources, "-o", folder / "sets")
 
 
@@ -74,13 +79,16 @@ def main() -> None:
     """Print a line for each number of rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="1000,10000,100000")
+    parser.add_argument(
+        "--anew", type=float, default=0.3, help="a quarter of the rows is embedded then, as of 400 real ones"
+    )
     parser.add_argument("--plot", type=Path)
     asked = parser.parse_args()
     sizes = [int(rows) for rows in asked.rows.split(",")]
     taken = []
     for rows in sizes:
         with tempfile.TemporaryDirectory() as folder:
-            taken.append(measure(rows, Path(folder)))
+            taken.append(measure(rows, asked.anew, Path(folder)))
     if asked.plot:
         plot(asked.plot, sizes, taken)
 

@@ -76,8 +76,9 @@ def measure(config: Sft, base: Path, longest: int, answer: int) -> Size:
     shape, dtype = load_config(base), training_dtype(config)
     if dtype == "float16" and not torch.cuda.is_available() and not config.load_in_4bit:
         dtype = "float32"  # as the trainer computes then
+    held = weights_dtype(dtype, load_in_4bit=config.load_in_4bit)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, dtype))
+        model: Any = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, held))
         parameters = sum(p.numel() for p in model.parameters())
         head = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
         weights = (m.weight for m in model.modules() if isinstance(m, torch.nn.Linear))
@@ -102,11 +103,10 @@ def measure(config: Sft, base: Path, longest: int, answer: int) -> Size:
         kept = _INPUTS_KEPT * inputs * text.num_hidden_layers
     if config.gradient_checkpointing:  # the inputs of layers, and one layer computed again
         kept = text.num_hidden_layers * inputs + kept / text.num_hidden_layers
-    width = _BYTES[weights_dtype(dtype, load_in_4bit=config.load_in_4bit)]
     logits = 3 * _BYTES["float32"] * answer * config.batch * text.vocab_size
     return Size(
         parameters, linear, in_4bit, trainable,
-        weights=in_4bit * _NF4_BYTES + (parameters - in_4bit) * width,
+        weights=in_4bit * _NF4_BYTES + (parameters - in_4bit) * _BYTES[held],
         optimizer=trainable * (4 + 4 + (2 if "8bit" in config.optimizer else 8)),
         activations=kept + logits,
         process=0.0 if torch.cuda.is_available() else _PROCESS,

@@ -535,8 +535,8 @@ def read_settings(path: Path) -> Settings:
         kind = type(getattr(Settings(), key))
         if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
             raise KernelFailure(f"{path}: {key} = {value!r} must be of type {kind.__name__}")
-    if content.get("recover") in LONG_NAMES:
-        content["recover"] = LONG_NAMES[content["recover"]]
+    if (named := content.get("recover", "").replace("-", "_")) in LONG_NAMES:  # dashes as `predict` takes them
+        content["recover"] = LONG_NAMES[named]
     settings = Settings(**content)
     if not 0 <= settings.max_failures <= 1:
         raise KernelFailure(f"{path}: max_failures = {settings.max_failures} must be from 0 to 1")

@@ -544,9 +544,10 @@ def test_a_bundle_of_a_constant_holds_one_wheel_and_is_replaced_whole(tmp_path: 
         check_replaceable(tmp_path / "mine")
 
 
-def test_strategies_have_the_same_short_names_in_a_kernel(tmp_path: Path) -> None:
+@pytest.mark.parametrize("said", ["best_of", "best-of"])
+def test_strategies_have_the_same_short_names_in_a_kernel(tmp_path: Path, said: str) -> None:
     assert kernel.LONG_NAMES == ELSEWHERE
-    (tmp_path / "kernel.toml").write_text('recover = "best_of"\n')
+    (tmp_path / "kernel.toml").write_text(f'recover = "{said}"\n')
     assert kernel.read_settings(tmp_path / "kernel.toml").recover == "ensemble.best_of:best_of"
 
 

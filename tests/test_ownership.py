@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
-from submission.data.files import atomic_folder
+from submission.data import files
+from submission.data.files import atomic_folder, note_use
 from submission.data.outputs import check_free, check_output, claim, made_by, made_folder, manifest_path
 from submission.errors import UserError
 from tests.conftest import Cli, read_csv, runner, write_csv
@@ -201,3 +203,27 @@ def test_a_slip_of_the_hand_starts_no_million_workers(cli: Cli, pairs_csv: Path,
     done = cli("predict", pairs_csv, "-o", tmp_path / "o.csv", *SCRIPTED, "--workers", 1_000_000)
     assert done.code == 2
     assert "workers=1000000 is too many" in done.err
+
+
+def test_what_was_not_used_for_longest_leaves_the_cache_after_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "weights").write_bytes(bytes(50))
+    days = {"today": 0.5, "recent": 2, "old": 5, "oldest": 9, ".half-gone": 12}
+    kind = tmp_path / "cache" / "models"
+    for name, age in days.items():
+        (kind / name / "deep").mkdir(parents=True)
+        (kind / name / "deep" / "weights").write_bytes(bytes(100))
+        os.utime(kind / name, (time.time() - age * 86_400,) * 2)
+    (kind / "old.lock").touch()
+    (kind / "link").symlink_to(mine)
+    note_use(kind / "recent")
+    assert len(list(kind.iterdir())) == 7  # there is room
+    monkeypatch.setattr(files, "_CACHE_BYTES", 250)
+    note_use(kind / "old")
+    # That of today stays, though there is room for two.
+    assert {path.name for path in kind.iterdir()} == {"today", "recent", "old", "old.lock", "link"}
+    assert (mine / "weights").is_file()
+    note_use(kind / "nothing")

@@ -26,6 +26,8 @@ _STORE = re.compile(r"(s3|gs|gcs):/+(.+)")
 _NO_KEY = re.compile(r"(s3|gs|gcs):/*[^/]*/*")  # a bucket at most
 _TEMPORARY = "prompt-recovery-"  # in the names of temporary files, so that nobody else's is taken for ours
 _ANSWER_SECONDS = 10.0  # for an object store to answer at all
+_CACHE_BYTES = 8 << 30  # of a kind, beyond which what was not used for a day goes
+_DAY = 86_400.0
 
 
 def on_store(path: Path) -> bool:
@@ -54,6 +56,23 @@ def sidecar_path(output: Path, ending: str) -> Path:
 def cache_folder(kind: str) -> Path:
     """Where what can be made again is kept: `$XDG_CACHE_HOME/prompt-recovery/` and the kind."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prompt-recovery" / kind
+
+
+def note_use(made: Path) -> None:
+    """Note that a folder in the cache is in use, and remove others of its kind: those used longest ago, beyond 8 GB.
+
+    What was used within a day stays, for another process may be at it.
+    """
+    with suppress(OSError):
+        os.utime(made)
+        kept, now = 0, time.time()
+        for used, folder in sorted(((one.stat().st_mtime, one) for one in made.parent.iterdir()), reverse=True):
+            if folder.is_symlink() or not folder.is_dir():
+                continue
+            kept += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            if kept > _CACHE_BYTES and now - used > _DAY:
+                # Under another name first, so that nobody takes half of it for whole.
+                shutil.rmtree(folder.rename(folder.with_name(f".{folder.name.lstrip('.')}")))
 
 
 def open_binary(path: Path) -> BinaryIO:

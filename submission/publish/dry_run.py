@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from submission import kernel
-from submission.data.files import cache_folder, read_json
+from submission.data.files import cache_folder, note_use, read_json
 from submission.data.outputs import installed_version
 from submission.data.tables import PAIR_COLUMNS, read_pairs, write_table
 from submission.data.validation import validate
@@ -205,6 +205,7 @@ def image_environment(names: Sequence[str], image: Image) -> Path:
                 LOG.info(f"  {requirement} cannot be had here; another version stands for it")
                 _run([*install, name])
         (folder / "complete").touch()
+    note_use(folder)
     return python
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from submission.backends.common import package_path
-from submission.data.files import cache_folder, read_json, write_json
+from submission.data.files import cache_folder, note_use, read_json, write_json
 from submission.data.hashing import content_hash
 from submission.data.outputs import installed_version
 from submission.errors import UserError
@@ -66,6 +66,7 @@ def made_folder(source: Path, adapter: Path | None, scale: float, *, exact: bool
                     raise UserError(f"the model cannot be converted in {folder} either: {why}") from None
                 yield folder / "model"
             return
+    note_use(target)
     yield target
 
 

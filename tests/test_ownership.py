@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from submission.data import files
-from submission.data.files import atomic_folder, note_use
+from submission.data.files import atomic_folder, note_use, tidy_cache
 from submission.data.outputs import check_free, check_output, claim, made_by, made_folder, manifest_path
 from submission.errors import UserError
 from tests.conftest import Cli, read_csv, runner, write_csv
@@ -208,22 +208,29 @@ def test_a_slip_of_the_hand_starts_no_million_workers(cli: Cli, pairs_csv: Path,
 def test_what_was_not_used_for_longest_leaves_the_cache_after_a_day(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "weights").write_bytes(bytes(50))
-    days = {"today": 0.5, "recent": 2, "old": 5, "oldest": 9, ".half-gone": 12}
     kind = tmp_path / "cache" / "models"
+    days = {"today": 0.5, "recent": 2.0, "old": 5.0, "locked": 7.0, "oldest": 9.0, "my-own": 99.0}
     for name, age in days.items():
-        (kind / name / "deep").mkdir(parents=True)
-        (kind / name / "deep" / "weights").write_bytes(bytes(100))
+        (kind / name).mkdir(parents=True)
+        (kind / name / ("mine" if name == "my-own" else "made.json")).write_bytes(bytes(100))
         os.utime(kind / name, (time.time() - age * 86_400,) * 2)
-    (kind / "old.lock").touch()
-    (kind / "link").symlink_to(mine)
-    note_use(kind / "recent")
-    assert len(list(kind.iterdir())) == 7  # there is room
+    (kind / ".killed.77.gone" / "half").mkdir(parents=True)
+    (kind / "nowhere").symlink_to(tmp_path / "nothing")
+    (kind / "link").symlink_to(kind / "oldest")
+    tidy_cache(kind, "made.json")
+    assert not (kind / ".killed.77.gone").exists()
+    assert all((kind / name).is_dir() for name in days)  # there is room
     monkeypatch.setattr(files, "_CACHE_BYTES", 250)
+    rename = Path.rename
+
+    def refused(path: Path, target: Path) -> Path:
+        if path.name == "locked":
+            raise PermissionError("locked")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
     note_use(kind / "old")
-    # That of today stays, though there is room for two.
-    assert {path.name for path in kind.iterdir()} == {"today", "recent", "old", "old.lock", "link"}
-    assert (mine / "weights").is_file()
     note_use(kind / "nothing")
+    tidy_cache(kind, "made.json")
+    # That of today stays, though there is room for two; one that cannot be removed keeps no other.
+    assert {path.name for path in kind.iterdir() if path.is_dir()} == {"today", "old", "locked", "my-own"}

@@ -330,6 +330,12 @@ def test_unchanged_and_unrelated_texts_go(encoder: Encoder) -> None:
     assert by_likeness([song], Screens(), encoder) == [""]
 
 
+def test_a_stock_phrase_makes_no_texts_related(encoder: Encoder) -> None:
+    plants = "Photosynthesis turns light into sugar in the leaves of plants. Chlorophyll does it, as a matter of fact."
+    rows = [row(1, plants, "As a matter of fact, the jury acquitted the banker.")]
+    assert by_likeness(rows, Screens(), encoder) == ["rewrite unrelated to the text (score below 0.001)"]
+
+
 def never() -> Backend:
     raise AssertionError("every likelihood is known")
 

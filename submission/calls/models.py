@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -210,13 +210,13 @@ class Handle:
             UserError: the model cannot be loaded.
             DeadlineReached: the time of the run is over.
         """
-        return _Answering(self, self._run, GENERATE, requests).results()
+        return iter(_Answering(self, self._run, GENERATE, requests))
 
     def loglikelihood(self, items: Iterable[ScoredItem]) -> Iterator[tuple[str, LogLikelihood | Failure]]:
         """Yield `(key, log P(text | chat))` or `(key, Failure)` for each `(key, chat, text)`, in any order; errors as
         of `generate`.
         """
-        return _Answering(self, self._run, LOGLIKELIHOOD, items).results()
+        return iter(_Answering(self, self._run, LOGLIKELIHOOD, items))
 
     def embed(self, texts: Sequence[str], *, keep: bool = True) -> NDArray[np.float32]:
         """Embeddings of texts, shape (texts, dim).
@@ -234,24 +234,22 @@ class Handle:
         import numpy as np
 
         places: dict[str, list[int]] = {}
-        for place, text in enumerate(texts or [""]):  # without texts as wide as with some
+        for place, text in enumerate([*texts] or [""]):  # without texts as wide as with some
             places.setdefault(text, []).append(place)
-        wanted = list(places.values())
+        wanted, mixed = list(places.values()), False
         found: NDArray[np.float32] | None = None
         items = ((str(number), text) for number, text in enumerate(places))
-        with closing(_Answering(self, self._run, EMBED, items, keep=keep, look_up=look_up).results()) as answers:
-            for key, vector in answers:
-                if isinstance(vector, Failure):
-                    raise BackendError(f"a text has no embedding: {vector.reason}")
-                if found is None:
-                    found = np.empty((max(1, len(texts)), len(vector)), np.float32)
-                if look_up and len(vector) != found.shape[1]:  # somebody's own line in the log
-                    break
-                found[wanted[int(key)]] = vector
+        for key, vector in _Answering(self, self._run, EMBED, items, keep=keep, look_up=look_up):
+            if isinstance(vector, Failure):
+                raise BackendError(f"a text has no embedding: {vector.reason}")
+            if found is None:
+                found = np.empty((max(1, len(texts)), len(vector)), np.float32)
+            if look_up and len(vector) != found.shape[1]:  # somebody's own line in the log
+                mixed = True
             else:
-                assert found is not None
-                return found[: len(texts)]
-        return self._embed(texts, keep=False, look_up=False)
+                found[wanted[int(key)]] = vector
+        assert found is not None
+        return self._embed(texts, keep=False, look_up=False) if mixed else found[: len(texts)]
 
     def peak_memory(self) -> float:
         """See `Models.peak_memory`."""
@@ -323,7 +321,7 @@ class _Answering:
         self._failed: list[tuple[Any, Failure]] = []
         self._asked = 0
 
-    def results(self) -> Generator[tuple[str, Any]]:
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
         try:
             while True:
                 yield from self._take()

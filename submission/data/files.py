@@ -58,21 +58,37 @@ def cache_folder(kind: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prompt-recovery" / kind
 
 
-def note_use(made: Path) -> None:
-    """Note that a folder in the cache is in use, and remove others of its kind: those used longest ago, beyond 8 GB.
-
-    What was used within a day stays, for another process may be at it.
-    """
+def note_use(folder: Path) -> None:
+    """Note that a folder in the cache is in use, if it is there: before it is looked at, so that it stays."""
     with suppress(OSError):
-        os.utime(made)
-        kept, now = 0, time.time()
-        for used, folder in sorted(((one.stat().st_mtime, one) for one in made.parent.iterdir()), reverse=True):
-            if folder.is_symlink() or not folder.is_dir():
-                continue
+        os.utime(folder)
+
+
+def tidy_cache(kind: Path, mark: str) -> None:
+    """Remove folders of a kind that were used longest ago, beyond 8 GB; what was used within a day stays.
+
+    Args:
+        kind: folder in the cache.
+        mark: a file that each folder has which this program made.
+    """
+    for gone in kind.glob(".*.gone"):  # of a process that was killed here
+        shutil.rmtree(gone, ignore_errors=True)
+    made = [file.parent for file in kind.glob(f"*/{mark}") if not file.parent.is_symlink()]
+    kept = 0
+    for folder in sorted(made, key=_last_use, reverse=True):
+        with suppress(OSError):
             kept += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            if kept > _CACHE_BYTES and now - used > _DAY:
+            if kept > _CACHE_BYTES and time.time() - _last_use(folder) > _DAY:
                 # Under another name first, so that nobody takes half of it for whole.
-                shutil.rmtree(folder.rename(folder.with_name(f".{folder.name.lstrip('.')}")))
+                shutil.rmtree(folder.rename(kind / f".{folder.name}.{os.getpid()}.gone"), ignore_errors=True)
+
+
+def _last_use(folder: Path) -> float:
+    """By the clock; 0 if it is gone."""
+    try:
+        return folder.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def open_binary(path: Path) -> BinaryIO:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from submission import kernel
-from submission.data.files import cache_folder, note_use, read_json
+from submission.data.files import cache_folder, note_use, read_json, tidy_cache
 from submission.data.outputs import installed_version
 from submission.data.tables import PAIR_COLUMNS, read_pairs, write_table
 from submission.data.validation import validate
@@ -40,6 +40,7 @@ LAYOUTS: Mapping[str, tuple[str, str, str]] = {
 }
 _PUBLIC = [("-1", "The bus was late, and everybody waited in the rain.", "Late was the bus, and in the rain we stood.")]
 # Where no network namespace is allowed. Addresses of this machine stay: processes talk over them.
+_COMPLETE = "complete"  # a file in an environment that stands for the image
 _NO_SOCKETS = """\
 import socket
 _connect = socket.socket.connect
@@ -193,7 +194,8 @@ def image_environment(names: Sequence[str], image: Image) -> Path:
     wanted = [f"{name}=={versions[name]}" for name in names]
     folder = cache_folder("image") / f"{here}-{_short_hash(wanted)}"
     python = folder / "bin" / "python"
-    if not (folder / "complete").is_file():
+    note_use(folder)
+    if not (folder / _COMPLETE).is_file():
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         LOG.info(f"installing what the image has ({', '.join(wanted)}), once")
@@ -204,8 +206,8 @@ def image_environment(names: Sequence[str], image: Image) -> Path:
                 name = requirement.partition("==")[0]
                 LOG.info(f"  {requirement} cannot be had here; another version stands for it")
                 _run([*install, name])
-        (folder / "complete").touch()
-    note_use(folder)
+        (folder / _COMPLETE).touch()
+        tidy_cache(folder.parent, _COMPLETE)
     return python
 
 

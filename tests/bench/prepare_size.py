@@ -1,6 +1,6 @@
 """Seconds and memory of `python -m train prepare` by the number of triplets. A study, not a test.
 
-    python -m tests.bench.prepare_size --rows 1000,10000,100000 --plot docs/prepare-size.png
+    python -m tests.bench.prepare_size --rows 1000,10000,100000 --anew 0 --plot docs/prepare-size.png
 
 Two sources: texts of sentences of the study's originals, with rewrites that keep a quarter of them, and prompts of the
 grammar; the styles of one source are told, those of the other are not. A share of the rewrites (`--anew`) keeps only

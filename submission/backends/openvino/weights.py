@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from submission.backends.common import package_path
-from submission.data.files import cache_folder, note_use, read_json, write_json
+from submission.data.files import cache_folder, note_use, read_json, tidy_cache, write_json
 from submission.data.hashing import content_hash
 from submission.data.outputs import installed_version
 from submission.errors import UserError
@@ -46,6 +46,7 @@ def made_folder(source: Path, adapter: Path | None, scale: float, *, exact: bool
     name = f"{source.stem}-{'-'.join(marks)}-openvino-{installed_version('openvino')}-{_FORMAT}"
     target = cache_folder("models") / name
     how = json.dumps([str(adapter) if adapter else None, scale, exact])
+    note_use(target)
     if not _is_whole(target):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +56,7 @@ def made_folder(source: Path, adapter: Path | None, scale: float, *, exact: bool
                     print_line(f"the model is converted for OpenVINO, once: {target}", sys.stderr)
                     _convert(source, target, how)
                     write_json(target / _MADE, {file.name: content_hash(file) for file in target.iterdir()})
+                    tidy_cache(target.parent, _MADE)
         except OSError as error:
             why = error.strerror or error  # without a number: words of the conversion
             print_line(f"the model is converted for this run only: {target} cannot be written ({why})", sys.stderr)
@@ -66,7 +68,6 @@ def made_folder(source: Path, adapter: Path | None, scale: float, *, exact: bool
                     raise UserError(f"the model cannot be converted in {folder} either: {why}") from None
                 yield folder / "model"
             return
-    note_use(target)
     yield target
 
 

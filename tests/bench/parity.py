@@ -1,7 +1,7 @@
 """Slow proof: greedy answers in a batch against those of one row at a time, or against another backend's.
 
     python -m tests.bench.parity PAIRS.csv --rows 100
-    python -m tests.bench.parity PAIRS.csv --rows 100 --against transformers
+    python -m tests.bench.parity PAIRS.csv --rows 100 --against transformers --dtype float32
 
 Kernels round by the shape of a batch, so answers may part where two tokens are level. For every row whose answers
 differ, the log-probabilities of both answers are compared.
@@ -64,10 +64,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--backend", default="openvino")
+    parser.add_argument("--dtype", default="", help="of the arithmetic; default: what is fastest here")
     parser.add_argument("--against", default="", help="another backend, in float32")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     arguments = parser.parse_args()
-    backend = model_spec(arguments.backend, arguments.model).load()
+    settings = [f"dtype={arguments.dtype}"] if arguments.dtype else None
+    backend = model_spec(arguments.backend, arguments.model, settings=settings).load()
     sampling = Sampling(max_new_tokens=arguments.max_new_tokens)
     template = get_template("short")
     pairs = read_pairs(arguments.pairs)[: arguments.rows]

@@ -125,8 +125,8 @@ def _plainly_rewritten(row: DataRow) -> bool:
         return False
     if shared >= max(_STRETCHES, _STRETCH_SHARE * min(len(one), len(other))):
         return True
-    one, other = (set(_LONG_WORD.findall(text.casefold())) for text in (row.original_text, row.rewritten_text))
-    return len(one & other) >= max(_WORDS, _WORD_SHARE * min(len(one), len(other)))
+    words, others = (set(_LONG_WORD.findall(text.casefold())) for text in (row.original_text, row.rewritten_text))
+    return len(words & others) >= max(_WORDS, _WORD_SHARE * min(len(words), len(others)))
 
 
 def by_likelihood(

@@ -27,6 +27,8 @@ from tests.conftest import ROOT, Cli, command, environment, read_csv, runner
 from tests.test_prompts import MARKERS, sentencepiece_folder
 from train.encoding import IGNORED, AnswerEncoder
 from train.judging import Question
+from train.sft import prepare
+from train.sft_config import Sft
 
 __all__ = ["sentencepiece_folder"]  # a fixture
 
@@ -81,6 +83,13 @@ def test_rows_that_a_template_cannot_teach_are_left_out(hf_folder: Path) -> None
     cut = encoder.encode(long)
     assert cut is not None
     assert len(cut.ids) <= 512
+
+
+def test_sets_that_a_template_cannot_teach_at_all_are_refused_with_the_reason(tmp_path: Path, hf_folder: Path) -> None:
+    table = tmp_path / "other.csv"
+    table.write_text("id,original_text,rewritten_text,rewrite_prompt\n1,The cat sat.,A cat sat!,Make it lively\n")
+    with pytest.raises(UserError, match=r"1 of 1 rows .* do not begin with 'Rewrite this text as'"):
+        prepare(Sft(template="short", train=str(table)), hf_folder)
 
 
 def test_a_run_that_was_killed_has_the_losses_of_one_that_was_not(
@@ -256,7 +265,6 @@ def test_an_adapter_trained_in_four_bits_predicts(run: Cli, recipe: Path, tiny: 
 def test_what_is_trained_beside_four_bit_weights_is_of_32_bits(recipe: Path, tmp_path: Path) -> None:
     import torch
 
-    from train.sft import prepare
     from train.sft_config import read_sft
     from train.trainer import make_trainer
 

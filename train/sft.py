@@ -190,15 +190,23 @@ def prepare(config: Sft, base: Path) -> PreparedTuning:
         found = task.examples(triplets)
         kept = [example for example in found if example is not None]
         dropped[path] = len(found) - len(kept)
-        if dropped[path]:
-            LOG.info(f"{path}: {dropped[path]} of {len(found)} rows do not fit the template or the length")
+        why = f"{dropped[path]} of {len(found)} rows {_misfit(config)}"
         if not kept:
-            raise UserError(f"{path}: no row is left to train on")
+            raise UserError(f"{path}: no row is left to train on: {why}")
+        if dropped[path]:
+            LOG.info(f"{path}: {why}")
         return triplets, kept
 
     _, train = encoded(config.train, config.rows)
     watched, validation = encoded(config.validation, config.evaluation_rows) if config.validation else ([], [])
     return PreparedTuning(base, tokenizer, task, train, validation, watched, dropped)
+
+
+def _misfit(config: Sft) -> str:
+    """Why examples are left out, in words that go on from a number of rows."""
+    why = f"do not fit {config.max_tokens} tokens"
+    prefix = get_template(config.template).prefix if config.task == "recover" else ""
+    return f"{why}, or do not begin with {prefix!r} as template {config.template} has it" if prefix else why
 
 
 _MEASURED = {"eval_score": "score of greedy answers", "eval_accuracy": "accuracy", "eval_auc": "area under the curve"}

@@ -54,6 +54,7 @@ TUNED: dict[str, Sequence[str]] = {
     "attention": ("targets=q_proj,k_proj,v_proj,o_proj",),
     "half": (f"base={RUNS}/half-base",),
     "distilled": plainly("distilled"),
+    "distilled-default": plainly("distilled-default"),
 }
 # Minutes that a stage took on two cores, when it was last run.
 MINUTES = {
@@ -84,7 +85,7 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "default": ("best-of-ten", "search", "best-of-nine", "one-answer", "constant", "constant_fitted", "zero_shot",
                 "tuned"),
     "seeds": ("tuned", "other-seed", "zero_shot"),
-    "distil": ("plain", "distilled", "search"),
+    "distil": ("plain", "distilled", "distilled-default", "search"),
     "quantizations": (*MERGED.values(), "zero_shot"),
 }  # fmt: skip
 SHIPPED = "plain"
@@ -126,7 +127,8 @@ def stages() -> list[Stage]:
         Stage("baselines", HERE / "answers/zero_shot.csv", baselines),
         Stage("half-base", RUNS / "half-base/config.json", half_base),
         Stage("fresh-sets", FRESH, fresh_sets),
-        Stage("distil-rows", RUNS / "distilled.parquet", distil_rows),
+        Stage("distil-rows", RUNS / "distilled.parquet", distil_rows("distilled", "--recover", "search")),
+        Stage("distil-default-rows", RUNS / "distilled-default.parquet", distil_rows("distilled-default")),
         *(Stage(name, HERE / f"answers/{name}.csv", tune(name, settings)) for name, settings in TUNED.items()),
         Stage("default", HERE / "answers/one-answer.csv", default),
         Stage("best-of-nine", HERE / "answers/best-of-nine.csv", best_of("best-of-nine", *TUNED_ALONE)),
@@ -322,23 +324,27 @@ def fresh_sets() -> None:
     rows[~shared].to_parquet(FRESH, index=False)
 
 
-def distil_rows() -> None:
-    """Pairs of another seed, with the prompts that a search finds for them, beside the training rows in plain words.
+def distil_rows(name: str, *options: object) -> Callable[[], None]:
+    """Pairs of another seed, with the prompts that are recovered for them, beside the training rows in plain words.
 
     No style of the test set is among them.
     """
-    import pandas as pd
 
-    plain_phrasing()
-    rows = fresh_rows()
-    rows = rows[~style_of(rows, pd.read_parquet(TEST))]
-    rows = rows.assign(id="fresh-" + rows["id"])
-    pairs, found = RUNS / "distil-pairs.parquet", RUNS / "distilled.csv"
-    rows[["id", "original_text", "rewritten_text"]].to_parquet(pairs, index=False)
-    run("submission", "predict", pairs, "-o", found, "--recover", "search")
-    said = pd.read_csv(found, dtype=str).set_index("id")["rewrite_prompt"]
-    learned = [pd.read_parquet(RUNS / "plain-train.parquet"), rows.assign(rewrite_prompt=list(said[rows["id"]]))]
-    pd.concat(learned).to_parquet(RUNS / "distilled.parquet", index=False)
+    def work() -> None:
+        import pandas as pd
+
+        plain_phrasing()
+        rows = fresh_rows()
+        rows = rows[~style_of(rows, pd.read_parquet(TEST))]
+        rows = rows.assign(id="fresh-" + rows["id"])
+        pairs, found = RUNS / "distil-pairs.parquet", RUNS / f"{name}.csv"
+        rows[["id", "original_text", "rewritten_text"]].to_parquet(pairs, index=False)
+        run("submission", "predict", pairs, "-o", found, *options)
+        said = pd.read_csv(found, dtype=str).set_index("id")["rewrite_prompt"]
+        learned = [pd.read_parquet(RUNS / "plain-train.parquet"), rows.assign(rewrite_prompt=list(said[rows["id"]]))]
+        pd.concat(learned).to_parquet(RUNS / f"{name}.parquet", index=False)
+
+    return work
 
 
 def search_fresh() -> None:

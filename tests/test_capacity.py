@@ -80,6 +80,7 @@ def test_the_sizes_here_are_those_of_transformers(name: str) -> None:
         (MISTRAL, 4, "t4x2", 4.12, 78.8),
         (MISTRAL, 16, "t4x2", 14.48, 0),
         (MISTRAL, 16, "l4x4", 14.48, 58.2),
+        (shape("gemma-2-2b-it"), 16, "t4x2", 10.46, 18.8),  # in float32, as on every GPU without bfloat16
     ],
 )
 def test_memory_is_planned(model: ModelShape, bits: int, machine: str, weights: float, tokens: float) -> None:
@@ -122,7 +123,7 @@ def test_models_that_take_turns_add_up_and_cautions_are_told() -> None:
     both: Fit = together(fits)
     assert both.minutes == sum(one.minutes for one in fits)
     assert both.weight_bytes == fits[1].weight_bytes
-    assert "computes in float32 on a T4" in both.caution
+    assert "computes in float32: a T4 has no bfloat16" in both.caution
     lines = list(shown([both, fit(BY_NAME["t4x2"], gemma2, WORK)], limit_minutes=1))
     assert "over the 0.0167 h" in lines[1]
     assert "does not fit" in lines[2]
@@ -160,6 +161,19 @@ def test_a_plain_bundle_is_held_in_4_bits_where_the_kernel_does_so(tmp_path: Pat
     (tmp_path / "kernel.toml").write_text('recover = "zero_shot"\n')
     lines = list(forecast(tmp_path, [handle_of("gemma-7b-it")]))
     assert ["5.6 GB" in line for line in lines[2:6]] == [True, True, False, False]
+
+
+def test_a_forecast_reads_settings_in_both_ways_and_says_where_there_is_none(tmp_path: Path) -> None:
+    gemma = handle_of("gemma-7b-it")
+    (tmp_path / "kernel.toml").write_text('recover = "best_of"\nrecover_config = "b.toml"\n')
+    told = []
+    for settings in ('["load_in_4bit=true", "context=1024"]', '"load_in_4bit=true,context=1024"'):
+        (tmp_path / "b.toml").write_text(f'[[source]]\nname = "g"\nmodel = "find:{gemma}"\nsettings = {settings}\n')
+        told.append(list(forecast(tmp_path, [gemma])))
+    assert told[0] == told[1]
+    assert "5.6 GB" in told[0][2]
+    (tmp_path / "b.toml").write_text("")
+    assert ["forecast   none: " in line for line in forecast(tmp_path, [gemma])] == [True]
 
 
 def test_a_model_that_is_too_large_for_this_machine_is_planned_and_not_timed(tmp_path: Path, said: list[str]) -> None:

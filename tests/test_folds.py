@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shlex
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from submission.errors import UserError
 from tests.conftest import ROOT, runner
 from tests.tiny_models import tiny_model
 from train import forecast
-from train.run import OWN, how_to_predict, read_run
+from train.run import OWN, check, how_to_predict, read_run
 from train.score import Score, best_of_file, score_folds
 from train.splits import Splitting, split
 
@@ -160,6 +161,31 @@ def test_what_a_run_takes_is_told_before_it(recipe: Path, tmp_path: Path, monkey
     run = replace(run, sft=replace(run.sft, max_steps=0, epochs=3.0))
     folds = {count: {s.name: s.seconds for s in forecast.forecast(replace(run, folds=count))} for count in (2, 8)}
     assert folds[8]["sft x 8 folds"] > 4 * folds[2]["sft x 2 folds"], "each learns from more rows"
+
+
+def test_sources_on_kaggle_are_downloaded_to_be_counted(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "measured_pace", lambda _: 1e9)
+    here = read_run(recipe, ["output=made"], [str(tmp_path / "mine.csv")])
+    (tmp_path / "downloaded").mkdir()
+    (tmp_path / "mine.csv").rename(tmp_path / "downloaded" / "mine.csv")
+    monkeypatch.setattr("train.sources._download", lambda name: tmp_path / "downloaded" if name == "a/b" else None)
+    there = read_run(recipe, ["output=made"], ["kaggle:a/b"])
+    (tmp_path / "mine.csv").symlink_to(tmp_path / "downloaded" / "mine.csv")
+    assert forecast.forecast(there) == forecast.forecast(here)
+
+
+def test_a_base_that_nothing_can_be_merged_into_is_refused_before_training(
+    recipe: Path, tiny: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny, tmp_path / "quantised")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"is quantised[\s\S]*train sft"):
+        check(read_run(recipe, [f"sft.base={base}", "output=made"], [str(tmp_path / "mine.csv")]))
+    check(read_run(recipe, ["output=made"], [str(tmp_path / "mine.csv")]))
 
 
 def test_triplets_on_the_command_line_are_what_is_learned() -> None:

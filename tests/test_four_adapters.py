@@ -132,7 +132,12 @@ def test_copies_of_attached_models_go_to_their_handles(tmp_path: Path) -> None:
     assert attached_copies([f"mistral-7b-it={here}", here], [gemma, mistral]) == [
         Attached(tmp_path, mistral), Attached(tmp_path, gemma),
     ]  # fmt: skip
+    assert [one.handle for one in attached_copies([here, f"gemma-7b-it={here}"], [gemma, mistral])] == [mistral, gemma]
     assert attached_copies([here], []) == [Attached(tmp_path)]
+    with pytest.raises(UserError, match="given already"):
+        attached_copies([f"gemma-7b-it={here}"] * 2, [gemma])
+    with pytest.raises(UserError, match="--model gemma: "):
+        attached_copies([f"gemma={here}"], [gemma])
     with pytest.raises(UserError, match="does not exist"):
         attached_copies(["nowhere"], [])
     with pytest.raises(UserError, match="short names are gemma-7b-it"):

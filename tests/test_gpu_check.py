@@ -53,6 +53,15 @@ def test_what_cannot_run_here_is_left_out_with_the_reason(monkeypatch: pytest.Mo
     assert gpu.reason_to_leave_out(parts["speed-gemma"], without, device="cpu", small=True) == ""
 
 
+def test_folders_of_the_user_stay_where_models_are_to_lie(tmp_path: Path) -> None:
+    (tmp_path / "parity").mkdir()
+    (tmp_path / "parity" / "mine.txt").write_text("mine")
+    done = check("--parts", "parity", "--small", "--device", "cpu", "--folder", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "parity" / "mine.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu-check", "parity"]
+
+
 def test_limits_decide_what_is_well() -> None:
     assert Figure("a", 0.5, high=0.5).ok is True
     assert Figure("a", 0.51, high=0.5).ok is False

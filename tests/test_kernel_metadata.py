@@ -196,6 +196,15 @@ def test_the_machine_is_an_option(folder: Path, accelerator: str, gpu: bool, sha
     assert (content["enable_gpu"], content["machine_shape"]) == (gpu, shape)
 
 
+def test_a_machine_that_was_named_is_not_told_to_be_changed(folder: Path, tmp_path: Path) -> None:
+    made = bundle_of(tmp_path / "b", 'recover = "zero_shot"\n', (GEMMA,))
+    (folder / "kernel-metadata.json").write_text(json.dumps({**METADATA, "enable_gpu": False, "machine_shape": ""}))
+    assert any("GPU" in change for change in kernel_metadata(folder, USER, "", made)[1])
+    content, changes = kernel_metadata(folder, USER, "none", made)
+    assert content["enable_gpu"] is False
+    assert not any("GPU" in change for change in changes)
+
+
 def test_a_machine_that_kaggle_does_not_lend_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="machine_shape 'P100'"):
         kernel_metadata(folder, USER, "P100")

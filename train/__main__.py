@@ -190,7 +190,9 @@ def run(
     ] = None,
     folds: Annotated[
         int,
-        typer.Option(min=0, help="Cross-validate over N folds; the exported model learns from all rows."),
+        typer.Option(
+            min=0, help="Cross-validate over N folds; the exported model learns from all rows but those of validation."
+        ),
     ] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print time, memory and disk of each stage, and stop.")

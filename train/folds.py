@@ -3,7 +3,7 @@
     python -m train run --triplets mine.csv -o runs/mine --folds 5
 
 Each fold is a run of its own in OUTPUT/folds/N, with an adapter and its answers; their test sets together are the score
-of the run. The model that is exported learns from all rows.
+of the run. The model that is exported learns from all rows but those that it is watched with, the validation set's.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def check_folds(run: Run, *, fresh: bool = False) -> None:
 
 
 def run_folds(run: Run, encoder: Encoder, *, fresh: bool = False) -> None:
-    """Train and score each fold, then train on all rows and export.
+    """Train and score each fold, then train with no test set and export.
 
     Raises:
         UserError: as `check_folds` and `run_stages`.
@@ -63,7 +63,7 @@ def run_folds(run: Run, encoder: Encoder, *, fresh: bool = False) -> None:
         LOG.info(f"fold {number + 1} of {run.folds}")
         _run_fold(run, part, encoder, fresh=fresh)
     score_folds(run.score, parts, run.output, encoder)
-    LOG.info("all rows")
+    LOG.info("all folds together, for the model that is exported")
     whole = replace(run.recipe, split=replace(run.recipe.split, test=0.0, folds=0, fold=0))
     run_stages(replace(run, recipe=whole, score=None), encoder, fresh=fresh)
 

@@ -21,7 +21,7 @@ from train.memory import measure
 from train.recipe import Recipe
 from train.run import Run
 from train.sft_config import Sft
-from train.sources import KAGGLE, read_records, resolve
+from train.sources import read_records, resolve
 from train.trainer import device_count, training_dtype
 
 _TEXTS = ("original_text", "rewritten_text")
@@ -60,7 +60,7 @@ def forecast(run: Run) -> list[Stage]:
     """The stages that a run has, with what each takes.
 
     Args:
-        run: with its recipe; nothing is written.
+        run: with its recipe; nothing is written, but sources on Kaggle are downloaded to count their rows.
 
     Raises:
         UserError: a source or the base is missing or of another kind.
@@ -93,7 +93,7 @@ def forecast(run: Run) -> list[Stage]:
     if folds:
         stages.append(Stage(f"sft x {folds} folds", folds * sft, size.total, folds * 4 * adapter))
         stages.append(Stage(f"score x {folds} folds", folds * score, 1.7e9))
-        sft *= rows.count / trained if trained else 1.0  # the model that is exported learns from all rows
+        sft *= rows.count / trained if trained else 1.0  # the exported model learns from the test sets too
     stages.append(Stage("sft", sft, size.total, 4 * adapter))
     merged = 2.0 * size.parameters
     files = sum(_QUANTIZED.get(name, 1.0) for name in run.gguf.quantizations) * size.parameters if run.gguf else 0.0
@@ -148,9 +148,7 @@ def _rows(run: Run) -> _Rows:
     if run.recipe is None:
         assert run.sft is not None
         return _lengths([Path(run.sft.train)], Recipe(()))
-    paths = [path for source in run.recipe.sources if not source.path.startswith(KAGGLE)
-             for path in resolve(source.path)]  # fmt: skip
-    return _lengths(paths, run.recipe)
+    return _lengths([path for source in run.recipe.sources for path in resolve(source.path)], run.recipe)
 
 
 def _lengths(paths: list[Path], recipe: Recipe) -> _Rows:

@@ -73,7 +73,7 @@ def measure(config: Sft, base: Path, longest: int, answer: int) -> Size:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    shape, dtype = load_config(base), training_dtype(config)
+    shape, dtype = load_config(base), training_dtype(config, base)
     if dtype == "float16" and not torch.cuda.is_available() and not config.load_in_4bit:
         dtype = "float32"  # as the trainer computes then
     held = weights_dtype(dtype, load_in_4bit=config.load_in_4bit)

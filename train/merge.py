@@ -96,6 +96,15 @@ def merge(adapter: Path, output: Path, *, base: str = "", dtype: str = "auto") -
     )
 
 
+def check_mergeable(folder: Path) -> None:
+    """Refuse a base that no adapter can be merged into; nothing is loaded.
+
+    Raises:
+        UserError: it is quantised, or its files hold other tensors than transformers' model has.
+    """
+    tensor_names(skeleton(folder), Shards(folder))
+
+
 def made_from(adapter: Path) -> dict[str, str]:
     """What decides merged weights; see `submission.data.outputs.up_to_date`."""
     return {"adapter": content_hash(adapter)}

@@ -21,13 +21,14 @@ from eval.baselines import BEST_OF
 from eval.encoders import Encoder, find_encoder
 from submission.backends import AUTO, model_spec
 from submission.backends.models import resolve_folder
+from submission.backends.transformers.loading import stay_offline_and_quiet
 from submission.config import from_mapping, read_toml
 from submission.data.files import read_json, write_json
 from submission.data.outputs import check_folder, check_free, check_no_file, made_files, up_to_date
 from submission.errors import UserError
 from submission.progress import this_python
 from train.gguf import Gguf, export
-from train.merge import made_from, merge
+from train.merge import check_mergeable, made_from, merge
 from train.prepare import prepare
 from train.recipe import Recipe, parse_recipe, section, with_settings
 from train.score import Score, best_of_file, score_run
@@ -218,7 +219,9 @@ def check(run: Run, *, fresh: bool = False) -> None:
     check_free(output / _NOTE, [output / _NOTE])
     if run.sft:
         check_installed(run.sft)
-        resolve_folder(run.sft.base)
+        base = resolve_folder(run.sft.base)
+        if base.is_dir():
+            _check_base(base)
         if output.exists():
             check_folder(output / "merged")
     if run.gguf:
@@ -229,6 +232,17 @@ def check(run: Run, *, fresh: bool = False) -> None:
     if run.score and run.sft:
         run.score.check(output)
         model_spec(run.score.backend, run.score.base or run.sft.base)
+
+
+def _check_base(base: Path) -> None:
+    stay_offline_and_quiet()
+    try:
+        check_mergeable(base)
+    except UserError as error:
+        raise UserError(
+            f"{error}\nA run merges its adapter into the base. `python -m train sft` makes the adapter alone, and "
+            "`predict` takes it with --adapter"
+        ) from error
 
 
 def _folds_of(output: Path) -> int | None:

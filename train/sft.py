@@ -92,7 +92,11 @@ def sft(config: Sft, output: Path, *, fresh: bool = False) -> Path:
             _begin(output, marks, fresh=fresh)
     epoch, steps = config.steps(len(ready.train), device_count())
     LOG.info(f"{len(ready.train)} rows, {sum(len(e.ids) for e in ready.train)} tokens, {epoch} steps an epoch, "
-        f"{training_dtype(config)}{', 4 bits' if config.load_in_4bit else ''}")  # fmt: skip
+        f"{training_dtype(config, base)}{', 4 bits' if config.load_in_4bit else ''}")  # fmt: skip
+    if on_gpu() and config.dtype == "auto" and training_dtype(config, base) == "float32":
+        LOG.warning(
+            "in 32 bits: this GPU has no bfloat16, and float16 is too narrow for this base. Others are much faster"
+        )
     if not on_gpu() and _is_short_of_memory(config, base, ready.train):
         return_freed_memory()
     last = _last_checkpoint(checkpoints)
@@ -243,7 +247,7 @@ def _marks(config: Sft, base: Path) -> dict[str, Any]:
              if (path := getattr(config, key)) and Path(path).is_file()}  # fmt: skip
     # What is in the sets and the base decides, not where they lie.
     asked = {key: value for key, value in asdict(config).items() if key not in ("train", "validation", "base")}
-    asked["dtype"] = training_dtype(config)  # `auto` is another one on another machine
+    asked["dtype"] = training_dtype(config, base)  # `auto` is another one on another machine
     marks = {"config": asked, "files": files, "base": content_hash(base), "devices": device_count()}
     plain: dict[str, Any] = json.loads(json.dumps(marks))
     return plain

@@ -45,7 +45,8 @@ class Sft:
         patience: evaluations without a better loss before it stops; 0 never stops.
         save_every: steps between checkpoints. The best one is kept if it is a multiple of evaluate_every.
         load_in_4bit: nf4 with double quantisation (QLoRA).
-        dtype: auto, float32, bfloat16 or float16.
+        dtype: auto (bfloat16 where it is fast; else float16 on GPUs, but float32 for Gemma 2 and 3; float32 on a CPU),
+            float32, bfloat16 or float16.
         gradient_checkpointing: less memory for a third more time.
         tracker: none, wandb or tensorboard.
         seed: of everything that is drawn.

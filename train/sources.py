@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from submission.backends import require
 from submission.data.files import atomic_folder, cache_folder, files_in, is_folder, on_store, open_binary
 from submission.data.tables import header_of, stream_table
 from submission.errors import UserError
+
+LOG = logging.getLogger(__name__)
 
 KAGGLE = "kaggle:"
 _TABLES = (".csv", ".parquet", ".jsonl", ".ndjson")
@@ -102,6 +105,7 @@ def _download(name: str) -> Path:
     folder = cache_folder("datasets") / name
     if folder.is_dir():
         return folder
+    LOG.info(f"downloading {KAGGLE}{name}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder) as part:
         # The client ends the process when credentials are missing, so it has one of its own.

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from submission.backends.common import fast_dtype
-from submission.backends.transformers.loading import from_disk
+from submission.backends.transformers.devices import overflows_float16
+from submission.backends.transformers.loading import from_disk, load_config
 from submission.errors import UserError, first_line
 from train.encoding import IGNORED, TrainingExample
 from train.sft_config import Sft
@@ -32,15 +33,20 @@ def on_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def training_dtype(config: Sft) -> str:
-    """`auto` is bfloat16 where the GPU or the CPU is fast with it; else float16 on GPUs, float32 on a CPU."""
+def training_dtype(config: Sft, base: Path | None = None) -> str:
+    """`auto` is bfloat16 where the GPU or the CPU is fast with it; else float16 on GPUs, float32 on a CPU.
+
+    A base that float16 is too narrow for (Gemma 2 and 3) computes in float32 on such GPUs.
+    """
     if config.dtype != "auto":
         return config.dtype
     import torch
 
     if not on_gpu():
         return fast_dtype()
-    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float32" if base and overflows_float16(load_config(base).model_type) else "float16"
 
 
 def lora_config(config: Sft) -> Any:
@@ -72,7 +78,7 @@ def make_trainer(
     from trl.trainer.sft_config import SFTConfig
 
     cuda = on_gpu()
-    dtype = training_dtype(config)
+    dtype = training_dtype(config, base)
     warnings.simplefilter("ignore", FutureWarning)  # of one library about another
     if config.tracker == "wandb":
         os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from submission.backends.transformers.devices import overflows_float16
 from submission.errors import UserError
 
 # Shares of a GPU's figures that batched transformers reach, as assumed here.
@@ -37,7 +38,8 @@ class Gpu:
         memory: bytes that torch reports as its total.
         bandwidth: bytes a second.
         flops: 16-bit floating-point operations a second of the tensor cores, without sparsity.
-        bfloat16: whether it has units for it; without, models compute in float16.
+        bfloat16: whether it has units for it; without, models compute in float16, Gemma 2 and 3 in float32.
+        float32_flops: 32-bit floating-point operations a second, of a GPU without bfloat16.
     """
 
     name: str
@@ -45,6 +47,11 @@ class Gpu:
     bandwidth: float
     flops: float
     bfloat16: bool = True
+    float32_flops: float = 0.0
+
+    def number_bytes(self, kind: str) -> int:
+        """Bytes of a number that a model of this `model_type` computes with."""
+        return 4 if not self.bfloat16 and overflows_float16(kind) else 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +72,7 @@ class Machine:
 _GIB = 2.0**30
 # Nvidia's data sheets: T4 (nvidia.com/en-us/data-center/tesla-t4), L4 (.../l4), A100 40 GB SXM (.../a100),
 # H100 SXM (.../h100). L4 and H100 figures there are with sparsity: half is taken.
-_T4 = Gpu("T4", 14.7 * _GIB, 320e9, 65e12, bfloat16=False)
+_T4 = Gpu("T4", 14.7 * _GIB, 320e9, 65e12, bfloat16=False, float32_flops=8.1e12)
 _L4 = Gpu("L4", 22.2 * _GIB, 300e9, 121e12)
 _A100 = Gpu("A100", 39.6 * _GIB, 1555e9, 312e12)
 _H100 = Gpu("H100", 79.1 * _GIB, 3350e9, 989e12)
@@ -157,23 +164,24 @@ class Precision:
     """How weights are held.
 
     Attributes:
-        bits: 16, or 4 for nf4 with double quantisation; the embedding and the output layer stay in 16.
+        bits: 16 (32 where the model computes in it), or 4 for nf4 with double quantisation; the embedding and the
+            output layer are never in 4.
         adapter_bytes: of a LoRA adapter; beside 4-bit weights it is not merged.
     """
 
     bits: int = 16
     adapter_bytes: float = 0.0
 
-    def weight_bytes(self, shape: ModelShape) -> float:
-        """Bytes of a copy of the weights."""
-        each = _NF4 if self.bits == 4 else 2.0
+    def weight_bytes(self, shape: ModelShape, number: int = 2) -> float:
+        """Bytes of a copy of the weights; `number` is that of a number that is computed with."""
+        each = _NF4 if self.bits == 4 else number
         beside = self.adapter_bytes if self.bits == 4 else 0.0
-        return each * shape.layer_parameters + 2.0 * shape.embedding_parameters + beside
+        return each * shape.layer_parameters + float(number * shape.embedding_parameters) + beside
 
-    def step_bytes(self, shape: ModelShape) -> float:
-        """Bytes of weights that a decoding step moves; 4-bit weights are written out in 16 bits and read again."""
-        each = _NF4 + 4.0 if self.bits == 4 else 2.0
-        return each * shape.layer_parameters + 2.0 * shape.vocabulary * shape.hidden
+    def step_bytes(self, shape: ModelShape, number: int = 2) -> float:
+        """Bytes of weights that a decoding step moves; 4-bit weights are written out and read again."""
+        each = _NF4 + 2 * number if self.bits == 4 else number
+        return each * shape.layer_parameters + float(number * shape.vocabulary * shape.hidden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,21 +222,24 @@ class Fit:
 
 def fit(machine: Machine, shape: ModelShape, work: Work, precision: Precision = Precision()) -> Fit:
     """Plan a run with a copy of the model on each GPU."""
-    gpu, weights = machine.gpu, precision.weight_bytes(shape)
+    gpu, number = machine.gpu, machine.gpu.number_bytes(shape.kind)
+    weights, kv_bytes = precision.weight_bytes(shape, number), shape.kv_bytes * number // 2
+    flops = gpu.flops if number == 2 else gpu.float32_flops
     room = gpu.memory * (1 - _FREE_SHARE) - _CONTEXT_BYTES - weights
     length = work.prompt_tokens + work.new_tokens
-    each = length * shape.kv_bytes + work.prompt_tokens * shape.working_bytes + _LOGIT_BYTES * shape.vocabulary
+    working = work.prompt_tokens * shape.working_bytes * number // 2
+    each = length * kv_bytes + working + _LOGIT_BYTES * shape.vocabulary
     at_once = max(0, min(_MOST_AT_ONCE, int(room // each)))
-    kv_tokens = max(0, int(room // shape.kv_bytes))
+    kv_tokens = max(0, int(room // kv_bytes))
     if not at_once:
         return Fit(machine, weights, kv_tokens, 0, math.inf)
     rows = math.ceil(work.rows / machine.count)
-    prefill = rows * prefill_flop(shape, work.prompt_tokens) / (gpu.flops * _OF_FLOPS)
+    prefill = rows * prefill_flop(shape, work.prompt_tokens) / (flops * _OF_FLOPS)
     batch = max(1, min(at_once, rows * work.answers))
-    moved = precision.step_bytes(shape) + batch * (work.prompt_tokens + work.new_tokens / 2) * shape.kv_bytes
+    moved = precision.step_bytes(shape, number) + batch * (work.prompt_tokens + work.new_tokens / 2) * kv_bytes
     step = max(
         moved / (gpu.bandwidth * _OF_BANDWIDTH),
-        2 * batch * (shape.layer_parameters + shape.vocabulary * shape.hidden) / (gpu.flops * _OF_FLOPS),
+        2 * batch * (shape.layer_parameters + shape.vocabulary * shape.hidden) / (flops * _OF_FLOPS),
     )
     decode = math.ceil(rows * work.answers / batch) * work.new_tokens * step
     slower = _UNMERGED if precision.bits == 4 and precision.adapter_bytes else 1.0
@@ -253,11 +264,9 @@ def prefill_flop(shape: ModelShape, tokens: int) -> float:
 
 
 def _caution(gpu: Gpu, shape: ModelShape) -> str:
-    if not gpu.bfloat16 and shape.kind.startswith(("gemma2", "gemma3")):
-        return (
-            f"{shape.kind} computes in float32 on a {gpu.name}, which has no bfloat16: several times slower than this"
-        )
-    return ""
+    return (
+        f"{shape.kind} computes in float32: a {gpu.name} has no bfloat16" if gpu.number_bytes(shape.kind) == 4 else ""
+    )
 
 
 def shown(fits: Iterable[Fit], limit_minutes: float = math.inf) -> Iterator[str]:

@@ -37,18 +37,19 @@ def attached_copies(given: Sequence[str], handles: Sequence[str]) -> list[Attach
     Raises:
         UserError: there is no such model, or no such path.
     """
-    copies, rest = [], list(handles)
+    copies: list[Attached] = []
     for text in given:
         name, equals, place = text.partition("=")
-        handle = "" if not equals or Path(text).exists() else handle_of(name)
+        handle = "" if not equals or Path(text).expanduser().exists() else handle_of(name, "--model")
         path = Path(place if handle else text).expanduser()
         if not path.exists():
             raise UserError(f"--model {text}: {path} does not exist")
-        if not handle:
-            handle = rest[0] if rest else ""
-        rest = [one for one in rest if one != handle]
+        if handle and any(handle == one.handle for one in copies):
+            raise UserError(f"--model {text}: {name} was given already")
         copies.append(Attached(path, handle))
-    return copies
+    named = {one.handle for one in copies}
+    rest = iter([handle for handle in handles if handle not in named])
+    return [one if one.handle else Attached(one.path, next(rest, "")) for one in copies]
 
 
 @cache

@@ -55,6 +55,8 @@ def forecast(bundle: Path, handles: Sequence[str]) -> Iterator[str]:
         yield f"forecast   all {len(sources)} sources, one after the other"
         yield from (f"           {line}" for line in shown(map(together, zip(*totals, strict=True)),
                                                            settings.deadline / 60))  # fmt: skip
+    if not sources and settings.recover != "constant" and any(map(shape_of, handles)):
+        yield f"forecast   none: {settings.recover} without a [[source]] of its own decides itself what it asks a model"
     if sources:
         yield "           computed from the models' sizes; none of it was measured on such a machine"
 
@@ -87,8 +89,9 @@ def _names(model: str, handle: str) -> bool:
     return any("/".join(folders[start:end]) == model for start in range(5) for end in range(start + 1, 6))
 
 
-def _precision(settings: Sequence[object], *, adapter: bool) -> Precision:
-    return Precision(4 if any(map(kernel.in_4_bits, settings)) else 16, _LORA_BYTES if adapter else 0.0)
+def _precision(settings: Sequence[object] | str, *, adapter: bool) -> Precision:
+    given = settings.split(",") if isinstance(settings, str) else settings
+    return Precision(4 if any(map(kernel.in_4_bits, given)) else 16, _LORA_BYTES if adapter else 0.0)
 
 
 def _words(source: _Source) -> str:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from submission.data.files import write_json
@@ -34,7 +34,7 @@ from submission.publish.metadata import (
     read_object,
     with_owner,
 )
-from submission.publish.needs import ask_for, fit_metadata, machine_shape, needs_of
+from submission.publish.needs import ask_for, fit_metadata, needs_of
 
 LOG = logging.getLogger(__name__)
 
@@ -188,7 +188,8 @@ def kernel_metadata(
     changes: list[str] = []
     needs = needs_of(bundle) if bundle is not None and bundle.is_dir() else None
     if needs is not None:
-        content, changes = fit_metadata(content, needs, machine_shape(accelerator) or machine_shape("t4x2"))
+        fitting = replace(needs, gpu=None) if accelerator else needs  # what was asked for decides
+        content, changes = fit_metadata(content, fitting)
     if accelerator:
         content = ask_for(content, accelerator, needs)
     raise_problems(path, check_metadata(content, folder))

@@ -73,7 +73,7 @@ def bare_loop(config: Sft, base: Path, tokenizer: Any, rows: Sequence[Sequence[T
     from peft import get_peft_model
 
     cuda = torch.cuda.is_available()
-    dtype = training_dtype(config)
+    dtype = training_dtype(config, base)
     model = get_peft_model(load_base(base, dtype, load_in_4bit=config.load_in_4bit, cuda=cuda), lora_config(config))
     model = (model.cuda() if cuda and not config.load_in_4bit else model).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)

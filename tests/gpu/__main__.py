@@ -29,6 +29,7 @@ _NF4 = ("bitsandbytes",)
 _COMMAND = ("typer", "rich", "pyarrow")
 _TRAIN = (*_MODEL, *_COMMAND, "bitsandbytes", "peft", "trl", "datasets", "matplotlib")
 _MINUTES = 9.0
+_WORK = "gpu-check"  # a folder of its own, for what a part leaves is removed
 
 PARTS = (
     Part("parity", "answers and likelihoods of every precision beside float32 on the CPU", "tests.gpu.parity:run",
@@ -38,8 +39,8 @@ PARTS = (
     Part("speed-mistral", "the same of Mistral-7b", "tests.gpu.speed:run", {"shape": "mistral-7b"}, _MODEL, _NF4),
     Part("speed-vllm", "the same of Gemma-7b by vLLM", "tests.gpu.speed:run_vllm", {"shape": "gemma-7b"},
          (*_MODEL, "vllm")),
-    Part("memory-t4", "Gemma-7b in 14.7 GB, as a T4 has", "tests.gpu.memory:run", {"gpu": "t4"}, (*_MODEL, *_NF4)),
-    Part("memory-l4", "Gemma-7b in 22.5 GB, as an L4 has", "tests.gpu.memory:run", {"gpu": "l4"}, (*_MODEL, *_NF4)),
+    Part("memory-t4", "Gemma-7b in 15.8 GB, as a T4 has", "tests.gpu.memory:run", {"gpu": "t4"}, (*_MODEL, *_NF4)),
+    Part("memory-l4", "Gemma-7b in 23.8 GB, as an L4 has", "tests.gpu.memory:run", {"gpu": "l4"}, (*_MODEL, *_NF4)),
     Part("faults-kill", "a run whose worker is killed", "tests.gpu.faults:run_kill", needs=(*_MODEL, *_COMMAND)),
     Part("faults-rows", "a row that is not a number, and one that CUDA asserts on", "tests.gpu.faults:run_rows",
          needs=(*_MODEL, *_COMMAND)),
@@ -65,7 +66,9 @@ def main() -> int:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--small", action="store_true", help="tiny models, to run the code rather than to measure")
     parser.add_argument("--minutes", type=float, default=_MINUTES, help="a part is ended after so many; at most 9")
-    parser.add_argument("--folder", type=Path, help="for models (45 GB); default: a temporary one")
+    parser.add_argument(
+        "--folder", type=Path, help=f"for models (50 GB), which come to {_WORK} in it; default: a temporary one"
+    )
     asked = parser.parse_args()
     try:
         parts = chosen(asked.parts)
@@ -82,8 +85,9 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does: the part that runs ends with all that it started
         signal.signal(number, signal.default_int_handler)
     if asked.folder is not None:
-        asked.folder.mkdir(parents=True, exist_ok=True)
-        return run(parts, asked, asked.folder)
+        work = asked.folder / _WORK
+        work.mkdir(parents=True, exist_ok=True)
+        return run(parts, asked, work)
     with tempfile.TemporaryDirectory(prefix="prompt-recovery-gpu-") as folder:
         return run(parts, asked, Path(folder))
 

@@ -7,14 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from submission.predict.capacity import MACHINES
 from submission.types import Failure, Sampling
 from tests.gpu.models import base_model, load, release, sized_requests
 from tests.gpu.report import Check
 from tests.gpu.watch import Watch
 
-_BYTES = {"t4": 14.7e9, "l4": 22.5e9}
+_BYTES = {machine.gpu.name.lower(): machine.gpu.memory for machine in MACHINES}
 _NF4 = "load_in_4bit=true"
-# As `dtype=auto` has it on a T4, which has no bfloat16: Gemma in 32 bits. float16 shows what it would save.
+# A T4 has no bfloat16: `dtype=auto` is float16 for Gemma 1 there, and float32 for Gemma 2 and 3.
 _CASES: dict[str, dict[str, tuple[str, ...]]] = {
     "t4": {"nf4, float32": (_NF4, "dtype=float32"), "nf4, float16": (_NF4, "dtype=float16")},
     "l4": {"bfloat16": ("dtype=bfloat16",), "nf4, bfloat16": (_NF4, "dtype=bfloat16")},

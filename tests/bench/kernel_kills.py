@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -76,22 +77,22 @@ def run(
     write_examples(table, ids)
     lay_out(root, layout, table, bundle, models)
     over = threading.Event()
-    killer = threading.Thread(target=_kill, args=(folder, kills, over, random.Random(seed)))
-    killer.start()
-    try:
-        outcome = run_kernel(root, layout, table, ROOT / "submission" / "kernel.py", [sys.executable], 1)
-    finally:
-        over.set()
-        killer.join()
+    with ThreadPoolExecutor(1) as pool:
+        killer = pool.submit(_kill, folder, kills, over, random.Random(seed))
+        try:
+            outcome = run_kernel(root, layout, table, ROOT / "submission" / "kernel.py", [sys.executable], 1)
+        finally:
+            over.set()
+    assert killer.result() or not kills, "nothing was killed"
     assert validate(root / "working" / "submission.csv", ids) == []
     with (root / "working" / "submission.csv").open(encoding="utf-8", newline="") as file:
         return outcome, {row["id"]: row["rewrite_prompt"] for row in csv.DictReader(file)}
 
 
-def _kill(folder: Path, kills: int, over: threading.Event, draw: random.Random) -> None:
-    """Kill the process that predicts, each time after it computed something."""
-    known = 0
-    while kills and not over.wait(0.02):
+def _kill(folder: Path, kills: int, over: threading.Event, draw: random.Random) -> int:
+    """Kill the process that predicts, each time after it computed something; how often it did."""
+    known = killed = 0
+    while killed < kills and not over.wait(0.02):
         logs = list(folder.glob("prompt-recovery-*/submission.csv.calls.jsonl"))
         lines = sum(log.read_bytes().count(b"\n") for log in logs)
         if lines <= known:
@@ -101,8 +102,9 @@ def _kill(folder: Path, kills: int, over: threading.Event, draw: random.Random) 
             words = process.info["cmdline"] or []
             if "predict" in words and any(str(logs[0].parent) in word for word in words):
                 process.kill()
-                kills -= 1
+                killed += 1
         known = sum(log.read_bytes().count(b"\n") for log in logs if log.exists())
+    return killed
 
 
 def is_part_of(answer: str, whole: str) -> bool:

@@ -62,7 +62,8 @@ MINUTES = {
     "one-kind": 5.9, "mixed": 5.5, "rate-1e-4": 5.0, "rate-2e-3": 4.1, "epochs-10": 14.2, "rank-8": 7.7, "plain": 7.9,
     "plain-64": 4.0, "plain-128": 5.3, "attention": 7.8, "half": 7.6, "default": 1.5, "best-of-nine": 4.2,
     "best-of-ten": 2.8, "search": 15.2, "quantizations": 7.1, "ensemble": 28.8, "best-of": 10.4, "small": 34.4,
-    "more-answers": 43.0, "curve": 44.0, "distil-rows": 14.0, "distilled": 22.0, "distil-default-rows": 2.2, "distilled-default": 15.5,
+    "more-answers": 43.0, "curve": 44.0, "distil-rows": 14.0, "distilled": 22.0,
+    "distil-default-rows": 2.2, "distilled-default": 15.5,
     "fresh-sets": 29.0, "more-answers-fresh": 13.5, "search-fresh": 9.8, "speed": 23.7,
 }  # fmt: skip
 # One way of asking for each kind of prompt, for `plain`: which of its many ways was taken no rewrite tells.

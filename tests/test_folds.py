@@ -152,7 +152,7 @@ def test_what_a_run_takes_is_told_before_it(recipe: Path, tmp_path: Path, monkey
     assert told.code == 0, told.err
     assert [line.split()[0] for line in told.out.splitlines()] == ["stage", "prepare", "sft", "merge", "score", "in"]
     assert not (tmp_path / "made").exists()
-    monkeypatch.setattr(forecast, "measured_pace", lambda _: 1e9)  # a busy machine has another one each time
+    monkeypatch.setattr(forecast, "measured_pace", lambda *_: 1e9)  # a busy machine has another one each time
     run = read_run(recipe, ["output=made"], [str(tmp_path / "mine.csv")])
     assert run.sft is not None
     longer = replace(run, sft=replace(run.sft, max_steps=200))
@@ -166,7 +166,7 @@ def test_what_a_run_takes_is_told_before_it(recipe: Path, tmp_path: Path, monkey
 def test_sources_on_kaggle_are_downloaded_to_be_counted(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forecast, "measured_pace", lambda _: 1e9)
+    monkeypatch.setattr(forecast, "measured_pace", lambda *_: 1e9)
     here = read_run(recipe, ["output=made"], [str(tmp_path / "mine.csv")])
     (tmp_path / "downloaded").mkdir()
     (tmp_path / "mine.csv").rename(tmp_path / "downloaded" / "mine.csv")

@@ -65,7 +65,9 @@ def forecast(run: Run) -> list[Stage]:
     Raises:
         UserError: a source or the base is missing or of another kind.
     """
-    stages, pace = [], measured_pace(run.sft)
+    stay_offline_and_quiet()
+    base = base_folder(run.sft.base) if run.sft else None
+    stages, pace = [], measured_pace(run.sft, base)
     rows = _rows(run)
     if run.making:
         made = 2 * run.making.texts.write * run.making.texts.max_new_tokens + rows.count * rows.mean
@@ -73,12 +75,10 @@ def forecast(run: Run) -> list[Stage]:
     if run.recipe:
         work = 2 * _ENCODER * rows.count * (_EMBEDDED * rows.mean + _ANSWER)
         stages.append(Stage("prepare", _FIXED["prepare"] + work / (pace * _SHARES["prepare"]), 1.0e9))
-    if run.sft is None:
+    if run.sft is None or base is None:
         return stages
     folds = run.folds
     split = replace(run.recipe.split, folds=folds).shares if run.recipe else {"train": 1.0, "test": 0.0}
-    stay_offline_and_quiet()
-    base = base_folder(run.sft.base)
     tokens = min(run.sft.max_tokens, _TEMPLATE + rows.mean + _ANSWER)
     size = measure(run.sft, base, round(min(run.sft.max_tokens, _TEMPLATE + rows.longest + _ANSWER)), 2 * _ANSWER)
     trained, tested = rows.count * split["train"], rows.count * split["test"]
@@ -114,11 +114,11 @@ def lines(stages: list[Stage]) -> Iterator[str]:
     yield f"{'in all, about':<22}{_minutes(seconds):>9}{memory / 1e9:>11.1f}{sum(s.disk for s in stages) / 1e9:>9.2f}"
 
 
-def measured_pace(config: Sft | None) -> float:
+def measured_pace(config: Sft | None, base: Path | None) -> float:
     """Floating-point operations a second of a product of matrices on the device that trains, in its dtype."""
     import torch
 
-    dtype = getattr(torch, training_dtype(config or Sft()))
+    dtype = getattr(torch, training_dtype(config or Sft(), base))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     side = 4096 if device == "cuda" else 1024
     left = torch.randn(side, side, device=device).to(dtype)

@@ -96,7 +96,7 @@ def _rows(check: Check) -> int:
 def run_deadline(check: Check) -> None:
     """More rows than can be answered in time, of many tokens each: the time is over in the middle of a batch."""
     folder = check.own_folder()
-    seconds, rows = (90.0, 300) if check.device == "cpu" else (40.0, 20_000)
+    seconds, rows = (60.0, 2_000) if check.device == "cpu" else (40.0, 20_000)  # on no machine are all answered
     model = culprit_model(folder / "plain", "")
     found = predict(check, folder / "late.csv", model, rows, "--deadline", f"{seconds:g}s", new_tokens=600)
     name = f"a deadline of {seconds:g} s"

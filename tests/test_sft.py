@@ -88,7 +88,7 @@ def test_rows_that_a_template_cannot_teach_are_left_out(hf_folder: Path) -> None
 def test_sets_that_a_template_cannot_teach_at_all_are_refused_with_the_reason(tmp_path: Path, hf_folder: Path) -> None:
     table = tmp_path / "other.csv"
     table.write_text("id,original_text,rewritten_text,rewrite_prompt\n1,The cat sat.,A cat sat!,Make it lively\n")
-    with pytest.raises(UserError, match=r"1 of 1 rows .* do not begin with 'Rewrite this text as'"):
+    with pytest.raises(UserError, match=r"1 of 1 rows .* does not begin with 'Rewrite this text as'"):
         prepare(Sft(template="short", train=str(table)), hf_folder)
 
 

@@ -195,7 +195,10 @@ def run(
         ),
     ] = 0,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print time, memory and disk of each stage, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print time, memory and disk of each stage, and stop; sources on Kaggle are downloaded."
+        ),
     ] = False,
     fresh: FreshOption = False,
     encoder: EncoderOption = "",

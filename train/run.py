@@ -240,8 +240,8 @@ def _check_base(base: Path) -> None:
         check_mergeable(base)
     except UserError as error:
         raise UserError(
-            f"{error}\nA run merges its adapter into the base. `python -m train sft` makes the adapter alone, and "
-            "`predict` takes it with --adapter"
+            f"{error}\nA run merges its adapter into the base, so it is not begun. "
+            "`python -m train sft` trains without merging"
         ) from error
 
 

@@ -94,9 +94,7 @@ def sft(config: Sft, output: Path, *, fresh: bool = False) -> Path:
     LOG.info(f"{len(ready.train)} rows, {sum(len(e.ids) for e in ready.train)} tokens, {epoch} steps an epoch, "
         f"{training_dtype(config, base)}{', 4 bits' if config.load_in_4bit else ''}")  # fmt: skip
     if on_gpu() and config.dtype == "auto" and training_dtype(config, base) == "float32":
-        LOG.warning(
-            "in 32 bits: this GPU has no bfloat16, and float16 is too narrow for this base. Others are much faster"
-        )
+        LOG.warning("in float32, which is slow: this GPU has no bfloat16, and float16 is too narrow for this base")
     if not on_gpu() and _is_short_of_memory(config, base, ready.train):
         return_freed_memory()
     last = _last_checkpoint(checkpoints)
@@ -210,7 +208,8 @@ def _misfit(config: Sft) -> str:
     """Why examples are left out, in words that go on from a number of rows."""
     why = f"do not fit {config.max_tokens} tokens"
     prefix = get_template(config.template).prefix if config.task == "recover" else ""
-    return f"{why}, or do not begin with {prefix!r} as template {config.template} has it" if prefix else why
+    wanted = f", or their prompt does not begin with {prefix!r}, as template {config.template} wants"
+    return why + wanted if prefix else why
 
 
 _MEASURED = {"eval_score": "score of greedy answers", "eval_accuracy": "accuracy", "eval_auc": "area under the curve"}

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from submission.backends.transformers.devices import overflows_float16
+from submission.backends.transformers.devices import choose_dtype
 from submission.errors import UserError
 
 # Shares of a GPU's figures that batched transformers reach, as assumed here.
@@ -38,20 +38,20 @@ class Gpu:
         memory: bytes that torch reports as its total.
         bandwidth: bytes a second.
         flops: 16-bit floating-point operations a second of the tensor cores, without sparsity.
+        float32_flops: 32-bit floating-point operations a second.
         bfloat16: whether it has units for it; without, models compute in float16, Gemma 2 and 3 in float32.
-        float32_flops: 32-bit floating-point operations a second, of a GPU without bfloat16.
     """
 
     name: str
     memory: float
     bandwidth: float
     flops: float
+    float32_flops: float
     bfloat16: bool = True
-    float32_flops: float = 0.0
 
-    def number_bytes(self, kind: str) -> int:
-        """Bytes of a number that a model of this `model_type` computes with."""
-        return 4 if not self.bfloat16 and overflows_float16(kind) else 2
+    def number_bytes(self, kind: str, dtype: str) -> int:
+        """Bytes of the numbers that a model of this `model_type` computes in, if it is asked for this dtype."""
+        return 4 if choose_dtype(kind, (8, 0) if self.bfloat16 else (7, 5), dtype) == "float32" else 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +72,10 @@ class Machine:
 _GIB = 2.0**30
 # Nvidia's data sheets: T4 (nvidia.com/en-us/data-center/tesla-t4), L4 (.../l4), A100 40 GB SXM (.../a100),
 # H100 SXM (.../h100). L4 and H100 figures there are with sparsity: half is taken.
-_T4 = Gpu("T4", 14.7 * _GIB, 320e9, 65e12, bfloat16=False, float32_flops=8.1e12)
-_L4 = Gpu("L4", 22.2 * _GIB, 300e9, 121e12)
-_A100 = Gpu("A100", 39.6 * _GIB, 1555e9, 312e12)
-_H100 = Gpu("H100", 79.1 * _GIB, 3350e9, 989e12)
+_T4 = Gpu("T4", 14.7 * _GIB, 320e9, 65e12, 8.1e12, bfloat16=False)
+_L4 = Gpu("L4", 22.2 * _GIB, 300e9, 121e12, 30.3e12)
+_A100 = Gpu("A100", 39.6 * _GIB, 1555e9, 312e12, 19.5e12)
+_H100 = Gpu("H100", 79.1 * _GIB, 3350e9, 989e12, 67e12)
 
 MACHINES = (
     Machine("t4x2", "NvidiaTeslaT4", _T4, 2),
@@ -167,19 +167,21 @@ class Precision:
         bits: 16 (32 where the model computes in it), or 4 for nf4 with double quantisation; the embedding and the
             output layer are never in 4.
         adapter_bytes: of a LoRA adapter; beside 4-bit weights it is not merged.
+        dtype: that the model is asked to compute in; see `choose_dtype`.
     """
 
     bits: int = 16
     adapter_bytes: float = 0.0
+    dtype: str = "auto"
 
     def weight_bytes(self, shape: ModelShape, number: int = 2) -> float:
-        """Bytes of a copy of the weights; `number` is that of a number that is computed with."""
+        """Bytes of a copy of the weights, where the model computes in numbers of so many bytes."""
         each = _NF4 if self.bits == 4 else number
         beside = self.adapter_bytes if self.bits == 4 else 0.0
         return each * shape.layer_parameters + float(number * shape.embedding_parameters) + beside
 
     def step_bytes(self, shape: ModelShape, number: int = 2) -> float:
-        """Bytes of weights that a decoding step moves; 4-bit weights are written out and read again."""
+        """Bytes of weights that a decoding step moves; 4-bit weights are written out in such numbers and read again."""
         each = _NF4 + 2 * number if self.bits == 4 else number
         return each * shape.layer_parameters + float(number * shape.vocabulary * shape.hidden)
 
@@ -222,7 +224,7 @@ class Fit:
 
 def fit(machine: Machine, shape: ModelShape, work: Work, precision: Precision = Precision()) -> Fit:
     """Plan a run with a copy of the model on each GPU."""
-    gpu, number = machine.gpu, machine.gpu.number_bytes(shape.kind)
+    gpu, number = machine.gpu, machine.gpu.number_bytes(shape.kind, precision.dtype)
     weights, kv_bytes = precision.weight_bytes(shape, number), shape.kv_bytes * number // 2
     flops = gpu.flops if number == 2 else gpu.float32_flops
     room = gpu.memory * (1 - _FREE_SHARE) - _CONTEXT_BYTES - weights
@@ -244,7 +246,8 @@ def fit(machine: Machine, shape: ModelShape, work: Work, precision: Precision = 
     decode = math.ceil(rows * work.answers / batch) * work.new_tokens * step
     slower = _UNMERGED if precision.bits == 4 and precision.adapter_bytes else 1.0
     loading = 2.0 * shape.parameters / _READING
-    return Fit(machine, weights, kv_tokens, at_once, (loading + slower * (prefill + decode)) / 60, _caution(gpu, shape))
+    minutes = (loading + slower * (prefill + decode)) / 60
+    return Fit(machine, weights, kv_tokens, at_once, minutes, _caution(gpu, shape, precision))
 
 
 def together(fits: Sequence[Fit]) -> Fit:
@@ -263,10 +266,11 @@ def prefill_flop(shape: ModelShape, tokens: int) -> float:
     return 2.0 * shape.layer_parameters * tokens + attention + 2.0 * shape.vocabulary * shape.hidden
 
 
-def _caution(gpu: Gpu, shape: ModelShape) -> str:
-    return (
-        f"{shape.kind} computes in float32: a {gpu.name} has no bfloat16" if gpu.number_bytes(shape.kind) == 4 else ""
-    )
+def _caution(gpu: Gpu, shape: ModelShape, precision: Precision) -> str:
+    if gpu.number_bytes(shape.kind, precision.dtype) == 2:
+        return ""
+    why = f": a {gpu.name} has no bfloat16" if precision.dtype == "auto" else ""
+    return f"{shape.kind} computes in float32{why}"
 
 
 def shown(fits: Iterable[Fit], limit_minutes: float = math.inf) -> Iterator[str]:

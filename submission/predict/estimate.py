@@ -110,7 +110,8 @@ def _capacity(made: Plan, rows: int, prompt_tokens: int) -> dict[str, float]:
             LOG.info(f"capacity   {role}: {error}")
             continue
         adapter = weight_bytes(spec.adapter) if spec.adapter else 0
-        precision = Precision(4 if getattr(spec.options, "load_in_4bit", False) else 16, adapter)
+        in_4bit, dtype = getattr(spec.options, "load_in_4bit", False), getattr(spec.options, "dtype", "auto")
+        precision = Precision(4 if in_4bit else 16, adapter, dtype)
         work = Work(rows, prompt_tokens, new_tokens, answers)
         totals.append([fit(machine, shape, work, precision) for machine in MACHINES])
         LOG.info(f"capacity   {role}: {shape.parameters / 1e9:.2f}B parameters in {precision.bits} bits, computed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class _Source:
     def held(self, memory: float) -> Precision:
         """How it is held on a GPU: the kernel takes 4 bits where the weights would take more than half of it."""
         tight = self.by_hardware and 2.0 * self.shape.parameters > memory / 2
-        return Precision(4, self.precision.adapter_bytes) if tight else self.precision
+        return replace(self.precision, bits=4) if tight else self.precision
 
 
 def forecast(bundle: Path, handles: Sequence[str]) -> Iterator[str]:
@@ -56,7 +56,7 @@ def forecast(bundle: Path, handles: Sequence[str]) -> Iterator[str]:
         yield from (f"           {line}" for line in shown(map(together, zip(*totals, strict=True)),
                                                            settings.deadline / 60))  # fmt: skip
     if not sources and settings.recover != "constant" and any(map(shape_of, handles)):
-        yield f"forecast   none: {settings.recover} without a [[source]] of its own decides itself what it asks a model"
+        yield "forecast   none: no [[source]] that can be read here names an attached model"
     if sources:
         yield "           computed from the models' sizes; none of it was measured on such a machine"
 
@@ -91,7 +91,9 @@ def _names(model: str, handle: str) -> bool:
 
 def _precision(settings: Sequence[object] | str, *, adapter: bool) -> Precision:
     given = settings.split(",") if isinstance(settings, str) else settings
-    return Precision(4 if any(map(kernel.in_4_bits, given)) else 16, _LORA_BYTES if adapter else 0.0)
+    dtypes = [str(option).partition("=")[2].strip() for option in given if str(option).startswith("dtype=")]
+    bits = 4 if any(map(kernel.in_4_bits, given)) else 16
+    return Precision(bits, _LORA_BYTES if adapter else 0.0, dtypes[-1] if dtypes else "auto")
 
 
 def _words(source: _Source) -> str:

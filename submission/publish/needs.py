@@ -80,8 +80,8 @@ def attached_models(bundle: Path) -> tuple[str, ...]:
         return ()
 
 
-def fit_metadata(content: Mapping[str, object], needs: Needs, shape: str = _GPU) -> tuple[dict[str, object], list[str]]:
-    """Kernel metadata that asks for what a bundle needs; `shape` is the machine if it needs a GPU and asks for none.
+def fit_metadata(content: Mapping[str, object], needs: Needs) -> tuple[dict[str, object], list[str]]:
+    """Kernel metadata that asks for what a bundle needs, two T4s if that is a GPU and it asks for none.
 
     Returns:
         the metadata, and a line for each thing that was changed.
@@ -105,8 +105,8 @@ def fit_metadata(content: Mapping[str, object], needs: Needs, shape: str = _GPU)
         fitted |= {"enable_gpu": False, "machine_shape": ""}
         changes.append(f"no GPU is asked for: {needs.why}")
     if needs.gpu is True and content.get("enable_gpu") is False:
-        fitted |= {"enable_gpu": True, "machine_shape": shape}
-        changes.append(f"a GPU is asked for ({shape}): {needs.why}; --accelerator names another, or none")
+        fitted |= {"enable_gpu": True, "machine_shape": _GPU}
+        changes.append(f"a GPU is asked for ({_GPU}): {needs.why}; --accelerator names another, or none")
     return fitted, changes
 
 

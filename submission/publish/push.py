@@ -177,7 +177,7 @@ def submit(
 def kernel_metadata(
     folder: Path, owner: str, accelerator: str = "", bundle: Path | None = None
 ) -> tuple[dict[str, object], list[str]]:
-    """The metadata that is pushed, checked, and a line for each thing in which it differs from the file.
+    """The metadata that is pushed, checked, and a line for each change that the bundle made.
 
     Raises:
         UserError: it is against a rule, or does not go with the bundle.

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -94,17 +95,25 @@ def _kill(folder: Path, kills: int, over: threading.Event, draw: random.Random) 
     known = killed = 0
     while killed < kills and not over.wait(0.02):
         logs = list(folder.glob("prompt-recovery-*/submission.csv.calls.jsonl"))
-        lines = sum(log.read_bytes().count(b"\n") for log in logs)
-        if lines <= known:
+        if _lines(logs) <= known:
             continue
         time.sleep(draw.uniform(0, 0.3))
         for process in psutil.process_iter(["cmdline"]):
             words = process.info["cmdline"] or []
             if "predict" in words and any(str(logs[0].parent) in word for word in words):
-                process.kill()
-                killed += 1
-        known = sum(log.read_bytes().count(b"\n") for log in logs if log.exists())
+                with suppress(psutil.NoSuchProcess):  # it has just ended
+                    process.kill()
+                    killed += 1
+        known = _lines(logs)
     return killed
+
+
+def _lines(logs: Sequence[Path]) -> int:
+    found = 0
+    for log in logs:
+        with suppress(OSError):  # its folder goes when the kernel ends
+            found += log.read_bytes().count(b"\n")
+    return found
 
 
 def is_part_of(answer: str, whole: str) -> bool:

@@ -67,7 +67,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="tiny models, to run the code rather than to measure")
     parser.add_argument("--minutes", type=float, default=_MINUTES, help="a part is ended after so many; at most 9")
     parser.add_argument(
-        "--folder", type=Path, help=f"for models (50 GB), which come to {_WORK} in it; default: a temporary one"
+        "--folder", type=Path, help=f"models (50 GB) are made in its subfolder {_WORK}; default: a temporary one"
     )
     asked = parser.parse_args()
     try:

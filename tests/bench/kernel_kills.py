@@ -126,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--deadlines", type=int, default=10)
-    parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -137,10 +137,14 @@ def main() -> None:
         outcome, whole = run(folder / "whole", bundle, models, given.rows, "flat")
         assert outcome.problem == "", outcome.log
         print(f"{given.rows} rows, four adapters: {outcome.seconds:.0f} s, {outcome.report['fallbacks']} fell back")
-        killed, answers = run(folder / "killed", bundle, models, given.rows, "nested", given.kills, given.seed)
-        assert killed.problem == "", killed.log
-        assert answers == whole, "a kill changed an answer"
-        print(f"{len(killed.report['attempts']) - 1} kills: valid, every answer that of a run without kills")
+        kills = runs = 0
+        while kills < given.kills:
+            place, layout = folder / f"killed-{runs}", list(LAYOUTS)[runs % 2]
+            killed, answers = run(place, bundle, models, given.rows, layout, given.kills - kills, given.seed + runs)
+            assert killed.problem == "", killed.log
+            assert answers == whole, "a kill changed an answer"
+            kills, runs = kills + len(killed.report["attempts"]) - 1, runs + 1
+        print(f"{kills} kills in {runs} runs: valid, every answer that of a run without kills")
         for number in range(given.deadlines):
             deadline = max(5.0, outcome.seconds * (number + 1) / (given.deadlines + 1))
             short = make_bundle(folder / f"bundle-{number}", wheel, adapters, deadline)

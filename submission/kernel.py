@@ -247,7 +247,7 @@ def arguments(settings: Settings, bundle: Path, gpus: list[int], rows: int, scra
     if backend == "transformers" and gpus:
         smallest = min(gpus)
         weights = sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) / 1e6 if is_folder else 0
-        if weights > smallest / 2 and not any(_option(given)[0] == "load_in_4bit" for given in options):
+        if weights > smallest / 2 and not any(option_of(given)[0] == "load_in_4bit" for given in options):
             options.append(IN_4_BITS)
     if not gpus:
         options = [option for option in options if not in_4_bits(option)]  # slower than 32 bits on a CPU
@@ -344,7 +344,7 @@ def _toml_key(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)
 
 
-def _option(given: object) -> tuple[str, str]:
+def option_of(given: object) -> tuple[str, str]:
     """Key and value of an option, as `predict --set` reads them."""
     key, _, value = str(given).partition("=")
     return key.strip().replace("-", "_"), value.strip().lower()
@@ -352,7 +352,7 @@ def _option(given: object) -> tuple[str, str]:
 
 def in_4_bits(option: object) -> bool:
     """Whether an option asks for weights in 4 bits, in any way of writing it."""
-    key, value = _option(option)
+    key, value = option_of(option)
     return key == "load_in_4bit" and value in ("true", "yes", "on", "1")
 
 

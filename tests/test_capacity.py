@@ -98,14 +98,14 @@ def test_minutes_are_the_roofline_s() -> None:
     toy = ModelShape("toy", 1, 100, 100, 1, 1, 100, 1000, tied=True)
     assert toy.layer_parameters == 2 * 100 * 100 * 2 + 3 * 100 * 100
     assert toy.embedding_parameters == 100_000
-    slow = Machine("slow", "", Gpu("slow", 2e9, 1e6, 1e15, 1e15), 1)  # all time goes into reading
+    slow = Machine("slow", "", Gpu("slow", 2e9, 1e6, 1e15, 1e15, (8, 0)), 1)  # all time goes into reading
     work = Work(rows=256, prompt_tokens=10, new_tokens=5)
     step = 2 * 70_000 + 2 * 100_000 + 256 * 12.5 * 400
     assert fit(slow, toy, work).minutes * 60 == pytest.approx(5 * step / 0.6e6 + 2 * 170_000 / 0.3e9, rel=1e-4)
     assert fit(slow, toy, Work(512, 10, 5)).minutes == pytest.approx(2 * fit(slow, toy, work).minutes, rel=0.01)
     two = Machine("two", "", slow.gpu, 2)
     assert fit(two, toy, Work(512, 10, 5)).minutes == pytest.approx(fit(slow, toy, work).minutes, rel=0.01)
-    busy = Machine("busy", "", Gpu("busy", 2e9, 1e15, 1e6, 1e6), 1)  # all time goes into arithmetic
+    busy = Machine("busy", "", Gpu("busy", 2e9, 1e15, 1e6, 1e6, (8, 0)), 1)  # all time goes into arithmetic
     prefill = 256 * (2 * 70_000 * 10 + 2 * 100 * 10**2 + 2 * 100_000)
     decode = 5 * 2 * 256 * 170_000
     loading = 2 * 170_000 / 0.3e9

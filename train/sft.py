@@ -91,9 +91,10 @@ def sft(config: Sft, output: Path, *, fresh: bool = False) -> Path:
         if main:  # all is checked: from here on files change
             _begin(output, marks, fresh=fresh)
     epoch, steps = config.steps(len(ready.train), device_count())
+    dtype = training_dtype(config, base)
     LOG.info(f"{len(ready.train)} rows, {sum(len(e.ids) for e in ready.train)} tokens, {epoch} steps an epoch, "
-        f"{training_dtype(config, base)}{', 4 bits' if config.load_in_4bit else ''}")  # fmt: skip
-    if on_gpu() and config.dtype == "auto" and training_dtype(config, base) == "float32":
+        f"{dtype}{', 4 bits' if config.load_in_4bit else ''}")  # fmt: skip
+    if on_gpu() and config.dtype == "auto" and dtype == "float32":
         LOG.warning("in float32, which is slow: this GPU has no bfloat16, and float16 is too narrow for this base")
     if not on_gpu() and _is_short_of_memory(config, base, ready.train):
         return_freed_memory()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from submission.backends.common import fast_dtype
-from submission.backends.transformers.devices import overflows_float16
+from submission.backends.transformers.devices import choose_dtype, lowest_capability
 from submission.backends.transformers.loading import from_disk, load_config
 from submission.errors import UserError, first_line
 from train.encoding import IGNORED, TrainingExample
@@ -34,19 +34,12 @@ def on_gpu() -> bool:
 
 
 def training_dtype(config: Sft, base: Path | None = None) -> str:
-    """`auto` is bfloat16 where the GPU or the CPU is fast with it; else float16 on GPUs, float32 on a CPU.
-
-    A base that float16 is too narrow for (Gemma 2 and 3) computes in float32 on such GPUs.
-    """
+    """`auto` is what the base predicts in on a GPU (see `choose_dtype`), and what is fastest on a CPU."""
     if config.dtype != "auto":
         return config.dtype
-    import torch
-
     if not on_gpu():
         return fast_dtype()
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bfloat16"
-    return "float32" if base and overflows_float16(load_config(base).model_type) else "float16"
+    return choose_dtype(load_config(base).model_type if base else "", lowest_capability("cuda"), "auto")
 
 
 def lora_config(config: Sft) -> Any:

@@ -39,7 +39,7 @@ class Gpu:
         bandwidth: bytes a second.
         flops: 16-bit floating-point operations a second of the tensor cores, without sparsity.
         float32_flops: 32-bit floating-point operations a second.
-        bfloat16: whether it has units for it; without, models compute in float16, Gemma 2 and 3 in float32.
+        capability: its CUDA compute capability, which decides the dtype (see `choose_dtype`).
     """
 
     name: str
@@ -47,11 +47,11 @@ class Gpu:
     bandwidth: float
     flops: float
     float32_flops: float
-    bfloat16: bool = True
+    capability: tuple[int, int]
 
     def number_bytes(self, kind: str, dtype: str) -> int:
         """Bytes of the numbers that a model of this `model_type` computes in, if it is asked for this dtype."""
-        return 4 if choose_dtype(kind, (8, 0) if self.bfloat16 else (7, 5), dtype) == "float32" else 2
+        return 4 if choose_dtype(kind, self.capability, dtype) == "float32" else 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +72,10 @@ class Machine:
 _GIB = 2.0**30
 # Nvidia's data sheets: T4 (nvidia.com/en-us/data-center/tesla-t4), L4 (.../l4), A100 40 GB SXM (.../a100),
 # H100 SXM (.../h100). L4 and H100 figures there are with sparsity: half is taken.
-_T4 = Gpu("T4", 14.7 * _GIB, 320e9, 65e12, 8.1e12, bfloat16=False)
-_L4 = Gpu("L4", 22.2 * _GIB, 300e9, 121e12, 30.3e12)
-_A100 = Gpu("A100", 39.6 * _GIB, 1555e9, 312e12, 19.5e12)
-_H100 = Gpu("H100", 79.1 * _GIB, 3350e9, 989e12, 67e12)
+_T4 = Gpu("T4", 14.7 * _GIB, 320e9, 65e12, 8.1e12, (7, 5))
+_L4 = Gpu("L4", 22.2 * _GIB, 300e9, 121e12, 30.3e12, (8, 9))
+_A100 = Gpu("A100", 39.6 * _GIB, 1555e9, 312e12, 19.5e12, (8, 0))
+_H100 = Gpu("H100", 79.1 * _GIB, 3350e9, 989e12, 67e12, (9, 0))
 
 MACHINES = (
     Machine("t4x2", "NvidiaTeslaT4", _T4, 2),
@@ -178,12 +178,12 @@ class Precision:
         """Bytes of a copy of the weights, where the model computes in numbers of so many bytes."""
         each = _NF4 if self.bits == 4 else number
         beside = self.adapter_bytes if self.bits == 4 else 0.0
-        return each * shape.layer_parameters + float(number * shape.embedding_parameters) + beside
+        return each * shape.layer_parameters + number * shape.embedding_parameters + beside
 
     def step_bytes(self, shape: ModelShape, number: int = 2) -> float:
         """Bytes of weights that a decoding step moves; 4-bit weights are written out in such numbers and read again."""
         each = _NF4 + 2 * number if self.bits == 4 else number
-        return each * shape.layer_parameters + float(number * shape.vocabulary * shape.hidden)
+        return each * shape.layer_parameters + number * shape.vocabulary * shape.hidden
 
 
 @dataclass(frozen=True, slots=True)

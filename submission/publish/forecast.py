@@ -91,9 +91,9 @@ def _names(model: str, handle: str) -> bool:
 
 def _precision(settings: Sequence[object] | str, *, adapter: bool) -> Precision:
     given = settings.split(",") if isinstance(settings, str) else settings
-    dtypes = [str(option).partition("=")[2].strip() for option in given if str(option).startswith("dtype=")]
     bits = 4 if any(map(kernel.in_4_bits, given)) else 16
-    return Precision(bits, _LORA_BYTES if adapter else 0.0, dtypes[-1] if dtypes else "auto")
+    dtype = dict(map(kernel.option_of, given)).get("dtype", "auto")
+    return Precision(bits, _LORA_BYTES if adapter else 0.0, dtype)
 
 
 def _words(source: _Source) -> str:

@@ -196,7 +196,7 @@ def _put_forecast(bench: _Bench, name: str, work: Work, seconds: float) -> None:
     import torch
 
     memory = torch.cuda.get_device_properties(0).total_memory
-    gpu = Gpu("this", memory, bench.pace.bandwidth, bench.pace.flops, bench.pace.flops)
+    gpu = Gpu("this", memory, bench.pace.bandwidth, bench.pace.flops, bench.pace.flops, (8, 0))
     planned = fit(Machine("this", "", gpu, 1), bench.shape, work, bench.precision)
     bench.check.put(f"{name}: seconds beside --dry-run's forecast", seconds / (60 * planned.minutes), "x",
                     note="the forecast counts loading too")  # fmt: skip

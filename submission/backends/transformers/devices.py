@@ -41,12 +41,7 @@ def choose_dtype(model_type: str, capability: tuple[int, int] | None, asked: str
         return "float32"
     if capability >= (8, 0):
         return "bfloat16"
-    return "float32" if overflows_float16(model_type) else "float16"
-
-
-def overflows_float16(model_type: str) -> bool:
-    """Whether a model's activations leave the range of float16."""
-    return model_type.startswith(_OVERFLOWING)
+    return "float32" if model_type.startswith(_OVERFLOWING) else "float16"
 
 
 def find_device(asked: str) -> str:
@@ -118,7 +113,7 @@ def refuse_too_large(
     if needed <= free:
         return
     why = ""
-    if dtype == "float32" and overflows_float16(model_type):
+    if dtype == "float32" and model_type.startswith(_OVERFLOWING):
         why = " (its activations leave the range of float16, and this GPU has no bfloat16 units)"
     ways = ([] if load_in_4bit else ["load_in_4bit=true"]) + ["device=balanced, which takes several GPUs"]
     precision = f"{dtype} and nf4" if load_in_4bit else dtype
